@@ -7,8 +7,11 @@
 
 #![deny(unsafe_code)]
 
+pub mod adiantum;
 pub mod dun;
+pub mod essiv;
 pub mod mode;
+pub mod xts;
 
 pub use dun::Dun;
 pub use mode::{KeyError, MODES, Mode, ModeInfo, SectorUpdate, UnitCipher};
