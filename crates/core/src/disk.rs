@@ -1,0 +1,186 @@
+//! What an export sees: a plain disk. It cannot tell that encryption happens.
+//!
+//! A request is cut into pieces of at most [`CHUNK_BYTES`] at multiples of that; each piece has a [`Span`], which says how
+//! much memory it takes (whole data units, and room for the edges) and where in it the payload lies. The export puts the
+//! payload of a write right there, and sends the payload of a read from there: nothing is copied on the way.
+
+use crate::backing::{Access, Durability, Extent};
+use crate::error::Error;
+use crate::memory::Buffer;
+use std::fmt;
+use std::ops::Range;
+
+/// Longest piece of a request that is handled at once, in bytes. Pieces do not cross multiples of it.
+///
+/// Large enough that system calls do not show, small enough that a piece stays in a core's cache on its way from socket
+/// through cipher to file.
+pub const CHUNK_BYTES: usize = 256 * 1024;
+
+/// Length of a large pool buffer: a chunk, and scratch room for one data unit of the largest kind at an edge.
+pub const LARGE_BUFFER_BYTES: usize = CHUNK_BYTES + SCRATCH_BYTES;
+
+/// Scratch room that a span may need behind its data units, in bytes.
+pub const SCRATCH_BYTES: usize = 64 * 1024;
+
+/// The shape of a disk. Constant while it is open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Geometry {
+    /// Its size in bytes: a multiple of `logical_block_bytes`.
+    pub size_bytes: u64,
+    /// Least unit that clients should address, in bytes: a power of two from 512 to 64 KiB.
+    pub logical_block_bytes: u32,
+    /// Unit at which requests are cheapest, in bytes: a multiple of `logical_block_bytes`.
+    pub preferred_block_bytes: u32,
+    /// Whether requests that are not whole logical blocks are served all the same, or refused.
+    pub unaligned: Unaligned,
+    /// Whether it can be written.
+    pub access: Access,
+    /// Whether trim gives storage back.
+    pub can_trim: bool,
+}
+
+/// What becomes of a request that is not a whole number of logical blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unaligned {
+    /// Served, by read-modify-write, without risk to neighbouring bytes.
+    Served,
+    /// Refused with [`Misaligned`](crate::error::ErrorKind::Misaligned): with this mode an interrupted write would
+    /// damage neighbouring bytes.
+    Refused,
+}
+
+/// A piece of a request: its payload, and the memory that it takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// Where the payload begins on the disk, in bytes.
+    pub(crate) offset: u64,
+    /// Payload bytes that come after the beginning of the first data unit.
+    pub(crate) head: usize,
+    /// Length of the payload.
+    pub(crate) len: usize,
+    /// Length of all data units touched: where scratch room begins.
+    pub(crate) units_len: usize,
+    /// Scratch bytes behind the data units.
+    pub(crate) scratch_len: usize,
+}
+
+impl Span {
+    /// How many bytes of memory the piece takes.
+    #[must_use]
+    pub fn buffer_bytes(&self) -> usize {
+        self.units_len + self.scratch_len
+    }
+
+    /// Where in that memory the payload lies.
+    #[must_use]
+    pub fn payload(&self) -> Range<usize> {
+        self.head..self.head + self.len
+    }
+
+    /// Where the payload lies on the disk, in bytes.
+    #[must_use]
+    pub fn offset(&self) -> u64 {
+        self.offset
+    }
+}
+
+/// How zeroes are to be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Zeroing {
+    /// As slow as it takes.
+    AnySpeed,
+    /// Only if it is faster than writing them; else refuse at once.
+    OnlyIfFast,
+}
+
+/// What an export sees: a plain disk.
+///
+/// All methods may be called from many threads at once and block until done. Ranges may overlap; each piece is then
+/// applied whole, before or after the other. Errors carry the kind that [`errno`](crate::error::ErrorKind::errno) maps.
+pub trait Disk: fmt::Debug + Send + Sync {
+    /// Its shape.
+    fn geometry(&self) -> Geometry;
+
+    /// A large buffer if one is free: it suffices for every span. Does not wait.
+    fn try_large_buffer(&self) -> Option<Buffer>;
+
+    /// A buffer of the caller's own, of `len_bytes`.
+    ///
+    /// # Errors
+    ///
+    /// [`OutOfMemory`](crate::error::ErrorKind::OutOfMemory).
+    fn private_buffer(&self, len_bytes: usize) -> Result<Buffer, Error>;
+
+    /// The piece of a request at `offset`, at most `len` bytes long and shortened so that its memory fits
+    /// `buffer_bytes` and it does not cross a multiple of [`CHUNK_BYTES`]. Never empty.
+    ///
+    /// # Panics
+    ///
+    /// If `len` is 0 or `buffer_bytes` less than [`SMALL_BUFFER_BYTES`].
+    fn span(&self, offset: u64, len: u64, buffer_bytes: usize) -> Span;
+
+    /// Whether a request as a whole may be tried: within the disk, aligned as far as it must be, and allowed.
+    ///
+    /// # Errors
+    ///
+    /// [`OutOfRange`](crate::error::ErrorKind::OutOfRange) or, for writes,
+    /// [`PastEnd`](crate::error::ErrorKind::PastEnd);
+    /// [`Misaligned`](crate::error::ErrorKind::Misaligned); [`ReadOnly`](crate::error::ErrorKind::ReadOnly).
+    fn check(&self, offset: u64, len: u64, access: Access) -> Result<(), Error>;
+
+    /// Reads a piece: afterwards its payload is in `buffer`.
+    ///
+    /// # Errors
+    ///
+    /// What the backing or the engine says. The buffer's content is meaningless then.
+    fn read(&self, span: Span, buffer: &mut Buffer) -> Result<(), Error>;
+
+    /// Writes a piece whose payload is in `buffer`. Afterwards the buffer's content is meaningless.
+    ///
+    /// # Errors
+    ///
+    /// What the backing or the engine says. Any part of the range may have the old or the new content then.
+    fn write(&self, span: Span, buffer: &mut Buffer, durability: Durability) -> Result<(), Error>;
+
+    /// Makes every write that returned before stable.
+    ///
+    /// # Errors
+    ///
+    /// [`FlushLost`](crate::error::ErrorKind::FlushLost) from the first failure on.
+    fn flush(&self) -> Result<(), Error>;
+
+    /// Gives storage back where whole data units are concerned; their content is arbitrary afterwards. The rest of
+    /// the range is left as it is.
+    ///
+    /// # Errors
+    ///
+    /// What the backing says.
+    fn trim(&self, offset: u64, len: u64) -> Result<(), Error>;
+
+    /// Makes a range read as zeroes. `scratch` is any buffer of [`SMALL_BUFFER_BYTES`] or more; the larger, the faster.
+    ///
+    /// # Errors
+    ///
+    /// [`Unsupported`](crate::error::ErrorKind::Unsupported) at once, if it had to be fast and is not.
+    fn write_zeroes(
+        &self,
+        offset: u64,
+        len: u64,
+        zeroing: Zeroing,
+        durability: Durability,
+        scratch: &mut Buffer,
+    ) -> Result<(), Error>;
+
+    /// Which runs of a range are allocated, at most `extents_max` of them, in order and without gaps.
+    ///
+    /// # Errors
+    ///
+    /// What the backing says.
+    fn extents(&self, offset: u64, len: u64, extents_max: usize) -> Result<Vec<Extent>, Error>;
+
+    /// Hints that a range will be read soon.
+    fn prefetch(&self, offset: u64, len: u64);
+}
+
+/// Least length of a buffer that every disk can work with: one data unit of the largest kind and its scratch room.
+pub const SMALL_BUFFER_BYTES: usize = 2 * SCRATCH_BYTES;

@@ -1,0 +1,136 @@
+//! The bargain between the framework and what encrypts.
+
+use crate::caps::Capabilities;
+use crate::error::Error;
+use crate::key::{EphemeralWrappedKey, Key, LongTermWrappedKey, RawKey, SoftwareSecret};
+use crate::memory::{Memory, MemorySource};
+use inlinecrypt_cipher::Dun;
+use std::fmt;
+use std::ops::Range;
+
+/// Which keyslot of an engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SlotIndex(pub u32);
+
+impl fmt::Display for SlotIndex {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)
+    }
+}
+
+/// Which way data goes through an engine. A write encrypts, a read decrypts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Direction {
+    /// Plaintext to ciphertext.
+    Encrypt,
+    /// Ciphertext to plaintext.
+    Decrypt,
+}
+
+/// The key of one request.
+#[derive(Clone, Copy, Debug)]
+pub enum KeyRef<'k> {
+    /// The key that the framework programmed into this keyslot.
+    Slot(SlotIndex),
+    /// The key itself: engines without keyslots take it with every request.
+    Inline(&'k Key),
+}
+
+/// A device that turns plaintext data units into ciphertext and back.
+///
+/// # What the framework promises
+///
+/// - `program` and `evict` on one engine never overlap each other, and never touch a keyslot in which a request is
+///   granted, except to put the same key back after a reset.
+/// - `crypt` gets only a keyslot that a successful `program` filled ([`KeyRef::Inline`] on an engine with no
+///   keyslots), a config that [`capabilities`](Self::capabilities) allow, memory from
+///   [`memory`](Self::memory), and a range that is a whole number of the key's data units.
+/// - The key ladder is only used if `capabilities` list hardware-wrapped keys.
+///
+/// # What an implementation owes
+///
+/// - After a failed `program` or `evict` the keyslot is **empty**: `crypt` answers
+///   [`NoKey`](crate::error::ErrorKind::NoKey). It never keeps the former key.
+/// - `crypt` transforms all of the range, or returns an error. `NoKey` means that the range is untouched; after any
+///   other error its content is meaningless and the caller discards it.
+/// - `crypt` runs on many threads at once, also on one keyslot, and does not wait for other requests.
+/// - Ciphertext depends on key, mode, data unit size and DUN alone, so that any two engines agree byte for byte.
+pub trait Engine: fmt::Debug + Send + Sync {
+    /// The name by which people know it, such as `software`.
+    fn name(&self) -> &str;
+
+    /// What this engine can do. Constant for its lifetime.
+    fn capabilities(&self) -> &Capabilities;
+
+    /// Where memory comes from that this engine can reach.
+    fn memory(&self) -> &dyn MemorySource;
+
+    /// Puts `key` into `slot`, replacing whatever was there. May block.
+    ///
+    /// # Errors
+    ///
+    /// [`KeyRejected`](crate::error::ErrorKind::KeyRejected) for a blob that does not authenticate, else
+    /// [`EngineFailed`](crate::error::ErrorKind::EngineFailed). The keyslot is empty then.
+    fn program(&self, slot: SlotIndex, key: &Key) -> Result<(), Error>;
+
+    /// Removes `key` from `slot`, or, on an engine without keyslots (`None`), whatever it remembers of it. Evicting
+    /// an empty keyslot succeeds. May block.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineFailed`](crate::error::ErrorKind::EngineFailed). The keyslot is empty then, too.
+    fn evict(&self, slot: Option<SlotIndex>, key: &Key) -> Result<(), Error>;
+
+    /// Transforms `range` of `memory` in place; data unit `i` uses DUN `first + i`.
+    ///
+    /// # Errors
+    ///
+    /// [`NoKey`](crate::error::ErrorKind::NoKey): the keyslot is empty, nothing was touched.
+    /// [`EngineFailed`](crate::error::ErrorKind::EngineFailed),
+    /// [`EngineGone`](crate::error::ErrorKind::EngineGone): the range is meaningless now.
+    fn crypt(
+        &self,
+        key: KeyRef<'_>,
+        direction: Direction,
+        first: Dun,
+        memory: &mut dyn Memory,
+        range: Range<usize>,
+    ) -> Result<(), Error>;
+
+    /// The key ladder. `Some` exactly when the capabilities list hardware-wrapped keys.
+    fn key_ladder(&self) -> Option<&dyn KeyLadder>;
+}
+
+/// What an engine does for hardware-wrapped keys besides using them (`struct blk_crypto_ll_ops`).
+///
+/// All of these may block. Sizes are checked by the profile before they get here: raw keys 16 to 64 bytes, blobs up to
+/// 128.
+pub trait KeyLadder: Send + Sync {
+    /// Wraps a raw key for storage.
+    ///
+    /// # Errors
+    ///
+    /// [`Invalid`](crate::error::ErrorKind::Invalid) if the engine does not take keys of this size.
+    fn import(&self, raw: &RawKey) -> Result<LongTermWrappedKey, Error>;
+
+    /// Makes a new random key and wraps it for storage. Nobody outside the engine ever sees it.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineFailed`](crate::error::ErrorKind::EngineFailed) if there is no randomness.
+    fn generate(&self) -> Result<LongTermWrappedKey, Error>;
+
+    /// Turns a stored key into one for this boot.
+    ///
+    /// # Errors
+    ///
+    /// [`KeyRejected`](crate::error::ErrorKind::KeyRejected) if the blob does not authenticate.
+    fn prepare(&self, long_term: &LongTermWrappedKey) -> Result<EphemeralWrappedKey, Error>;
+
+    /// Derives the secret that software may see. Also the cheapest proof that a blob is good.
+    ///
+    /// # Errors
+    ///
+    /// [`KeyRejected`](crate::error::ErrorKind::KeyRejected) if the blob does not authenticate.
+    fn derive_software_secret(&self, ephemeral: &EphemeralWrappedKey) -> Result<SoftwareSecret, Error>;
+}

@@ -1,0 +1,37 @@
+//! Locks and threads: the standard library's, or loom's when a model is checked. Nothing else imports either.
+//!
+//! A poisoned lock is entered all the same: release builds abort on panic, and in tests the first panic is the one to
+//! see.
+
+#[cfg(loom)]
+pub(crate) use loom::sync::{Arc, Condvar};
+#[cfg(not(loom))]
+pub(crate) use std::sync::{Arc, Condvar};
+
+#[cfg(loom)]
+use loom::sync as imp;
+#[cfg(not(loom))]
+use std::sync as imp;
+
+use std::sync::PoisonError;
+
+pub(crate) type MutexGuard<'a, T> = imp::MutexGuard<'a, T>;
+
+/// A lock whose poison is ignored.
+#[derive(Debug)]
+pub(crate) struct Mutex<T>(imp::Mutex<T>);
+
+impl<T> Mutex<T> {
+    pub(crate) fn new(value: T) -> Self {
+        Self(imp::Mutex::new(value))
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, T> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Waits for `condvar`, letting go of the lock meanwhile.
+pub(crate) fn wait<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
+    condvar.wait(guard).unwrap_or_else(PoisonError::into_inner)
+}
