@@ -287,7 +287,8 @@ mod tests {
     fn every_other_key_length_is_refused() {
         for info in &MODES {
             for len in (0..=130).filter(|&len| len != info.key_bytes) {
-                let key: Vec<u8> = (0..len).collect::<Vec<usize>>().iter().map(|&b| u8::try_from(b).unwrap()).collect();
+                let key: Vec<u8> =
+                    (0..len).collect::<Vec<usize>>().iter().map(|&b| u8::try_from(b).unwrap()).collect();
                 let refused = KeyError::WrongLength { expected: info.key_bytes, actual: len };
                 assert_eq!(info.check_key(&key), Err(refused));
                 assert_eq!(info.expand(&key).err(), Some(refused));
