@@ -5,6 +5,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::sync::Arc;
 
 /// What went wrong, for programs to match on. Grouped by who can do something about it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -259,7 +260,7 @@ struct Inner {
     op: Op,
     place: Option<(u64, u64)>,
     detail: Option<Cow<'static, str>>,
-    source: Option<Box<dyn std::error::Error + Send + Sync>>,
+    source: Option<Arc<dyn std::error::Error + Send + Sync>>,
 }
 
 impl Error {
@@ -286,7 +287,7 @@ impl Error {
     /// Adds the cause.
     #[must_use]
     pub fn because(mut self, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
-        self.0.source = Some(source.into());
+        self.0.source = Some(source.into().into());
         self
     }
 
@@ -308,7 +309,7 @@ impl Error {
         self.0.kind.errno()
     }
 
-    /// The same failure for another of the requests that it hit. The source stays with the first.
+    /// The same failure for another of the requests that it hit.
     #[must_use]
     pub fn duplicate(&self) -> Self {
         Self(Box::new(Inner {
@@ -316,7 +317,7 @@ impl Error {
             op: self.0.op,
             place: self.0.place,
             detail: self.0.detail.clone(),
-            source: None,
+            source: self.0.source.clone(),
         }))
     }
 
@@ -382,6 +383,6 @@ mod tests {
             .at(4096, 512)
             .because(std::io::Error::other("cable unplugged"));
         assert_eq!(error.chain(), "read at 4096+512: backing failed: cable unplugged");
-        assert_eq!(error.duplicate().chain(), "read at 4096+512: backing failed");
+        assert_eq!(error.duplicate().chain(), error.chain());
     }
 }

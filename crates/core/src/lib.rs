@@ -8,6 +8,7 @@ pub mod disk;
 pub mod engine;
 pub mod error;
 pub mod key;
+pub mod keyslot;
 pub mod memory;
 mod sync;
 

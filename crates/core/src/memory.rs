@@ -6,8 +6,9 @@
 //! nothing else, and a client that stalls in mid-request cannot keep others from their work.
 
 use crate::error::{Error, ErrorKind, Op};
-use crate::sync::{Arc, Mutex};
+use crate::sync::Mutex;
 use std::fmt;
+use std::sync::Arc;
 
 /// Alignment of every buffer in bytes: what direct I/O to any disk asks for.
 pub const ALIGN_BYTES: usize = 4096;

@@ -4,9 +4,9 @@
 //! see.
 
 #[cfg(loom)]
-pub(crate) use loom::sync::{Arc, Condvar};
+pub(crate) use loom::sync::Condvar;
 #[cfg(not(loom))]
-pub(crate) use std::sync::{Arc, Condvar};
+pub(crate) use std::sync::Condvar;
 
 #[cfg(loom)]
 use loom::sync as imp;

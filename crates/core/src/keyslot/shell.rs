@@ -1,0 +1,323 @@
+//! The shell of the keyslot table: one lock, and waiting threads.
+//!
+//! A thread that waits has a mailbox; whoever causes an action for it puts the action there and wakes that thread alone.
+//! Programs are carried out by the thread that needs them, so that a request that is merely done never pays for others.
+
+use super::policy::Policy;
+use super::table::{Acquired, Action, EvictOutcome, Grant, KeyslotTable, Programmed, SlotStatus, Ticket};
+use crate::engine::{Engine, SlotIndex};
+use crate::error::{Error, ErrorKind, Op};
+use crate::key::{Key, KeyId};
+use crate::sync::{Condvar, Mutex, MutexGuard, wait};
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+
+/// The keyslots of one engine, for many threads.
+#[derive(Debug)]
+pub struct Keyslots {
+    engine: Arc<dyn Engine>,
+    state: Mutex<State>,
+}
+
+/// Protects the table and the mailboxes. Never held while the engine is called or a thread sleeps.
+#[derive(Debug)]
+struct State {
+    table: KeyslotTable,
+    mailboxes: BTreeMap<Ticket, Mailbox>,
+    /// The key last programmed into each keyslot: what a reset puts back.
+    keys: Vec<Option<Arc<Key>>>,
+    /// Programs that nobody waits for, after a reset: done by whoever caused them.
+    orphans: Vec<(SlotIndex, KeyId)>,
+    /// Why the engine did not program a key, until the actions that follow are delivered.
+    failure: Option<Error>,
+    waits: u64,
+    resets: u64,
+}
+
+#[derive(Debug)]
+struct Mailbox {
+    wake: Arc<Condvar>,
+    letter: Option<Letter>,
+}
+
+#[derive(Debug)]
+enum Letter {
+    Granted(Grant),
+    Program(SlotIndex),
+    Failed(Error),
+    Evict(SlotIndex),
+    Evicted(EvictOutcome),
+}
+
+/// Keyslots at one moment, for status displays.
+#[derive(Clone, Debug)]
+pub struct KeyslotsStatus {
+    /// Every keyslot, by index.
+    pub slots: Vec<SlotStatus>,
+    /// Requests that wait now.
+    pub waiting: usize,
+    /// Requests that had to wait since the start.
+    pub waits: u64,
+    /// Engine resets since the start.
+    pub resets: u64,
+}
+
+/// Use of a programmed keyslot. Dropping it gives the keyslot back.
+#[must_use = "the keyslot is given back as soon as the guard is dropped"]
+pub struct KeyslotGuard<'k> {
+    keyslots: &'k Keyslots,
+    grant: Grant,
+}
+
+impl KeyslotGuard<'_> {
+    /// The keyslot that holds the asked key.
+    #[must_use]
+    pub fn slot(&self) -> SlotIndex {
+        self.grant.slot
+    }
+
+    /// Gives the keyslot back, since the engine says that it holds no key. The key is programmed again when it is
+    /// next asked for.
+    pub fn lost(self) {
+        self.keyslots.state.lock().table.lost(self.grant);
+        // Dropped now, so released.
+    }
+}
+
+impl fmt::Debug for KeyslotGuard<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "KeyslotGuard({})", self.grant.slot)
+    }
+}
+
+impl Drop for KeyslotGuard<'_> {
+    fn drop(&mut self) {
+        self.keyslots.release(self.grant);
+    }
+}
+
+impl Keyslots {
+    /// All keyslots of `engine`, empty.
+    ///
+    /// # Panics
+    ///
+    /// If the engine has none.
+    #[must_use]
+    pub fn new(engine: Arc<dyn Engine>, policy: Policy) -> Self {
+        let count = engine.capabilities().keyslots;
+        let state = State {
+            table: KeyslotTable::new(count, policy),
+            mailboxes: BTreeMap::new(),
+            keys: vec![None; count as usize],
+            orphans: Vec::new(),
+            failure: None,
+            waits: 0,
+            resets: 0,
+        };
+        Self { engine, state: Mutex::new(state) }
+    }
+
+    /// Takes a keyslot that holds `key`, programming one if need be.
+    ///
+    /// # Errors
+    ///
+    /// What the engine said when it could not program the key, after a retry. Only requests for this key fail.
+    ///
+    /// # Blocking
+    ///
+    /// Waits while every keyslot is in use, in order of arrival (see [`Policy`]), and while the engine programs. A
+    /// thread must not hold a keyslot while it asks for another, nor call this from inside the engine.
+    pub fn acquire(&self, key: &Arc<Key>) -> Result<KeyslotGuard<'_>, Error> {
+        let mut state = self.state.lock();
+        let mut actions = Vec::new();
+        let ticket = match state.table.acquire(key.id(), &mut actions) {
+            Acquired::Granted(grant) => return Ok(KeyslotGuard { keyslots: self, grant }),
+            Acquired::Queued(ticket) => ticket,
+        };
+        state.waits += 1;
+        let wake = state.open_mailbox(ticket);
+        state.deliver(actions);
+        loop {
+            state = self.program_orphans(state);
+            match state.collect(ticket) {
+                None => state = wait(&wake, state),
+                Some(Letter::Granted(grant)) => {
+                    state.mailboxes.remove(&ticket);
+                    return Ok(KeyslotGuard { keyslots: self, grant });
+                }
+                Some(Letter::Failed(error)) => {
+                    state.mailboxes.remove(&ticket);
+                    return Err(error);
+                }
+                Some(Letter::Program(slot)) => {
+                    state.keys[slot.0 as usize] = Some(key.clone());
+                    state = self.program(state, slot, key);
+                }
+                Some(letter) => unreachable!("a request does not get {letter:?}"),
+            }
+        }
+    }
+
+    /// Removes `key` from the engine, if it is there.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::KeyInUse`] while requests use the key or wait for it; it stays.
+    /// [`ErrorKind::EngineFailed`] if the engine says so; the key is forgotten all the same.
+    ///
+    /// # Blocking
+    ///
+    /// Waits while the engine programs or evicts.
+    pub fn evict(&self, key: &Key) -> Result<(), Error> {
+        let mut state = self.state.lock();
+        let mut actions = Vec::new();
+        let ticket = state.table.evict(key.id(), &mut actions);
+        let wake = state.open_mailbox(ticket);
+        state.deliver(actions);
+        let mut failure = None;
+        loop {
+            state = self.program_orphans(state);
+            match state.collect(ticket) {
+                None => state = wait(&wake, state),
+                Some(Letter::Evict(slot)) => {
+                    drop(state);
+                    let result = self.engine.evict(Some(slot), key);
+                    state = self.state.lock();
+                    let mut actions = Vec::new();
+                    state.table.evicted(slot, result.is_ok(), &mut actions);
+                    failure = result.err();
+                    state.deliver(actions);
+                }
+                Some(Letter::Evicted(outcome)) => {
+                    state.mailboxes.remove(&ticket);
+                    if outcome != EvictOutcome::InUse {
+                        state.forget(key.id());
+                    }
+                    return match outcome {
+                        EvictOutcome::Done => Ok(()),
+                        EvictOutcome::InUse => Err(Error::new(ErrorKind::KeyInUse, Op::Evict)),
+                        EvictOutcome::EngineFailed => {
+                            Err(failure.unwrap_or_else(|| Error::new(ErrorKind::EngineFailed, Op::Evict)))
+                        }
+                    };
+                }
+                Some(letter) => unreachable!("an eviction does not get {letter:?}"),
+            }
+        }
+    }
+
+    /// The engine has lost the content of all keyslots: programs every key again that was in one.
+    ///
+    /// A key that cannot be programmed again is forgotten; the next request for it programs it anew, or says why not.
+    ///
+    /// # Blocking
+    ///
+    /// Waits while the engine programs.
+    pub fn reset(&self) {
+        let mut state = self.state.lock();
+        state.resets += 1;
+        let mut actions = Vec::new();
+        state.table.reset(&mut actions);
+        state.deliver(actions);
+        drop(self.program_orphans(state));
+    }
+
+    /// The keyslots at this moment.
+    #[must_use]
+    pub fn status(&self) -> KeyslotsStatus {
+        let state = self.state.lock();
+        KeyslotsStatus {
+            slots: state.table.status(),
+            waiting: state.table.waiting(),
+            waits: state.waits,
+            resets: state.resets,
+        }
+    }
+
+    fn release(&self, grant: Grant) {
+        let mut state = self.state.lock();
+        let mut actions = Vec::new();
+        state.table.release(grant, &mut actions);
+        state.deliver(actions);
+        drop(self.program_orphans(state));
+    }
+
+    fn program<'a>(
+        &'a self,
+        state: MutexGuard<'a, State>,
+        slot: SlotIndex,
+        key: &Key,
+    ) -> MutexGuard<'a, State> {
+        drop(state);
+        let result = self.engine.program(slot, key);
+        let mut state = self.state.lock();
+        let outcome = match &result {
+            Ok(()) => Programmed::Done,
+            Err(error) if error.kind() == ErrorKind::KeyRejected => Programmed::Rejected,
+            Err(_) => Programmed::Failed,
+        };
+        let mut actions = Vec::new();
+        state.table.programmed(slot, outcome, &mut actions);
+        state.failure = result.err();
+        state.deliver(actions);
+        state
+    }
+
+    fn program_orphans<'a>(&'a self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        while let Some((slot, id)) = state.orphans.pop() {
+            let key = state.keys[slot.0 as usize].clone().expect("what is put back was there before");
+            assert_eq!(key.id(), id, "the key that is put back is the one that was there");
+            state = self.program(state, slot, &key);
+        }
+        state
+    }
+}
+
+impl State {
+    fn open_mailbox(&mut self, ticket: Ticket) -> Arc<Condvar> {
+        let wake = Arc::new(Condvar::new());
+        self.mailboxes.insert(ticket, Mailbox { wake: wake.clone(), letter: None });
+        wake
+    }
+
+    /// Lets go of a key that the owner wants out: its bytes may be wiped with the last handle.
+    fn forget(&mut self, id: KeyId) {
+        for key in &mut self.keys {
+            if key.as_ref().is_some_and(|key| key.id() == id) {
+                *key = None;
+            }
+        }
+    }
+
+    fn collect(&mut self, ticket: Ticket) -> Option<Letter> {
+        self.mailboxes.get_mut(&ticket).expect("its owner removes it").letter.take()
+    }
+
+    fn deliver(&mut self, actions: Vec<Action>) {
+        for action in actions {
+            let (ticket, letter) = match action {
+                Action::Grant { ticket, grant } => (ticket, Letter::Granted(grant)),
+                Action::Program { slot, by: Some(ticket), .. } => (ticket, Letter::Program(slot)),
+                Action::Program { slot, key, by: None } => {
+                    self.orphans.push((slot, key));
+                    continue;
+                }
+                Action::Evict { slot, by, .. } => (by, Letter::Evict(slot)),
+                Action::Evicted { ticket, outcome } => (ticket, Letter::Evicted(outcome)),
+                Action::Fail { ticket } => {
+                    let error = match &self.failure {
+                        Some(failure) => failure.duplicate(),
+                        None => Error::new(ErrorKind::EngineFailed, Op::Program),
+                    };
+                    (ticket, Letter::Failed(error))
+                }
+            };
+            let mailbox = self.mailboxes.get_mut(&ticket).expect("who is named waits");
+            assert!(mailbox.letter.is_none(), "one letter at a time");
+            mailbox.letter = Some(letter);
+            mailbox.wake.notify_one();
+        }
+        self.failure = None;
+    }
+}

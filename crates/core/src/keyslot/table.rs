@@ -1,0 +1,575 @@
+//! The keyslot table: a pure state machine. An event goes in, actions come out.
+//!
+//! It decides which key is in which keyslot, who waits, and what the engine has to do next; it never waits or calls
+//! anything itself. [`Keyslots`](super::Keyslots) carries its actions out with threads; simulations and model checks
+//! drive the very same code.
+//!
+//! ```text
+//!             start program            programmed ok
+//!   Empty ----------------> Programming -----------> Ready (users 0: idle, in LRU order | users > 0: in use)
+//!     ^   <----------------      |                     |  |  reset                ^
+//!     |    programmed failed     |                     |  `---> stale: same key   | programmed ok
+//!     |                          |                     |        programmed again -'
+//!     `--- evicted (also when the engine says it failed), displaced, lost
+//! ```
+//!
+//! Invariants (checked by [`KeyslotTable::check`] in tests and models):
+//! - a key is in at most one keyslot; a keyslot is found by key exactly while it is Ready or stale;
+//! - a displaced key is forgotten *before* the program that displaces it starts, so a failed program leaves no stale
+//!   mapping (upstream has this hole: facts 3.9);
+//! - the engine has at most one program or evict to do at a time, and never for a keyslot in use, except to put the
+//!   same key back after a reset;
+//! - a granted keyslot holds the asked key until it is released or the engine reports it lost;
+//! - a waiter is granted after at most as many others as waited before it, plus `bypass_max`.
+
+use super::lru::LruList;
+use super::policy::Policy;
+use crate::engine::SlotIndex;
+use crate::key::KeyId;
+use std::collections::{BTreeMap, VecDeque};
+
+/// Who waits: unique in a table, in order of arrival.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Ticket(u64);
+
+/// The use of a keyslot by one request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Grant {
+    /// The keyslot that holds the asked key.
+    pub slot: SlotIndex,
+    /// Which filling of the keyslot it is: tells a late report of a loss from a new one.
+    pub filling: u64,
+}
+
+/// The answer to [`KeyslotTable::acquire`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Acquired {
+    /// At once. To be given back with [`KeyslotTable::release`].
+    Granted(Grant),
+    /// An action will name this ticket.
+    Queued(Ticket),
+}
+
+/// What the table wants done. Carried out in order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Program `key` into `slot`, then report [`KeyslotTable::programmed`]. By the request that waits with `by`, or
+    /// by whoever caused it (`None`: after a reset).
+    Program {
+        /// The keyslot.
+        slot: SlotIndex,
+        /// The key to put in.
+        key: KeyId,
+        /// The request that it is for.
+        by: Option<Ticket>,
+    },
+    /// Evict `key` from `slot`, then report [`KeyslotTable::evicted`].
+    Evict {
+        /// The keyslot.
+        slot: SlotIndex,
+        /// The key in it.
+        key: KeyId,
+        /// Who asked for the eviction.
+        by: Ticket,
+    },
+    /// The request that waits with `ticket` has its keyslot.
+    Grant {
+        /// The request.
+        ticket: Ticket,
+        /// What it got.
+        grant: Grant,
+    },
+    /// The request that waits with `ticket` fails, since its key could not be programmed.
+    Fail {
+        /// The request.
+        ticket: Ticket,
+    },
+    /// The eviction that was asked for with `ticket` is over.
+    Evicted {
+        /// The eviction.
+        ticket: Ticket,
+        /// How it ended.
+        outcome: EvictOutcome,
+    },
+}
+
+/// How an eviction ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum EvictOutcome {
+    /// The key is in no keyslot. It may not have been in one: with more keys than keyslots that is normal.
+    Done,
+    /// Requests use the key or wait for it. It stays.
+    InUse,
+    /// The engine reported failure. The key is forgotten all the same.
+    EngineFailed,
+}
+
+/// How a program ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Programmed {
+    /// The keyslot holds the key.
+    Done,
+    /// It is empty. May be tried again.
+    Failed,
+    /// It is empty, and the key can never be programmed. Not tried again.
+    Rejected,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Fill {
+    Empty,
+    /// `again`: the engine was reset meanwhile, so success means nothing.
+    Programming {
+        key: KeyId,
+        by: Option<Ticket>,
+        attempts: u32,
+        again: bool,
+    },
+    Ready {
+        key: KeyId,
+    },
+    /// The engine was reset: the keyslot has to be programmed again before anyone gets it.
+    Stale {
+        key: KeyId,
+    },
+    Evicting {
+        key: KeyId,
+        by: Ticket,
+    },
+    /// The engine lost the key while requests were granted: empty once they are gone.
+    Lost {
+        key: KeyId,
+    },
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Slot {
+    fill: Fill,
+    users: u32,
+    filling: u64,
+}
+
+/// What happened in one keyslot since the start. Counters only grow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SlotCounters {
+    /// Grants that found the key there.
+    pub hits: u64,
+    /// Programs that succeeded.
+    pub programs: u64,
+    /// Programs that failed, retries included.
+    pub program_failures: u64,
+    /// Keys that had to leave: displaced by another or evicted by their owner.
+    pub evictions: u64,
+    /// Grants that had to wait for this keyslot to become idle or to be programmed.
+    pub waits: u64,
+}
+
+/// One keyslot, for status displays.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SlotStatus {
+    /// The key in it, if any.
+    pub key: Option<KeyId>,
+    /// Requests that use it now.
+    pub users: u32,
+    /// What happened in it.
+    pub counters: SlotCounters,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Waiter {
+    ticket: Ticket,
+    key: KeyId,
+    /// Requests that came later and were granted before it.
+    bypassed: u32,
+}
+
+/// The keyslots of one engine. See the module.
+#[derive(Clone, Debug)]
+pub struct KeyslotTable {
+    policy: Policy,
+    slots: Vec<Slot>,
+    counters: Vec<SlotCounters>,
+    by_key: BTreeMap<KeyId, u32>,
+    empty: LruList,
+    idle: LruList,
+    waiters: VecDeque<Waiter>,
+    /// Evictions that wait for the engine to be free.
+    evictions: BTreeMap<Ticket, KeyId>,
+    /// The keyslot for which the engine has something to do.
+    engine_at: Option<u32>,
+    last_ticket: u64,
+    last_filling: u64,
+}
+
+impl KeyslotTable {
+    /// A table of `count` empty keyslots.
+    ///
+    /// # Panics
+    ///
+    /// If `count` is 0: an engine without keyslots needs no table.
+    #[must_use]
+    pub fn new(count: u32, policy: Policy) -> Self {
+        assert!(count > 0, "an engine without keyslots needs no table");
+        let mut empty = LruList::new(count);
+        (0..count).for_each(|slot| empty.push_back(slot));
+        Self {
+            policy,
+            slots: vec![Slot { fill: Fill::Empty, users: 0, filling: 0 }; count as usize],
+            counters: vec![SlotCounters::default(); count as usize],
+            by_key: BTreeMap::new(),
+            empty,
+            idle: LruList::new(count),
+            waiters: VecDeque::new(),
+            evictions: BTreeMap::new(),
+            engine_at: None,
+            last_ticket: 0,
+            last_filling: 0,
+        }
+    }
+
+    /// A request wants a keyslot that holds `key`.
+    ///
+    /// Granted at once if the key is there and nobody has been passed too often; else queued.
+    pub fn acquire(&mut self, key: KeyId, actions: &mut Vec<Action>) -> Acquired {
+        if let Some(slot) = self.ready_slot(key) {
+            if self.waiters.front().is_none_or(|head| head.bypassed < self.policy.bypass_max) {
+                self.waiters.iter_mut().for_each(|passed| passed.bypassed += 1);
+                self.counters[slot as usize].hits += 1;
+                return Acquired::Granted(self.grant(slot));
+            }
+        }
+        let ticket = self.next_ticket();
+        self.waiters.push_back(Waiter { ticket, key, bypassed: 0 });
+        self.advance(actions);
+        Acquired::Queued(ticket)
+    }
+
+    /// A granted request is done with its keyslot.
+    ///
+    /// # Panics
+    ///
+    /// If the keyslot is not in use.
+    pub fn release(&mut self, grant: Grant, actions: &mut Vec<Action>) {
+        let index = grant.slot.0;
+        let slot = &mut self.slots[index as usize];
+        slot.users = slot.users.checked_sub(1).expect("only a granted keyslot is released");
+        if slot.users > 0 {
+            return;
+        }
+        match slot.fill {
+            Fill::Ready { .. } => self.idle.push_back(index),
+            Fill::Lost { .. } => self.make_empty(index),
+            // Being programmed again after a reset: idle when that is over.
+            Fill::Stale { .. } | Fill::Programming { .. } => {}
+            Fill::Empty | Fill::Evicting { .. } => {
+                unreachable!("a keyslot in use is not empty or being evicted")
+            }
+        }
+        if !self.waiters.is_empty() {
+            self.advance(actions);
+        }
+    }
+
+    /// The engine says that a granted keyslot holds no key. The request still has to release it, and may then ask
+    /// again. A report about an earlier filling is ignored: the key has been put back since, or is about to be.
+    pub fn lost(&mut self, grant: Grant) {
+        let slot = &mut self.slots[grant.slot.0 as usize];
+        let Fill::Ready { key } = slot.fill else { return };
+        if slot.filling != grant.filling {
+            return;
+        }
+        // The reporter uses it, so it is not idle, and becomes empty with the last release.
+        slot.fill = Fill::Lost { key };
+        self.by_key.remove(&key);
+    }
+
+    /// The owner wants `key` out of the engine. An action ends it.
+    pub fn evict(&mut self, key: KeyId, actions: &mut Vec<Action>) -> Ticket {
+        let ticket = self.next_ticket();
+        self.evictions.insert(ticket, key);
+        self.advance(actions);
+        ticket
+    }
+
+    /// The engine has carried out [`Action::Program`].
+    ///
+    /// # Panics
+    ///
+    /// If no program was asked for this keyslot.
+    pub fn programmed(&mut self, slot: SlotIndex, outcome: Programmed, actions: &mut Vec<Action>) {
+        let index = slot.0;
+        assert_eq!(self.engine_at.take(), Some(index), "the engine was not asked to program this keyslot");
+        let Fill::Programming { key, by, attempts, again } = self.slots[index as usize].fill else {
+            unreachable!("the engine was not asked to program this keyslot");
+        };
+        if outcome == Programmed::Done {
+            self.counters[index as usize].programs += 1;
+        } else {
+            self.counters[index as usize].program_failures += 1;
+        }
+        match outcome {
+            Programmed::Done if again => self.start_program(index, key, by, attempts, actions),
+            Programmed::Done => {
+                self.slots[index as usize].fill = Fill::Ready { key };
+                self.by_key.insert(key, index);
+                match by {
+                    Some(ticket) => {
+                        self.counters[index as usize].waits += 1;
+                        let grant = self.grant(index);
+                        actions.push(Action::Grant { ticket, grant });
+                    }
+                    None if self.slots[index as usize].users == 0 => self.idle.push_back(index),
+                    None => {}
+                }
+            }
+            Programmed::Failed if attempts <= self.policy.program_retries => {
+                self.start_program(index, key, by, attempts + 1, actions);
+            }
+            Programmed::Failed | Programmed::Rejected => {
+                if self.slots[index as usize].users > 0 {
+                    self.slots[index as usize].fill = Fill::Lost { key };
+                } else {
+                    self.make_empty(index);
+                }
+                actions.extend(by.map(|ticket| Action::Fail { ticket }));
+                // The others that wait for this key would only fail one by one.
+                self.waiters.retain(|waiter| {
+                    if waiter.key == key {
+                        actions.push(Action::Fail { ticket: waiter.ticket });
+                    }
+                    waiter.key != key
+                });
+            }
+        }
+        self.advance(actions);
+    }
+
+    /// The engine has carried out [`Action::Evict`]. The keyslot is empty, whatever it says.
+    ///
+    /// # Panics
+    ///
+    /// If no eviction was asked for this keyslot.
+    pub fn evicted(&mut self, slot: SlotIndex, ok: bool, actions: &mut Vec<Action>) {
+        let index = slot.0;
+        assert_eq!(self.engine_at.take(), Some(index), "the engine was not asked to evict from this keyslot");
+        let Fill::Evicting { by, .. } = self.slots[index as usize].fill else {
+            unreachable!("the engine was not asked to evict from this keyslot");
+        };
+        self.make_empty(index);
+        let outcome = if ok { EvictOutcome::Done } else { EvictOutcome::EngineFailed };
+        actions.push(Action::Evicted { ticket: by, outcome });
+        self.advance(actions);
+    }
+
+    /// The engine was reset: all keyslots are empty. Every key that was in one is programmed again, those in use too.
+    pub fn reset(&mut self, actions: &mut Vec<Action>) {
+        for (index, slot) in (0..).zip(&mut self.slots) {
+            match &mut slot.fill {
+                Fill::Ready { key } => {
+                    slot.fill = Fill::Stale { key: *key };
+                    self.idle.remove(index);
+                }
+                Fill::Programming { again, .. } => *again = true,
+                Fill::Empty | Fill::Stale { .. } | Fill::Evicting { .. } | Fill::Lost { .. } => {}
+            }
+        }
+        self.advance(actions);
+    }
+
+    /// How many requests wait.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.waiters.len()
+    }
+
+    /// All keyslots, for status displays.
+    #[must_use]
+    pub fn status(&self) -> Vec<SlotStatus> {
+        let key_of = |fill: &Fill| match *fill {
+            Fill::Ready { key } | Fill::Stale { key } => Some(key),
+            Fill::Programming { key, .. } | Fill::Evicting { key, .. } => Some(key),
+            Fill::Empty | Fill::Lost { .. } => None,
+        };
+        let slots = self.slots.iter().zip(&self.counters);
+        slots
+            .map(|(slot, counters)| SlotStatus {
+                key: key_of(&slot.fill),
+                users: slot.users,
+                counters: *counters,
+            })
+            .collect()
+    }
+
+    /// Asserts the invariants of the module's documentation. For tests and models.
+    ///
+    /// # Panics
+    ///
+    /// If one does not hold.
+    pub fn check(&self) {
+        let (idle, empty): (Vec<_>, Vec<_>) = (self.idle.iter().collect(), self.empty.iter().collect());
+        let mut engine_ops = 0;
+        for (index, slot) in (0..).zip(&self.slots) {
+            let (mut is_idle, mut is_empty) = (false, false);
+            match slot.fill {
+                Fill::Empty => {
+                    assert_eq!(slot.users, 0, "an empty keyslot has no users");
+                    is_empty = true;
+                }
+                Fill::Ready { key } => {
+                    assert_eq!(self.by_key.get(&key), Some(&index), "a filled keyslot is found by its key");
+                    is_idle = slot.users == 0;
+                }
+                Fill::Stale { key } => assert_eq!(self.by_key.get(&key), Some(&index)),
+                Fill::Programming { key, by, .. } => {
+                    engine_ops += 1;
+                    assert_eq!(self.engine_at, Some(index));
+                    assert!(by.is_none() || slot.users == 0, "only a reset programs a keyslot in use");
+                    assert_eq!(self.by_key.get(&key), None, "a key is not found before it is programmed");
+                }
+                Fill::Evicting { .. } => {
+                    engine_ops += 1;
+                    assert_eq!((self.engine_at, slot.users), (Some(index), 0));
+                }
+                Fill::Lost { .. } => assert!(slot.users > 0, "a lost keyslot without users is empty"),
+            }
+            assert_eq!(idle.contains(&index), is_idle, "keyslot {index} idle");
+            assert_eq!(empty.contains(&index), is_empty, "keyslot {index} empty");
+        }
+        assert_eq!(engine_ops, usize::from(self.engine_at.is_some()));
+        for (&key, &index) in &self.by_key {
+            let fill = self.slots[index as usize].fill;
+            assert!(fill == Fill::Ready { key } || fill == Fill::Stale { key }, "{key:?} leads to {fill:?}");
+        }
+        for pair in self.waiters.iter().collect::<Vec<_>>().windows(2) {
+            assert!(pair[0].ticket < pair[1].ticket && pair[0].bypassed >= pair[1].bypassed);
+        }
+        assert!(self.waiters.iter().all(|waiter| waiter.bypassed <= self.policy.bypass_max));
+        if self.engine_at.is_none() && !self.waiters.is_empty() {
+            assert!(
+                idle.is_empty() && empty.is_empty(),
+                "nobody waits while a keyslot and the engine are free"
+            );
+        }
+    }
+
+    fn next_ticket(&mut self) -> Ticket {
+        self.last_ticket += 1;
+        Ticket(self.last_ticket)
+    }
+
+    fn ready_slot(&self, key: KeyId) -> Option<u32> {
+        let &slot = self.by_key.get(&key)?;
+        matches!(self.slots[slot as usize].fill, Fill::Ready { .. }).then_some(slot)
+    }
+
+    fn grant(&mut self, index: u32) -> Grant {
+        self.idle.remove(index);
+        let slot = &mut self.slots[index as usize];
+        slot.users += 1;
+        Grant { slot: SlotIndex(index), filling: slot.filling }
+    }
+
+    fn make_empty(&mut self, index: u32) {
+        self.slots[index as usize].fill = Fill::Empty;
+        self.empty.push_back(index);
+    }
+
+    fn start_program(
+        &mut self,
+        index: u32,
+        key: KeyId,
+        by: Option<Ticket>,
+        attempts: u32,
+        actions: &mut Vec<Action>,
+    ) {
+        self.last_filling += 1;
+        let slot = &mut self.slots[index as usize];
+        slot.filling = self.last_filling;
+        slot.fill = Fill::Programming { key, by, attempts, again: false };
+        self.engine_at = Some(index);
+        actions.push(Action::Program { slot: SlotIndex(index), key, by });
+    }
+
+    /// Grants and starts whatever can be granted and started now.
+    fn advance(&mut self, actions: &mut Vec<Action>) {
+        self.grant_waiters(actions);
+        if self.engine_at.is_some() {
+            return;
+        }
+        // What the engine does next: first what a reset took away, since granted requests need it; then what owners
+        // want out; then the waiter at the head.
+        let stale = (0..).zip(&self.slots).find_map(|(index, slot)| match slot.fill {
+            Fill::Stale { key } => Some((index, key)),
+            _ => None,
+        });
+        if let Some((index, key)) = stale {
+            self.by_key.remove(&key);
+            self.start_program(index, key, None, 1, actions);
+            return;
+        }
+        while let Some((ticket, key)) = self.evictions.pop_first() {
+            if self.start_eviction(ticket, key, actions) {
+                return;
+            }
+        }
+        self.program_for_head(actions);
+    }
+
+    /// Grants waiters whose key is in a keyslot, in order, as long as nobody is passed too often.
+    fn grant_waiters(&mut self, actions: &mut Vec<Action>) {
+        let mut next = 0;
+        while let Some(waiter) = self.waiters.get(next) {
+            let allowed = next == 0 || self.waiters[0].bypassed < self.policy.bypass_max;
+            if !allowed {
+                return;
+            }
+            let Some(index) = self.ready_slot(waiter.key) else {
+                next += 1;
+                continue;
+            };
+            let waiter = self.waiters.remove(next).expect("just looked at");
+            self.waiters.iter_mut().take(next).for_each(|passed| passed.bypassed += 1);
+            let counters = &mut self.counters[index as usize];
+            counters.hits += 1;
+            counters.waits += 1;
+            let grant = self.grant(index);
+            actions.push(Action::Grant { ticket: waiter.ticket, grant });
+        }
+    }
+
+    /// Whether the engine has something to do for it.
+    fn start_eviction(&mut self, ticket: Ticket, key: KeyId, actions: &mut Vec<Action>) -> bool {
+        let awaited = self.waiters.iter().any(|waiter| waiter.key == key);
+        let draining = self.slots.iter().any(|slot| slot.fill == Fill::Lost { key });
+        let outcome = match self.by_key.get(&key).copied() {
+            _ if awaited || draining => EvictOutcome::InUse,
+            Some(index) if self.slots[index as usize].users > 0 => EvictOutcome::InUse,
+            Some(index) => {
+                self.idle.remove(index);
+                self.by_key.remove(&key);
+                self.counters[index as usize].evictions += 1;
+                self.slots[index as usize].fill = Fill::Evicting { key, by: ticket };
+                self.engine_at = Some(index);
+                actions.push(Action::Evict { slot: SlotIndex(index), key, by: ticket });
+                return true;
+            }
+            None => EvictOutcome::Done,
+        };
+        actions.push(Action::Evicted { ticket, outcome });
+        false
+    }
+
+    /// Programs the key of the waiter at the head into an empty keyslot, else into the idle one used longest ago.
+    fn program_for_head(&mut self, actions: &mut Vec<Action>) {
+        let Some(index) = self.empty.front().or(self.idle.front()) else { return };
+        let Some(head) = self.waiters.pop_front() else { return };
+        self.empty.remove(index);
+        self.idle.remove(index);
+        // Forget the displaced key first: whatever becomes of the program, it is not there any more.
+        if let Fill::Ready { key: displaced } = self.slots[index as usize].fill {
+            self.by_key.remove(&displaced);
+            self.counters[index as usize].evictions += 1;
+        }
+        self.start_program(index, head.key, Some(head.ticket), 1, actions);
+    }
+}
