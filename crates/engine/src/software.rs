@@ -1,0 +1,186 @@
+//! The software engine: the smallest complete one. Read it first.
+//!
+//! ```text
+//!   program(slot, key) --> expand the key -----------> keyslots[slot] = Some(cipher)
+//!                            ^ raw: the bytes
+//!                            ^ wrapped: open the blob, derive the inline encryption key
+//!   crypt(slot, range) --> take the slot's cipher --> transform the range in place, here and now
+//! ```
+//!
+//! - A keyslot is a lock around a counted cipher. Each request holds the lock for as long as it takes to count itself
+//!   in, never while it computes; nothing is locked or allocated per data unit.
+//! - The former key is dropped, and wiped, before the next one is looked at. So a failed `program` leaves the keyslot
+//!   empty.
+//! - It serves every mode, data units of 512 bytes to 64 KiB, and DUNs of all 32 bytes.
+//! - It is also the fallback, so it does not ask whether a key allows hardware.
+
+use crate::ladder::SoftwareLadder;
+use crate::{Root, SoftwareSpec};
+use inlinecrypt_cipher::{Dun, Mode, UnitCipher};
+use inlinecrypt_core::caps::{Capabilities, DUN_BYTES_MAX, KeyTypes, UnitMask, Unsupported};
+use inlinecrypt_core::engine::{Direction, Engine, KeyLadder, KeyRef, SlotIndex};
+use inlinecrypt_core::error::{Error, ErrorKind, Op};
+use inlinecrypt_core::key::{Key, KeyForm};
+use inlinecrypt_core::memory::{HeapSource, Memory, MemorySource};
+use std::borrow::Cow;
+use std::ops::Range;
+use std::sync::{Arc, PoisonError, RwLock};
+
+/// An engine that encrypts on the thread that asks.
+#[derive(Debug)]
+pub struct SoftwareEngine {
+    capabilities: Capabilities,
+    keyslots: Box<[Keyslot]>,
+    /// Present if the engine has a root.
+    ladder: Option<SoftwareLadder>,
+}
+
+impl SoftwareEngine {
+    /// Starts an engine. With a `root` it serves hardware-wrapped keys, too; without, raw keys only.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineFailed`](ErrorKind::EngineFailed) if the system gives no randomness.
+    pub fn new(spec: SoftwareSpec, root: Option<&Root>) -> Result<Self, Error> {
+        let SoftwareSpec { keyslots, kdf } = spec;
+        let ladder = root.map(|root| SoftwareLadder::new(root, kdf)).transpose()?;
+        let capabilities = Capabilities {
+            units: [UnitMask::SERVED; Mode::ALL.len()],
+            dun_bytes_max: DUN_BYTES_MAX,
+            key_types: if ladder.is_some() { KeyTypes::BOTH } else { KeyTypes::RAW },
+            keyslots,
+        };
+        Ok(Self { capabilities, keyslots: (0..keyslots).map(|_| Keyslot::default()).collect(), ladder })
+    }
+
+    /// Opens and expands `key`. What lies between the blob and the cipher is wiped on the way.
+    fn expand(&self, key: &Key, op: Op) -> Result<Programmed, Error> {
+        let (mode, unit) = (key.config().mode(), key.config().data_unit_size());
+        let offered = self.capabilities.units[mode.index()];
+        let unsupported = |why: Unsupported| Error::new(ErrorKind::Unsupported, op).because(why);
+        if !offered.contains(unit) {
+            return Err(unsupported(Unsupported::ModeOrUnit { mode, asked: unit, offered }));
+        }
+        let cipher = match (key.form(), &self.ladder) {
+            (KeyForm::Raw(raw), _) => mode.info().expand(raw.expose()),
+            (KeyForm::Wrapped(blob), Some(ladder)) => mode.info().expand(&ladder.inline_key(blob, mode, op)?),
+            (KeyForm::Wrapped(_), None) => {
+                return Err(unsupported(Unsupported::KeyType(key.config().key_type())));
+            }
+        };
+        let cipher = cipher.map_err(|why| Error::new(ErrorKind::EngineFailed, op).because(why))?;
+        let unit_bytes = usize::try_from(unit.bytes()).expect("at most 64 KiB, checked above");
+        Ok(Programmed { cipher, unit_bytes })
+    }
+
+    fn keyslot(&self, slot: SlotIndex, op: Op) -> Result<&Keyslot, Error> {
+        usize::try_from(slot.0).ok().and_then(|index| self.keyslots.get(index)).ok_or_else(|| {
+            invalid(op, format!("there is no keyslot {slot}: the engine has {}", self.keyslots.len()))
+        })
+    }
+}
+
+impl Engine for SoftwareEngine {
+    fn name(&self) -> &str {
+        SoftwareSpec::NAME
+    }
+
+    fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    fn memory(&self) -> &dyn MemorySource {
+        &HeapSource
+    }
+
+    fn program(&self, slot: SlotIndex, key: &Key) -> Result<(), Error> {
+        let keyslot = self.keyslot(slot, Op::Program)?;
+        keyslot.put(None);
+        keyslot.put(Some(Arc::new(self.expand(key, Op::Program)?)));
+        Ok(())
+    }
+
+    /// Empties the keyslot whatever it holds. Without keyslots there is nothing to forget.
+    fn evict(&self, slot: Option<SlotIndex>, _key: &Key) -> Result<(), Error> {
+        match slot {
+            Some(slot) => self.keyslot(slot, Op::Evict)?.put(None),
+            None if self.keyslots.is_empty() => {}
+            None => return Err(invalid(Op::Evict, "which keyslot? The engine has some")),
+        }
+        Ok(())
+    }
+
+    /// A key that comes with the request is opened and expanded for this request alone. That costs about as much as
+    /// encrypting INLINE_COST_PLACEHOLDER; engines with keyslots do it once per `program`.
+    fn crypt(
+        &self,
+        key: KeyRef<'_>,
+        direction: Direction,
+        first: Dun,
+        memory: &mut dyn Memory,
+        range: Range<usize>,
+    ) -> Result<(), Error> {
+        let programmed = match key {
+            KeyRef::Slot(slot) => self.keyslot(slot, Op::Crypt)?.programmed().ok_or_else(|| {
+                Error::new(ErrorKind::NoKey, Op::Crypt).detail(format!("keyslot {slot} is empty"))
+            })?,
+            KeyRef::Inline(key) if self.keyslots.is_empty() => Arc::new(self.expand(key, Op::Crypt)?),
+            KeyRef::Inline(_) => {
+                return Err(invalid(Op::Crypt, "the engine has keyslots, it takes no key with a request"));
+            }
+        };
+        let Programmed { cipher, unit_bytes } = &*programmed;
+        let data = memory
+            .bytes_mut()
+            .get_mut(range.clone())
+            .ok_or_else(|| invalid(Op::Crypt, format!("bytes {range:?} are not in the memory given")))?;
+        if !data.len().is_multiple_of(*unit_bytes) {
+            return Err(Error::new(ErrorKind::Misaligned, Op::Crypt).detail(format!(
+                "{} bytes are not a whole number of data units of {unit_bytes} bytes",
+                data.len()
+            )));
+        }
+        match direction {
+            Direction::Encrypt => cipher.encrypt(first, *unit_bytes, data),
+            Direction::Decrypt => cipher.decrypt(first, *unit_bytes, data),
+        }
+        Ok(())
+    }
+
+    fn key_ladder(&self) -> Option<&dyn KeyLadder> {
+        self.ladder.as_ref().map(|ladder| ladder as _)
+    }
+}
+
+/// An expanded key. Shared by the requests under way, so that none holds a lock.
+///
+/// The cipher stays in its box: moving it into the shared allocation would leave a copy of the key behind.
+#[derive(Debug)]
+struct Programmed {
+    cipher: Box<dyn UnitCipher>,
+    unit_bytes: usize,
+}
+
+/// A place for one key. The lock protects which key that is, and is held for no more than a pointer's exchange.
+#[derive(Debug, Default)]
+struct Keyslot(RwLock<Option<Arc<Programmed>>>);
+
+impl Keyslot {
+    fn programmed(&self) -> Option<Arc<Programmed>> {
+        // Nothing panics while the lock is held, and a pointer is never half exchanged.
+        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn put(&self, programmed: Option<Arc<Programmed>>) {
+        let former = {
+            let mut place = self.0.write().unwrap_or_else(PoisonError::into_inner);
+            std::mem::replace(&mut *place, programmed)
+        };
+        // Wiped here, outside the lock.
+        drop(former);
+    }
+}
+
+fn invalid(op: Op, why: impl Into<Cow<'static, str>>) -> Error {
+    Error::new(ErrorKind::Invalid, op).detail(why)
+}

@@ -1,0 +1,755 @@
+//! What every engine owes (`inlinecrypt_core::engine`), checked for every engine of the registry.
+//!
+//! An engine is tested by being in [`EngineSpec::all_for_tests`]. [`run`] takes one that is open and asks it for
+//! everything that the docs of `Engine` and `KeyLadder` promise, as far as its capabilities reach.
+
+use inlinecrypt_cipher::kdf::{KdfVariant, inline_encryption_key, software_secret};
+use inlinecrypt_cipher::{Dun, Mode};
+use inlinecrypt_core::config::{DataUnitSize, Hardware, KeyType};
+use inlinecrypt_core::engine::{Direction, Engine, KeyLadder, KeyRef, SlotIndex};
+use inlinecrypt_core::error::{Error, ErrorKind};
+use inlinecrypt_core::key::{
+    EphemeralWrappedKey, Key, KeyForm, LongTermWrappedKey, RawKey, WRAPPED_KEY_BYTES_MAX,
+};
+use inlinecrypt_core::memory::{ALIGN_BYTES, Memory};
+use inlinecrypt_engine::{EngineSpec, Root, open};
+use proptest::prelude::*;
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Asks `engine`, which `spec` describes, to keep every promise.
+fn run(spec: &EngineSpec, engine: &dyn Engine) {
+    let bargain = Bargain { engine, kdf: spec.kdf() };
+    bargain.capabilities_and_ladder_agree();
+    bargain.memory_is_zeroed_aligned_and_as_long_as_asked();
+    bargain.ciphertext_is_that_of_the_mode_and_nothing_else_is_touched();
+    bargain.odd_ranges_are_refused_and_nothing_is_touched();
+    bargain.a_key_that_is_not_served_leaves_the_keyslot_empty();
+    bargain.many_threads_share_one_key();
+    if engine.capabilities().keyslots == 0 {
+        bargain.without_keyslots_a_key_is_forgotten_gladly();
+    } else {
+        bargain.an_empty_keyslot_answers_no_key_and_touches_nothing();
+        bargain.programming_replaces_and_evicting_empties();
+        bargain.keyslots_do_not_disturb_each_other();
+        bargain.programming_beside_a_running_request_does_not_disturb_it();
+    }
+    bargain.keyslots_that_do_not_exist_are_refused();
+    if let Some(ladder) = engine.key_ladder() {
+        bargain.the_ladder_gives_the_published_keys(ladder);
+        bargain.wrapped_keys_encrypt_as_the_derived_raw_keys_do(ladder);
+        bargain.generated_keys_are_new_and_work(ladder);
+        bargain.import_takes_a_size_or_calls_it_invalid(ladder);
+        bargain.whatever_was_not_wrapped_here_is_rejected(ladder);
+    }
+}
+
+struct Bargain<'e> {
+    engine: &'e dyn Engine,
+    kdf: KdfVariant,
+}
+
+/// DUNs at which carries happen, and one with all its limbs used.
+const DUNS: [Dun; 4] = [
+    Dun::ZERO,
+    Dun::from_limbs([u64::MAX, 0, 0, 0]),
+    Dun::from_limbs([u64::MAX, u64::MAX, 7, 0]),
+    Dun::from_limbs([0x0123_4567_89ab_cdef, 0xfedc, 0xba98, 0x7654]),
+];
+
+/// The master key of the published known answers, 00 01 .. 1f.
+const MASTER: [u8; 32] = {
+    let mut master = [0; 32];
+    let mut i = 0;
+    while i < 32 {
+        #[expect(clippy::cast_possible_truncation, reason = "below 32")]
+        let byte = i as u8;
+        master[i] = byte;
+        i += 1;
+    }
+    master
+};
+
+fn key_bytes(mode: Mode, seed: u8) -> Vec<u8> {
+    (0..mode.info().key_bytes)
+        .map(|i| u8::try_from(i).unwrap().wrapping_mul(167).wrapping_add(seed))
+        .collect()
+}
+
+fn key(mode: Mode, unit: DataUnitSize, form: KeyForm) -> Arc<Key> {
+    Key::new(mode, unit, mode.info().iv_bytes, form, Hardware::Allowed).unwrap()
+}
+
+fn raw_key(mode: Mode, unit: DataUnitSize, seed: u8) -> Arc<Key> {
+    key(mode, unit, KeyForm::Raw(RawKey::new(&key_bytes(mode, seed))))
+}
+
+fn bytes_of(unit: DataUnitSize) -> usize {
+    unit.bytes().try_into().unwrap()
+}
+
+fn plaintext(len: usize) -> Vec<u8> {
+    (0..len).map(|i| u8::try_from(i * 31 % 251).unwrap()).collect()
+}
+
+/// What the cipher makes of it, without any engine.
+fn expected(mode: Mode, bytes: &[u8], unit: DataUnitSize, first: Dun, plain: &[u8]) -> Vec<u8> {
+    let mut data = plain.to_vec();
+    mode.info().expand(bytes).unwrap().encrypt(first, bytes_of(unit), &mut data);
+    data
+}
+
+impl<'e> Bargain<'e> {
+    fn memory(&self, content: &[u8]) -> Box<dyn Memory> {
+        let mut memory = self.engine.memory().allocate(content.len()).unwrap();
+        memory.bytes_mut().copy_from_slice(content);
+        memory
+    }
+
+    fn keyslots(&self) -> u32 {
+        self.engine.capabilities().keyslots
+    }
+
+    fn last_slot(&self) -> SlotIndex {
+        SlotIndex(self.keyslots() - 1)
+    }
+
+    /// The modes and data unit sizes that the engine serves.
+    fn configs(&self) -> Vec<(Mode, DataUnitSize)> {
+        let units = (0..32).map(|bit| DataUnitSize::from_bytes(1 << bit).unwrap());
+        let all = units.flat_map(|unit| Mode::ALL.map(|mode| (mode, unit)));
+        all.filter(|&(mode, unit)| self.engine.capabilities().units[mode.index()].contains(unit)).collect()
+    }
+
+    /// One of them, for promises that have nothing to do with modes.
+    fn config(&self) -> (Mode, DataUnitSize) {
+        self.configs()[0]
+    }
+
+    fn serves_raw(&self) -> bool {
+        self.engine.capabilities().key_types.contains(KeyType::Raw)
+    }
+
+    /// A key that the engine takes. Different seeds, different keys.
+    fn any_key(&self, seed: u8) -> Arc<Key> {
+        let (mode, unit) = self.config();
+        if self.serves_raw() { raw_key(mode, unit, seed) } else { self.wrapped_key(mode, unit, &[seed; 32]) }
+    }
+
+    fn ephemeral(&self, master: &[u8; 32]) -> EphemeralWrappedKey {
+        let ladder = self.engine.key_ladder().expect("the engine takes wrapped keys");
+        ladder.prepare(&ladder.import(&RawKey::new(master)).unwrap()).unwrap()
+    }
+
+    fn wrapped_key(&self, mode: Mode, unit: DataUnitSize, master: &[u8; 32]) -> Arc<Key> {
+        key(mode, unit, KeyForm::Wrapped(self.ephemeral(master)))
+    }
+
+    /// Makes `key` ready for use: in the last keyslot, or with the request.
+    fn start<'k>(&self, key: &'k Key) -> Result<KeyRef<'k>, Error> {
+        if self.keyslots() == 0 {
+            return Ok(KeyRef::Inline(key));
+        }
+        self.engine.program(self.last_slot(), key)?;
+        Ok(KeyRef::Slot(self.last_slot()))
+    }
+
+    fn stop(&self, key: &Key) {
+        self.engine.evict((self.keyslots() > 0).then(|| self.last_slot()), key).unwrap();
+    }
+
+    fn crypt(
+        &self,
+        key: KeyRef<'_>,
+        direction: Direction,
+        first: Dun,
+        content: &[u8],
+    ) -> Result<Vec<u8>, Error> {
+        let mut memory = self.memory(content);
+        self.engine.crypt(key, direction, first, &mut *memory, 0..content.len())?;
+        Ok(memory.bytes().to_vec())
+    }
+
+    /// The kind of a refusal that has to leave all memory as it was.
+    fn refusal_untouched(&self, key: KeyRef<'_>, len: usize, range: Range<usize>) -> ErrorKind {
+        let content = plaintext(len);
+        let mut memory = self.memory(&content);
+        let kinds = [Direction::Encrypt, Direction::Decrypt].map(|direction| {
+            let refused = self.engine.crypt(key, direction, Dun::ZERO, &mut *memory, range.clone());
+            refused.unwrap_err().kind()
+        });
+        assert_eq!(memory.bytes(), content);
+        assert_eq!(kinds[0], kinds[1]);
+        kinds[0]
+    }
+
+    fn assert_no_key(&self, slot: SlotIndex) {
+        let len = bytes_of(self.config().1);
+        assert_eq!(self.refusal_untouched(KeyRef::Slot(slot), len, 0..len), ErrorKind::NoKey);
+    }
+
+    fn capabilities_and_ladder_agree(&self) {
+        let wrapped = self.engine.capabilities().key_types.contains(KeyType::HardwareWrapped);
+        assert_eq!(self.engine.key_ladder().is_some(), wrapped);
+        assert!(!self.configs().is_empty());
+        assert!(!self.engine.name().is_empty());
+    }
+
+    fn memory_is_zeroed_aligned_and_as_long_as_asked(&self) {
+        for len in [0, 1, 512, 4096, 70_000] {
+            let mut memory = self.engine.memory().allocate(len).unwrap();
+            assert_eq!(memory.bytes(), vec![0; len]);
+            assert_eq!(memory.bytes().as_ptr().align_offset(ALIGN_BYTES), 0);
+            memory.bytes_mut().fill(1);
+        }
+    }
+
+    fn ciphertext_is_that_of_the_mode_and_nothing_else_is_touched(&self) {
+        if !self.serves_raw() {
+            return;
+        }
+        for (mode, unit) in self.configs() {
+            let key = raw_key(mode, unit, 1);
+            let key_ref = self.start(&key).unwrap();
+            // Before and after the range: bytes that are none of the engine's business.
+            let (before, len) = (48, 3 * bytes_of(unit));
+            let content = plaintext(before + len + 16);
+            for first in DUNS {
+                let mut memory = self.memory(&content);
+                let range = before..before + len;
+                self.engine.crypt(key_ref, Direction::Encrypt, first, &mut *memory, range.clone()).unwrap();
+                let mut wanted = content.clone();
+                wanted[range.clone()].copy_from_slice(&expected(
+                    mode,
+                    &key_bytes(mode, 1),
+                    unit,
+                    first,
+                    &content[range.clone()],
+                ));
+                assert!(memory.bytes() == wanted, "{mode} {unit} {first:?}");
+
+                // The last data unit alone, then the others: each stands for itself.
+                let last = range.end - bytes_of(unit)..range.end;
+                self.engine
+                    .crypt(key_ref, Direction::Decrypt, first.wrapping_add(2), &mut *memory, last.clone())
+                    .unwrap();
+                let rest = range.start..last.start;
+                self.engine.crypt(key_ref, Direction::Decrypt, first, &mut *memory, rest).unwrap();
+                assert!(memory.bytes() == content, "{mode} {unit} {first:?}");
+            }
+            self.stop(&key);
+        }
+    }
+
+    fn odd_ranges_are_refused_and_nothing_is_touched(&self) {
+        let key = self.any_key(2);
+        let unit = bytes_of(self.config().1);
+        let key_ref = self.start(&key).unwrap();
+        for not_whole in [0..1, 0..unit - 1, 0..unit + 1, 16..unit, 0..2 * unit - 16] {
+            assert_eq!(self.refusal_untouched(key_ref, 2 * unit, not_whole), ErrorKind::Misaligned);
+        }
+        let end_before_start = Range { start: unit, end: 0 };
+        for outside in
+            [0..3 * unit, 2 * unit..3 * unit, 0..usize::MAX, usize::MAX..usize::MAX, end_before_start]
+        {
+            assert_eq!(self.refusal_untouched(key_ref, 2 * unit, outside), ErrorKind::Invalid);
+        }
+        // No data units are a whole number of them.
+        for empty in [0..0, unit..unit, 2 * unit..2 * unit] {
+            let mut memory = self.memory(&plaintext(2 * unit));
+            self.engine.crypt(key_ref, Direction::Encrypt, Dun::ZERO, &mut *memory, empty).unwrap();
+            assert_eq!(memory.bytes(), plaintext(2 * unit));
+        }
+        // And the key is as good as before.
+        self.crypt(key_ref, Direction::Encrypt, Dun::ZERO, &plaintext(unit)).unwrap();
+        self.stop(&key);
+    }
+
+    fn a_key_that_is_not_served_leaves_the_keyslot_empty(&self) {
+        let good = self.any_key(3);
+        let (mode, unit) = self.config();
+        let mut bad = Vec::new();
+        for bit in 4..=20 {
+            let size = DataUnitSize::from_bytes(1 << bit).unwrap();
+            let mode = self.configs()[0].0;
+            if !self.engine.capabilities().units[mode.index()].contains(size) {
+                bad.push((raw_key(mode, size, 3), ErrorKind::Unsupported));
+            }
+        }
+        if !self.serves_raw() {
+            bad.push((raw_key(mode, unit, 3), ErrorKind::Unsupported));
+        }
+        let rejected = match self.engine.key_ladder() {
+            Some(_) => ErrorKind::KeyRejected,
+            None => ErrorKind::Unsupported,
+        };
+        for len in [32, 64, WRAPPED_KEY_BYTES_MAX] {
+            let blob = EphemeralWrappedKey::new(&vec![0x17; len]);
+            bad.push((key(mode, unit, KeyForm::Wrapped(blob)), rejected));
+        }
+        for (bad, kind) in bad {
+            if self.keyslots() == 0 {
+                let len = bytes_of(bad.config().data_unit_size());
+                assert_eq!(self.refusal_untouched(KeyRef::Inline(&bad), len, 0..len), kind);
+                continue;
+            }
+            self.engine.program(self.last_slot(), &good).unwrap();
+            let why = self.engine.program(self.last_slot(), &bad).unwrap_err();
+            assert_eq!(why.kind(), kind, "{why}");
+            self.assert_no_key(self.last_slot());
+        }
+    }
+
+    fn many_threads_share_one_key(&self) {
+        let key = self.any_key(4);
+        let unit = bytes_of(self.config().1);
+        let key_ref = self.start(&key).unwrap();
+        let plain = plaintext(8 * unit);
+        let alone: Vec<_> = (0..4_u64)
+            .map(|n| self.crypt(key_ref, Direction::Encrypt, Dun::from(n * 1000), &plain).unwrap())
+            .collect();
+        std::thread::scope(|scope| {
+            for n in 0..4_u64 {
+                let (plain, alone) = (&plain, &alone[usize::try_from(n).unwrap()]);
+                scope.spawn(move || {
+                    for _ in 0..50 {
+                        let dun = Dun::from(n * 1000);
+                        assert!(self.crypt(key_ref, Direction::Encrypt, dun, plain).unwrap() == *alone);
+                        assert!(self.crypt(key_ref, Direction::Decrypt, dun, alone).unwrap() == *plain);
+                    }
+                });
+            }
+        });
+        self.stop(&key);
+    }
+
+    fn without_keyslots_a_key_is_forgotten_gladly(&self) {
+        let key = self.any_key(5);
+        for _ in 0..2 {
+            self.engine.evict(None, &key).unwrap();
+        }
+        // Forgotten is not forbidden.
+        let unit = bytes_of(self.config().1);
+        self.crypt(KeyRef::Inline(&key), Direction::Encrypt, Dun::ZERO, &plaintext(unit)).unwrap();
+        self.engine.evict(None, &key).unwrap();
+    }
+
+    fn an_empty_keyslot_answers_no_key_and_touches_nothing(&self) {
+        let key = self.any_key(6);
+        for slot in (0..self.keyslots()).map(SlotIndex) {
+            self.engine.evict(Some(slot), &key).unwrap();
+            self.assert_no_key(slot);
+        }
+    }
+
+    fn programming_replaces_and_evicting_empties(&self) {
+        let slot = self.last_slot();
+        let plain = plaintext(bytes_of(self.config().1));
+        let (one, other) = (self.any_key(7), self.any_key(8));
+        let encrypt = || self.crypt(KeyRef::Slot(slot), Direction::Encrypt, Dun::ZERO, &plain).unwrap();
+
+        self.engine.program(slot, &one).unwrap();
+        let with_one = encrypt();
+        self.engine.program(slot, &other).unwrap();
+        let with_other = encrypt();
+        assert_ne!(with_one, with_other);
+        // The same key again, as after a reset.
+        self.engine.program(slot, &other).unwrap();
+        assert_eq!(encrypt(), with_other);
+        self.engine.program(slot, &one).unwrap();
+        assert_eq!(encrypt(), with_one);
+
+        self.engine.evict(Some(slot), &one).unwrap();
+        self.assert_no_key(slot);
+        self.engine.evict(Some(slot), &one).unwrap();
+        self.assert_no_key(slot);
+    }
+
+    fn keyslots_do_not_disturb_each_other(&self) {
+        let slots: Vec<_> = (0..self.keyslots().min(64)).map(SlotIndex).collect();
+        let plain = plaintext(bytes_of(self.config().1));
+        let keys: Vec<_> = slots.iter().map(|slot| self.any_key(u8::try_from(slot.0).unwrap())).collect();
+        for (slot, key) in slots.iter().zip(&keys) {
+            self.engine.program(*slot, key).unwrap();
+        }
+        let encrypt = |slot: &SlotIndex| {
+            self.crypt(KeyRef::Slot(*slot), Direction::Encrypt, Dun::ZERO, &plain).unwrap()
+        };
+        let ciphertexts: Vec<_> = slots.iter().map(encrypt).collect();
+        for (n, one) in ciphertexts.iter().enumerate() {
+            assert!(ciphertexts[..n].iter().all(|other| other != one));
+        }
+        // One after the other goes; the others stay as they were.
+        for (n, (slot, key)) in slots.iter().zip(&keys).enumerate() {
+            self.engine.evict(Some(*slot), key).unwrap();
+            self.assert_no_key(*slot);
+            assert_eq!(slots[n + 1..].iter().map(encrypt).collect::<Vec<_>>(), ciphertexts[n + 1..]);
+        }
+    }
+
+    fn programming_beside_a_running_request_does_not_disturb_it(&self) {
+        if self.keyslots() < 2 {
+            return;
+        }
+        let (busy, other) = (SlotIndex(0), self.last_slot());
+        let (key, passing) = (self.any_key(9), self.any_key(10));
+        let plain = plaintext(4 * bytes_of(self.config().1));
+        self.engine.program(busy, &key).unwrap();
+        let encrypt = || self.crypt(KeyRef::Slot(busy), Direction::Encrypt, Dun::ZERO, &plain).unwrap();
+        let wanted = encrypt();
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    self.engine.program(other, &passing).unwrap();
+                    // The same key into the keyslot in use: the one overlap that the framework may cause.
+                    self.engine.evict(Some(other), &passing).unwrap();
+                }
+            });
+            let all_equal = (0..200).all(|_| encrypt() == wanted);
+            done.store(true, Ordering::Relaxed);
+            assert!(all_equal);
+        });
+        self.engine.evict(Some(busy), &key).unwrap();
+    }
+
+    fn keyslots_that_do_not_exist_are_refused(&self) {
+        let key = self.any_key(11);
+        let unit = bytes_of(self.config().1);
+        for slot in [self.keyslots(), self.keyslots() + 1, u32::MAX].map(SlotIndex) {
+            assert_eq!(self.engine.program(slot, &key).unwrap_err().kind(), ErrorKind::Invalid);
+            assert_eq!(self.engine.evict(Some(slot), &key).unwrap_err().kind(), ErrorKind::Invalid);
+            assert_eq!(self.refusal_untouched(KeyRef::Slot(slot), unit, 0..unit), ErrorKind::Invalid);
+        }
+        if self.keyslots() > 0 {
+            assert_eq!(self.engine.evict(None, &key).unwrap_err().kind(), ErrorKind::Invalid);
+            assert_eq!(self.refusal_untouched(KeyRef::Inline(&key), unit, 0..unit), ErrorKind::Invalid);
+        }
+    }
+
+    fn the_ladder_gives_the_published_keys(&self, ladder: &dyn KeyLadder) {
+        // linux-inline-encryption known answers: the software secrets of the Android kernel tests (zero master), and
+        // one that fscrypt-crypt-util computes (00..1f).
+        let zero = match self.kdf {
+            KdfVariant::V1 | KdfVariant::LegacyKdf => {
+                "e26fb19b4fb6266fc7c5fc9654efad643cfebc64c097341155195595c28d5ec9"
+            }
+            KdfVariant::Rearranged => "4ef06e6aa984104667863f15087c12bbfb8e4715145bc06b5982abd4198385b4",
+        };
+        let secret = ladder.derive_software_secret(&self.ephemeral(&[0; 32])).unwrap();
+        assert_eq!(hex::encode(secret.expose()), zero);
+        let secret = ladder.derive_software_secret(&self.ephemeral(&MASTER)).unwrap();
+        assert_eq!(*secret.expose(), *software_secret(self.kdf, &MASTER));
+        if self.kdf == KdfVariant::V1 {
+            let known = "48b69fb100fda3d600b75d7f25e2b8f1cf95e5de1bd624b9273d537519270c65";
+            assert_eq!(hex::encode(secret.expose()), known);
+        }
+        for blob in
+            [ladder.import(&RawKey::new(&MASTER)).unwrap().as_bytes(), self.ephemeral(&MASTER).as_bytes()]
+        {
+            assert!((32..=WRAPPED_KEY_BYTES_MAX).contains(&blob.len()));
+            assert!(blob.windows(8).all(|window| !MASTER.windows(8).any(|part| part == window)));
+        }
+    }
+
+    fn wrapped_keys_encrypt_as_the_derived_raw_keys_do(&self, _ladder: &dyn KeyLadder) {
+        // The 64 bytes that shipped hardware derives; the first three from the Android kernel tests.
+        let zero = match self.kdf {
+            KdfVariant::V1 => {
+                "cbe5db40215a3d386d61e54ef2f8a7814b00bacf35b316f88e68e89a47abbab4\
+                 834c27dac8a91ae1c3304f31b5f2202c14989661bafccc56cf6212d8b1f72691"
+            }
+            KdfVariant::LegacyKdf => {
+                "6361f802b37aa64a075784bede2341f1d9236e646c70460f15b37ce5ff43a54f\
+                 15d95693343d528b67372a7f383ed8e7c45ed0899e02825453c9419aafa3695f"
+            }
+            KdfVariant::Rearranged => {
+                "dba0a67e471be39fd1ec289945f52145df12937a0b42915f7c711feb47403e6a\
+                 e5b7b52968a8cc635d10ab8b8724ef5dec6236d81a1b387808c407ce01c56388"
+            }
+        };
+        let mut known = vec![([0; 32], Mode::Aes256Xts, hex::decode(zero).unwrap())];
+        if self.kdf == KdfVariant::V1 {
+            let bytes = "16317c8fe3133e7aef46bdede2b39f09a81e9fbe0c095f906c5c1341da6eaf17\
+                         f151e2982f4f14a5495f78761066cafa5ebb995997d3fb5c8678bb394b6b57dc";
+            known.push((MASTER, Mode::Aes256Xts, hex::decode(bytes).unwrap()));
+        }
+        for mode in Mode::ALL {
+            known.push((MASTER, mode, inline_encryption_key(self.kdf, &MASTER, mode).to_vec()));
+        }
+        for (mode, unit) in self.configs() {
+            for (master, _, derived) in known.iter().filter(|(_, of, _)| *of == mode) {
+                let wrapped = self.wrapped_key(mode, unit, master);
+                let key_ref = self.start(&wrapped).unwrap();
+                let plain = plaintext(2 * bytes_of(unit));
+                for first in DUNS {
+                    let ciphertext = self.crypt(key_ref, Direction::Encrypt, first, &plain).unwrap();
+                    assert!(ciphertext == expected(mode, derived, unit, first, &plain), "{mode} {unit}");
+                    assert!(self.crypt(key_ref, Direction::Decrypt, first, &ciphertext).unwrap() == plain);
+                }
+                self.stop(&wrapped);
+            }
+        }
+    }
+
+    fn generated_keys_are_new_and_work(&self, ladder: &dyn KeyLadder) {
+        let (mode, unit) = self.config();
+        let plain = plaintext(bytes_of(unit));
+        let ciphertexts: Vec<_> = (0..3)
+            .map(|_| {
+                let ephemeral = ladder.prepare(&ladder.generate().unwrap()).unwrap();
+                ladder.derive_software_secret(&ephemeral).unwrap();
+                let key = key(mode, unit, KeyForm::Wrapped(ephemeral));
+                let key_ref = self.start(&key).unwrap();
+                let ciphertext = self.crypt(key_ref, Direction::Encrypt, Dun::ZERO, &plain).unwrap();
+                self.stop(&key);
+                ciphertext
+            })
+            .collect();
+        assert!(
+            ciphertexts[0] != ciphertexts[1]
+                && ciphertexts[1] != ciphertexts[2]
+                && ciphertexts[0] != ciphertexts[2]
+        );
+    }
+
+    fn import_takes_a_size_or_calls_it_invalid(&self, ladder: &dyn KeyLadder) {
+        let mut taken = 0;
+        for len in 16..=64 {
+            match ladder.import(&RawKey::new(&vec![7; len])) {
+                Ok(long_term) => {
+                    taken += 1;
+                    ladder.prepare(&long_term).unwrap();
+                }
+                Err(why) => assert_eq!(why.kind(), ErrorKind::Invalid, "{why}"),
+            }
+        }
+        assert!(taken > 0);
+    }
+
+    /// Everything but a blob of the right form, bit for bit.
+    fn whatever_was_not_wrapped_here_is_rejected(&self, ladder: &dyn KeyLadder) {
+        let long_term = ladder.import(&RawKey::new(&MASTER)).unwrap();
+        let ephemeral = ladder.prepare(&long_term).unwrap();
+        let (long_term, ephemeral) = (long_term.as_bytes(), ephemeral.as_bytes());
+        let (mode, unit) = self.config();
+        let good = self.wrapped_key(mode, unit, &MASTER);
+
+        for blob in changed(long_term).iter().map(Vec::as_slice).chain([ephemeral]) {
+            let why = ladder.prepare(&LongTermWrappedKey::new(blob)).unwrap_err();
+            assert_eq!(why.kind(), ErrorKind::KeyRejected, "{why}");
+        }
+        for blob in changed(ephemeral).iter().map(Vec::as_slice).chain([long_term]) {
+            let why = ladder.derive_software_secret(&EphemeralWrappedKey::new(blob)).unwrap_err();
+            assert_eq!(why.kind(), ErrorKind::KeyRejected, "{why}");
+            let form = KeyForm::Wrapped(EphemeralWrappedKey::new(blob));
+            // Sizes that a key cannot have never reach an engine.
+            let Ok(bad) = Key::new(mode, unit, mode.info().iv_bytes, form, Hardware::Allowed) else {
+                continue;
+            };
+            if self.keyslots() == 0 {
+                let len = bytes_of(unit);
+                assert_eq!(self.refusal_untouched(KeyRef::Inline(&bad), len, 0..len), ErrorKind::KeyRejected);
+            } else {
+                self.engine.program(self.last_slot(), &good).unwrap();
+                let why = self.engine.program(self.last_slot(), &bad).unwrap_err();
+                assert_eq!(why.kind(), ErrorKind::KeyRejected, "{why}");
+                self.assert_no_key(self.last_slot());
+            }
+        }
+        // The messages show nothing of the bytes.
+        let why = ladder.derive_software_secret(&EphemeralWrappedKey::new(&MASTER)).unwrap_err();
+        assert!(!why.chain().contains("000102") && !format!("{why:?}").contains("1, 2, 3"), "{why:?}");
+    }
+}
+
+/// `blob` with each of its bits flipped, at every other length, and things that are no blob at all.
+fn changed(blob: &[u8]) -> Vec<Vec<u8>> {
+    let flipped = (0..blob.len() * 8).map(|bit| {
+        let mut changed = blob.to_vec();
+        changed[bit / 8] ^= 1 << (bit % 8);
+        changed
+    });
+    let shorter = (0..blob.len()).map(|len| blob[..len].to_vec());
+    let tails = (1..blob.len()).map(|from| blob[from..].to_vec());
+    let longer = (blob.len() + 1..=WRAPPED_KEY_BYTES_MAX + 1).map(|len| {
+        let mut changed = blob.to_vec();
+        changed.resize(len, 0);
+        changed
+    });
+    let raw = [16, 32, 64, blob.len()].map(|len| plaintext(len));
+    flipped.chain(shorter).chain(tails).chain(longer).chain(raw).collect()
+}
+
+/// A root in a directory that goes with it.
+fn new_root() -> (tempfile::TempDir, Root) {
+    let directory = tempfile::tempdir().unwrap();
+    let root = Root::create_file(directory.path().join("root")).unwrap();
+    (directory, root)
+}
+
+#[test]
+fn every_engine_keeps_the_bargain() {
+    let (_directory, root) = new_root();
+    for spec in EngineSpec::all_for_tests() {
+        for root in [None, Some(&root)] {
+            eprintln!("{spec}, {}", if root.is_some() { "with a root" } else { "without a root" });
+            let engine = open(&spec, root).unwrap_or_else(|why| panic!("{spec}: {}", why.chain()));
+            run(&spec, &*engine);
+            // Nothing that one run leaves behind changes the next.
+            run(&spec, &*engine);
+        }
+    }
+}
+
+#[test]
+fn without_a_root_an_engine_takes_raw_keys_only() {
+    for spec in EngineSpec::all_for_tests() {
+        let engine = open(&spec, None).unwrap();
+        assert!(!engine.capabilities().key_types.contains(KeyType::HardwareWrapped));
+    }
+}
+
+#[test]
+fn a_stored_key_gives_the_same_ciphertext_at_every_start_and_a_prepared_one_only_at_its_own() {
+    let (directory, root) = new_root();
+    for spec in EngineSpec::all_for_tests() {
+        let first = open(&spec, Some(&root)).unwrap();
+        let again = Root::open_file(directory.path().join("root")).unwrap();
+        let second = open(&spec, Some(&again)).unwrap();
+        let (first, second) = (&*first, &*second);
+        let stored = first.key_ladder().unwrap().generate().unwrap();
+        let ciphertexts = [first, second].map(|engine| {
+            let bargain = Bargain { engine, kdf: spec.kdf() };
+            let (mode, unit) = bargain.config();
+            let prepared = engine.key_ladder().unwrap().prepare(&stored).unwrap();
+            let key = key(mode, unit, KeyForm::Wrapped(prepared));
+            let plain = plaintext(bytes_of(unit));
+            bargain.crypt(bargain.start(&key).unwrap(), Direction::Encrypt, Dun::from(5), &plain).unwrap()
+        });
+        assert_eq!(ciphertexts[0], ciphertexts[1], "{spec}");
+
+        let of_first = first.key_ladder().unwrap().prepare(&stored).unwrap();
+        let why = second.key_ladder().unwrap().derive_software_secret(&of_first).unwrap_err();
+        assert_eq!(why.kind(), ErrorKind::KeyRejected, "{spec}");
+        assert!(why.chain().contains("prepare it again"), "{}", why.chain());
+        assert_eq!(why.errno().raw(), 74, "EBADMSG");
+    }
+}
+
+#[test]
+fn a_key_of_another_root_is_rejected_and_the_message_names_both() {
+    let ((_one, mine), (_other, theirs)) = (new_root(), new_root());
+    for spec in EngineSpec::all_for_tests() {
+        let stored = open(&spec, Some(&theirs)).unwrap().key_ladder().unwrap().generate().unwrap();
+        let why = open(&spec, Some(&mine)).unwrap().key_ladder().unwrap().prepare(&stored).unwrap_err();
+        assert_eq!(why.kind(), ErrorKind::KeyRejected);
+        let text = why.chain();
+        assert!(text.contains(&mine.id().to_string()) && text.contains(&theirs.id().to_string()), "{text}");
+    }
+}
+
+/// Engines that are not in the registry for being like another: the most keyslots there can be.
+#[test]
+fn the_most_keyslots_work_from_first_to_last() {
+    let spec: EngineSpec = "software:slots=65536".parse().unwrap();
+    let engine = open(&spec, None).unwrap();
+    let bargain = Bargain { engine: &*engine, kdf: spec.kdf() };
+    bargain.an_empty_keyslot_answers_no_key_and_touches_nothing();
+    bargain.programming_replaces_and_evicting_empties();
+    bargain.keyslots_that_do_not_exist_are_refused();
+}
+
+#[test]
+fn the_software_engine_imports_32_bytes_and_nothing_else() {
+    let (_directory, root) = new_root();
+    let engine = open(&EngineSpec::default(), Some(&root)).unwrap();
+    let ladder = engine.key_ladder().unwrap();
+    for len in 0..=128 {
+        let imported = ladder.import(&RawKey::new(&vec![7; len]));
+        assert_eq!(
+            imported.map_err(|why| why.kind()).err(),
+            (len != 32).then_some(ErrorKind::Invalid),
+            "{len}"
+        );
+    }
+}
+
+/// What a list of operations may do to keyslots.
+#[derive(Clone, Debug)]
+enum Operation {
+    Program(u32, usize),
+    ProgramRejected(u32),
+    Evict(u32, usize),
+    Crypt(u32),
+}
+
+fn operation() -> impl Strategy<Value = Operation> {
+    let (slot, key) = (0..4_u32, 0..6_usize);
+    prop_oneof![
+        3 => (slot.clone(), key.clone()).prop_map(|(slot, key)| Operation::Program(slot, key)),
+        1 => slot.clone().prop_map(Operation::ProgramRejected),
+        1 => (slot.clone(), key).prop_map(|(slot, key)| Operation::Evict(slot, key)),
+        4 => slot.prop_map(Operation::Crypt),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    /// The oracle is a map from keyslot to key.
+    #[test]
+    fn keyslots_hold_what_a_map_would(operations in prop::collection::vec(operation(), 1..60)) {
+        let (_directory, root) = new_root();
+        for spec in EngineSpec::all_for_tests() {
+            let engine = open(&spec, Some(&root)).unwrap();
+            let bargain = Bargain { engine: &*engine, kdf: spec.kdf() };
+            let slots = bargain.keyslots();
+            if slots == 0 {
+                continue;
+            }
+            let (mode, unit) = bargain.config();
+            let keys: Vec<_> = (0..6).map(|n| match n % 2 {
+                0 => bargain.any_key(n),
+                _ => bargain.wrapped_key(mode, unit, &[n; 32]),
+            }).collect();
+            let rejected = key(mode, unit, KeyForm::Wrapped(EphemeralWrappedKey::new(&[9; 72])));
+            let plain = plaintext(bytes_of(unit));
+            let ciphertexts: Vec<_> = keys.iter().map(|key| {
+                let key_ref = bargain.start(key).unwrap();
+                bargain.crypt(key_ref, Direction::Encrypt, Dun::ZERO, &plain).unwrap()
+            }).collect();
+            bargain.stop(&keys[0]);
+
+            let mut oracle: HashMap<u32, usize> = HashMap::new();
+            for operation in &operations {
+                match *operation {
+                    Operation::Program(slot, key) => {
+                        engine.program(SlotIndex(slot % slots), &keys[key]).unwrap();
+                        oracle.insert(slot % slots, key);
+                    }
+                    Operation::ProgramRejected(slot) => {
+                        prop_assert!(engine.program(SlotIndex(slot % slots), &rejected).is_err());
+                        oracle.remove(&(slot % slots));
+                    }
+                    Operation::Evict(slot, key) => {
+                        engine.evict(Some(SlotIndex(slot % slots)), &keys[key]).unwrap();
+                        oracle.remove(&(slot % slots));
+                    }
+                    Operation::Crypt(slot) => {
+                        let slot = SlotIndex(slot % slots);
+                        match oracle.get(&slot.0) {
+                            Some(&key) => prop_assert!(
+                                bargain.crypt(KeyRef::Slot(slot), Direction::Encrypt, Dun::ZERO, &plain).unwrap()
+                                    == ciphertexts[key]
+                            ),
+                            None => bargain.assert_no_key(slot),
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
