@@ -39,8 +39,12 @@ fn step() -> impl Strategy<Value = Step> {
 #[derive(Debug)]
 struct Waiting {
     key: KeyId,
+    /// Who waited before it.
     ahead: usize,
+    /// Later requests granted before it.
     passed: usize,
+    /// Requests granted before it.
+    others: usize,
     program_started: bool,
 }
 
@@ -80,7 +84,8 @@ impl World {
             }
             Acquired::Queued(ticket) => {
                 let ahead = self.waiting.len();
-                self.waiting.insert(ticket, Waiting { key, ahead, passed: 0, program_started: false });
+                self.waiting
+                    .insert(ticket, Waiting { key, ahead, passed: 0, others: 0, program_started: false });
                 self.carry_out(actions);
             }
         }
@@ -88,10 +93,16 @@ impl World {
 
     fn grant(&mut self, key: KeyId, grant: Grant, ticket: Option<Ticket>) {
         assert_eq!(self.engine[grant.slot.0 as usize], Some(key), "a granted keyslot holds the asked key");
+        let bypass_max = self.policy.bypass_max as usize;
         for (other, waiting) in &mut self.waiting {
-            if ticket.is_none_or(|ticket| *other < ticket) && !waiting.program_started {
+            if waiting.program_started {
+                continue;
+            }
+            waiting.others += 1;
+            assert!(waiting.others <= waiting.ahead + bypass_max, "granted later than the documented bound");
+            if ticket.is_none_or(|ticket| *other < ticket) {
                 waiting.passed += 1;
-                assert!(waiting.passed <= self.policy.bypass_max as usize, "passed too often");
+                assert!(waiting.passed <= bypass_max, "passed too often");
             }
         }
         self.granted.push((key, grant));

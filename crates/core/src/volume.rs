@@ -1,0 +1,488 @@
+//! Encrypted volumes: the life of a request, start to finish. The file to read.
+//!
+//! ```text
+//! 1 align     whole data units; a write that begins or ends inside one reads the rest of it first (read-modify-write)
+//! 2 lock      the data units' range: writes alone, reads together; so nobody sees half of a request
+//! 3 context   key, and first DUN = (iv_offset + offset / 512) in data units
+//! 4 crypt     write: encrypt in place, then backing.write         read: backing.read, then decrypt in place
+//!             (the admission takes a keyslot for as long as the engine computes)
+//! 5 unlock    then the export answers
+//! ```
+//!
+//! The layout is that of dm-crypt's `aes-xts-plain64` with `sector_size:N iv_large_sectors`: data unit `n` at byte
+//! `n * N`, no header. So nothing on the disk tells whether a key is the right one.
+//!
+//! # What an interrupted write may damage
+//!
+//! A plain disk that loses power during a write leaves each 512-byte sector *of that write* old or new, and no other sector
+//! changed. With XTS the same holds here even if the logical block is smaller than the data unit: each 16-byte block of
+//! ciphertext depends on its own plaintext, so a rewritten data unit differs only in the sectors that were written, and
+//! only those are sent to the backing. With CBC a changed sector changes the ciphertext of all later ones in the unit,
+//! and with a wide-block mode that of all; torn, the unit's untouched sectors would be damaged, and nothing short of a
+//! journal prevents it. So for those modes the logical block is the data unit, and requests that are not whole blocks
+//! are refused. (And even a whole data unit of theirs, torn, decrypts to garbage instead of to old and new sectors, as
+//! with dm-crypt; a backing that writes `data unit size` bytes atomically does not tear it.)
+
+use crate::backing::{Access, Backing, Durability, Extent};
+use crate::config::{CryptoConfig, DataUnitSize, Mode};
+use crate::disk::{CHUNK_BYTES, Disk, Geometry, SMALL_BUFFER_BYTES, Span, Unaligned, Zeroing};
+use crate::engine::Direction;
+use crate::error::{Error, ErrorKind, Op};
+use crate::memory::Buffer;
+use crate::profile::Admission;
+use crate::range_lock::{RangeLock, Sharing};
+use inlinecrypt_cipher::{Dun, SectorUpdate};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Bytes of a sector: the unit of IV offsets, and the least that disks write at once.
+pub const SECTOR_BYTES: u32 = 512;
+
+/// How a volume lies on its backing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Layout {
+    mode: Mode,
+    data_unit_size: DataUnitSize,
+    logical_block_bytes: u32,
+    iv_offset_sectors: u64,
+    size_bytes: u64,
+}
+
+impl Layout {
+    /// A volume of `mode` over `backing_bytes`, of which whole data units are used. Its logical block is
+    /// `logical_block_bytes`, or what suits the mode: 512 bytes for XTS, the data unit else.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Invalid`] if the data unit is not 512 bytes to 64 KiB, the backing holds not even one, the logical
+    /// block is not a power of two from 512 bytes to the data unit, smaller than the data unit though the mode would be
+    /// torn (see the module), or the IVs would overflow.
+    pub fn new(
+        mode: Mode,
+        data_unit_size: DataUnitSize,
+        logical_block_bytes: Option<u32>,
+        iv_offset_sectors: u64,
+        backing_bytes: u64,
+    ) -> Result<Self, Error> {
+        let invalid = |detail: String| Error::new(ErrorKind::Invalid, Op::Open).detail(detail);
+        let unit_bytes = data_unit_size.bytes();
+        if !(DataUnitSize::MIN_SERVED..=DataUnitSize::MAX_SERVED).contains(&data_unit_size) {
+            return Err(invalid(format!("data units of {unit_bytes} bytes; volumes have 512 to 65536")));
+        }
+        let update = mode.info().sector_update;
+        let logical_block_bytes = logical_block_bytes.unwrap_or(match update {
+            SectorUpdate::Local => SECTOR_BYTES,
+            SectorUpdate::Chained | SectorUpdate::Wide => unit_bytes,
+        });
+        if !logical_block_bytes.is_power_of_two()
+            || !(SECTOR_BYTES..=unit_bytes).contains(&logical_block_bytes)
+        {
+            return Err(invalid(format!(
+                "a logical block of {logical_block_bytes} bytes; it must be a power of two from 512 to the data \
+                 unit's {unit_bytes}"
+            )));
+        }
+        if logical_block_bytes < unit_bytes && update != SectorUpdate::Local {
+            return Err(invalid(format!(
+                "a logical block of {logical_block_bytes} bytes in data units of {unit_bytes}: with {mode} an \
+                 interrupted write would damage blocks that were not written; use a logical block of {unit_bytes}, \
+                 a data unit of {logical_block_bytes}, or an XTS mode"
+            )));
+        }
+        let size_bytes = backing_bytes & !(u64::from(unit_bytes) - 1);
+        if size_bytes == 0 {
+            return Err(invalid(format!("{backing_bytes} bytes are not even one data unit of {unit_bytes}")));
+        }
+        let sectors = size_bytes / u64::from(SECTOR_BYTES);
+        if iv_offset_sectors.checked_add(sectors - 1).is_none() {
+            return Err(invalid(format!(
+                "with an IV offset of {iv_offset_sectors} sectors the IVs overflow"
+            )));
+        }
+        Ok(Self { mode, data_unit_size, logical_block_bytes, iv_offset_sectors, size_bytes })
+    }
+
+    /// How many bytes the volume's largest DUN needs: what its key must be made for.
+    #[must_use]
+    pub fn dun_bytes(&self) -> u8 {
+        self.dun_at(self.size_bytes - 1).significant_bytes().max(1)
+    }
+
+    /// Its mode.
+    #[must_use]
+    pub fn mode(&self) -> Mode {
+        self.mode
+    }
+
+    /// Its data unit size.
+    #[must_use]
+    pub fn data_unit_size(&self) -> DataUnitSize {
+        self.data_unit_size
+    }
+
+    /// Least unit that clients should address, in bytes.
+    #[must_use]
+    pub fn logical_block_bytes(&self) -> u32 {
+        self.logical_block_bytes
+    }
+
+    /// What is added to the sector number before it becomes a DUN, in 512-byte sectors.
+    #[must_use]
+    pub fn iv_offset_sectors(&self) -> u64 {
+        self.iv_offset_sectors
+    }
+
+    /// Its size in bytes: whole data units.
+    #[must_use]
+    pub fn size_bytes(&self) -> u64 {
+        self.size_bytes
+    }
+
+    fn dun_at(&self, offset_bytes: u64) -> Dun {
+        let sector = self.iv_offset_sectors + offset_bytes / u64::from(SECTOR_BYTES);
+        Dun::from(sector >> (self.data_unit_size.log2() - 9))
+    }
+
+    fn suits(&self, config: &CryptoConfig) -> bool {
+        config.mode() == self.mode
+            && config.data_unit_size() == self.data_unit_size
+            && config.dun_bytes() >= self.dun_bytes()
+    }
+}
+
+/// What a volume gives back when clients trim.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Discard {
+    /// The backing's storage. Whoever sees the backing learns which parts are unused.
+    Pass,
+    /// Nothing: trim is not offered.
+    Off,
+}
+
+/// A volume: an admitted key over a backing.
+#[derive(Debug)]
+pub struct Volume {
+    layout: Layout,
+    admission: Admission,
+    backing: Arc<dyn Backing>,
+    /// Bytes to whose multiples writes are widened: what the backing asks for, and never less than a sector.
+    granule: u64,
+    access: Access,
+    can_discard: bool,
+    locks: RangeLock,
+}
+
+impl Volume {
+    /// A volume of `layout` on `backing`, with the key of `admission`.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Invalid`] if the key was not made for the layout, the backing is shorter than it, or cannot be
+    /// addressed in its data units.
+    pub fn new(
+        layout: Layout,
+        admission: Admission,
+        backing: Arc<dyn Backing>,
+        access: Access,
+        discard: Discard,
+    ) -> Result<Self, Error> {
+        let invalid = |detail: String| Error::new(ErrorKind::Invalid, Op::Open).detail(detail);
+        let facts = backing.facts();
+        if !layout.suits(admission.key().config()) {
+            return Err(invalid("the key was made for another mode, data unit size or DUN width".to_owned()));
+        }
+        if facts.len_bytes < layout.size_bytes {
+            return Err(invalid(format!(
+                "the backing has {} bytes, the volume {}",
+                facts.len_bytes, layout.size_bytes
+            )));
+        }
+        let unit_bytes = layout.data_unit_size.bytes();
+        if facts.align_bytes > unit_bytes {
+            return Err(invalid(format!(
+                "the backing is addressed in blocks of {} bytes, the data units have {unit_bytes}",
+                facts.align_bytes
+            )));
+        }
+        if facts.access == Access::ReadOnly && access == Access::ReadWrite {
+            return Err(Error::new(ErrorKind::ReadOnly, Op::Open).detail("the backing is read-only"));
+        }
+        Ok(Self {
+            granule: u64::from(facts.align_bytes.max(SECTOR_BYTES)),
+            can_discard: facts.can_discard && discard == Discard::Pass && access == Access::ReadWrite,
+            layout,
+            admission,
+            backing,
+            access,
+            locks: RangeLock::new(),
+        })
+    }
+
+    /// How it lies on its backing.
+    #[must_use]
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The right to its key.
+    #[must_use]
+    pub fn admission(&self) -> &Admission {
+        &self.admission
+    }
+
+    fn unit_bytes(&self) -> u64 {
+        self.layout.data_unit_size.bytes().into()
+    }
+
+    fn unit_floor(&self, offset: u64) -> u64 {
+        offset & !(self.unit_bytes() - 1)
+    }
+
+    /// The data units of a span, on the backing.
+    fn units_of(&self, span: &Span) -> Range<u64> {
+        let start = self.unit_floor(span.offset);
+        start..start + span.units_len as u64
+    }
+
+    fn crypt(
+        &self,
+        direction: Direction,
+        offset: u64,
+        buffer: &mut Buffer,
+        range: Range<usize>,
+    ) -> Result<(), Error> {
+        self.admission.crypt(direction, self.layout.dun_at(offset), buffer.memory_mut(), range)
+    }
+
+    /// Puts the plaintext of the data unit at `offset` into the scratch room.
+    fn read_edge(&self, offset: u64, scratch: Range<usize>, buffer: &mut Buffer) -> Result<(), Error> {
+        self.backing.read(offset, &mut buffer.bytes_mut()[scratch.clone()])?;
+        self.crypt(Direction::Decrypt, offset, buffer, scratch)
+    }
+
+    /// Completes the first and last data unit of a write with what is on the disk.
+    fn fill_edges(&self, span: &Span, units: &Range<u64>, buffer: &mut Buffer) -> Result<(), Error> {
+        let payload = span.payload();
+        let unit = usize::try_from(self.unit_bytes()).expect("at most 64 KiB");
+        let scratch = span.units_len..span.units_len + unit;
+        let last = span.units_len - unit;
+        if payload.start > 0 {
+            self.read_edge(units.start, scratch.clone(), buffer)?;
+            buffer.bytes_mut().copy_within(scratch.start..scratch.start + payload.start, 0);
+            if last == 0 {
+                // The same data unit also holds what comes behind the payload.
+                buffer.bytes_mut().copy_within(scratch.start + payload.end..scratch.end, payload.end);
+                return Ok(());
+            }
+        }
+        if payload.end < span.units_len {
+            self.read_edge(units.end - self.unit_bytes(), scratch.clone(), buffer)?;
+            buffer.bytes_mut().copy_within(scratch.start + (payload.end - last)..scratch.end, payload.end);
+        }
+        Ok(())
+    }
+
+    fn write_locked(
+        &self,
+        span: &Span,
+        units: &Range<u64>,
+        buffer: &mut Buffer,
+        durability: Durability,
+    ) -> Result<(), Error> {
+        if span.scratch_len > 0 {
+            self.fill_edges(span, units, buffer)?;
+        }
+        self.crypt(Direction::Encrypt, units.start, buffer, 0..span.units_len)?;
+        // Only the sectors that were written: the others have the very bytes that are on the disk.
+        let start = span.offset & !(self.granule - 1);
+        let end = (span.offset + span.len as u64).next_multiple_of(self.granule);
+        let within = |at: u64| usize::try_from(at - units.start).expect("within the buffer");
+        self.backing.write(start, &buffer.bytes()[within(start)..within(end)], durability)
+    }
+
+    /// Whether a piece may be worked on at all. The export has checked the request; this guards against others.
+    fn check_piece(&self, span: &Span, buffer: &Buffer, access: Access) -> Result<(), Error> {
+        self.check(span.offset, span.len as u64, access)?;
+        if buffer.bytes().len() < span.buffer_bytes() {
+            return Err(Error::new(ErrorKind::Invalid, Op::Allocate).detail("the buffer is too small"));
+        }
+        Ok(())
+    }
+}
+
+impl Disk for Volume {
+    fn geometry(&self) -> Geometry {
+        let Layout { mode, data_unit_size, logical_block_bytes, size_bytes, iv_offset_sectors: _ } =
+            self.layout;
+        Geometry {
+            size_bytes,
+            logical_block_bytes,
+            // Below a page, clients would be told to do what costs the page cache a read.
+            preferred_block_bytes: data_unit_size.bytes().max(4096),
+            unaligned: match mode.info().sector_update {
+                SectorUpdate::Local => Unaligned::Served,
+                SectorUpdate::Chained | SectorUpdate::Wide => Unaligned::Refused,
+            },
+            access: self.access,
+            can_trim: self.can_discard,
+        }
+    }
+
+    fn try_large_buffer(&self) -> Option<Buffer> {
+        self.admission.try_large_buffer()
+    }
+
+    fn private_buffer(&self, len_bytes: usize) -> Result<Buffer, Error> {
+        self.admission.private_buffer(len_bytes)
+    }
+
+    fn span(&self, offset: u64, len: u64, buffer_bytes: usize) -> Span {
+        assert!(len > 0 && buffer_bytes >= SMALL_BUFFER_BYTES, "promised by the caller");
+        let unit = self.unit_bytes();
+        let units_start = self.unit_floor(offset);
+        // Whole data units that fit beside the scratch room of one.
+        let room = self.unit_floor(buffer_bytes as u64 - unit);
+        let chunk_end = (offset / CHUNK_BYTES as u64 + 1) * CHUNK_BYTES as u64;
+        let end = offset.saturating_add(len).min(chunk_end).min(units_start + room);
+        let units_end = end.next_multiple_of(unit);
+        let partial = offset != units_start || end != units_end;
+        let small = |bytes: u64| usize::try_from(bytes).expect("at most a chunk and a data unit");
+        Span {
+            offset,
+            head: small(offset - units_start),
+            len: small(end - offset),
+            units_len: small(units_end - units_start),
+            scratch_len: if partial { small(unit) } else { 0 },
+        }
+    }
+
+    fn check(&self, offset: u64, len: u64, access: Access) -> Result<(), Error> {
+        let op = match access {
+            Access::ReadOnly => Op::Read,
+            Access::ReadWrite => Op::Write,
+        };
+        let refuse = |kind| Err(Error::new(kind, op).at(offset, len));
+        if access == Access::ReadWrite && self.access == Access::ReadOnly {
+            return refuse(ErrorKind::ReadOnly);
+        }
+        if offset.checked_add(len).is_none_or(|end| end > self.layout.size_bytes) {
+            return refuse(match access {
+                Access::ReadOnly => ErrorKind::OutOfRange,
+                Access::ReadWrite => ErrorKind::PastEnd,
+            });
+        }
+        let block_mask = u64::from(self.layout.logical_block_bytes) - 1;
+        if self.layout.mode.info().sector_update != SectorUpdate::Local && (offset | len) & block_mask != 0 {
+            return refuse(ErrorKind::Misaligned);
+        }
+        Ok(())
+    }
+
+    fn read(&self, span: Span, buffer: &mut Buffer) -> Result<(), Error> {
+        self.check_piece(&span, buffer, Access::ReadOnly)?;
+        let units = self.units_of(&span);
+        let _guard = self.locks.take(units.clone(), Sharing::Shared);
+        self.backing.read(units.start, &mut buffer.bytes_mut()[..span.units_len])?;
+        self.crypt(Direction::Decrypt, units.start, buffer, 0..span.units_len)
+    }
+
+    fn write(&self, span: Span, buffer: &mut Buffer, durability: Durability) -> Result<(), Error> {
+        self.check_piece(&span, buffer, Access::ReadWrite)?;
+        let units = self.units_of(&span);
+        let _guard = self.locks.take(units.clone(), Sharing::Exclusive);
+        self.write_locked(&span, &units, buffer, durability)
+    }
+
+    fn flush(&self) -> Result<(), Error> {
+        match self.access {
+            Access::ReadOnly => Ok(()),
+            Access::ReadWrite => self.backing.flush(),
+        }
+    }
+
+    fn trim(&self, offset: u64, len: u64) -> Result<(), Error> {
+        self.check(offset, len, Access::ReadWrite)?;
+        let start = offset.next_multiple_of(self.unit_bytes());
+        let end = self.unit_floor(offset + len);
+        if !self.can_discard || start >= end {
+            return Ok(());
+        }
+        // Held until the storage is given back, so that no later write is lost to an earlier trim.
+        let _guard = self.locks.take(start..end, Sharing::Exclusive);
+        self.backing.discard(start, end - start)
+    }
+
+    fn write_zeroes(
+        &self,
+        offset: u64,
+        len: u64,
+        zeroing: Zeroing,
+        durability: Durability,
+        scratch: &mut Buffer,
+    ) -> Result<(), Error> {
+        self.check(offset, len, Access::ReadWrite)?;
+        if zeroing == Zeroing::OnlyIfFast {
+            // A hole would not read as zeroes: it decrypts to noise, here as in dm-crypt.
+            return Err(Error::new(ErrorKind::Unsupported, Op::WriteZeroes).at(offset, len));
+        }
+        let (mut at, end) = (offset, offset + len);
+        while at < end {
+            let span = self.span(at, end - at, scratch.bytes().len());
+            scratch.bytes_mut()[span.payload()].fill(0);
+            self.write(span, scratch, Durability::Cached)?;
+            at += span.len as u64;
+        }
+        match durability {
+            Durability::Cached => Ok(()),
+            Durability::Durable => self.flush(),
+        }
+    }
+
+    fn extents(&self, offset: u64, len: u64, extents_max: usize) -> Result<Vec<Extent>, Error> {
+        self.check(offset, len, Access::ReadOnly)?;
+        if len == 0 || extents_max == 0 {
+            return Ok(Vec::new());
+        }
+        let end = offset + len;
+        let (first, last) = (self.unit_floor(offset), end.next_multiple_of(self.unit_bytes()));
+        let mut whole: Vec<Extent> = Vec::new();
+        for extent in self.backing.extents(first, last - first, extents_max)? {
+            // A data unit is allocated if any part of it is.
+            let (mut from, to) = (extent.offset, extent.offset + extent.len);
+            let (from_unit, to_unit) = if extent.allocated {
+                (self.unit_floor(from), to.next_multiple_of(self.unit_bytes()))
+            } else {
+                (from.next_multiple_of(self.unit_bytes()), self.unit_floor(to))
+            };
+            from = whole.last().map_or(first, |last| last.offset + last.len).max(from_unit);
+            if to_unit <= from {
+                continue;
+            }
+            match whole.last_mut() {
+                Some(last) if last.allocated == extent.allocated => last.len = to_unit - last.offset,
+                _ => whole.push(Extent { offset: from, len: to_unit - from, allocated: extent.allocated }),
+            }
+        }
+        clip(&mut whole, offset..end);
+        Ok(whole)
+    }
+
+    fn prefetch(&self, offset: u64, len: u64) {
+        if self.check(offset, len, Access::ReadOnly).is_ok() {
+            let start = self.unit_floor(offset);
+            self.backing.prefetch(start, (offset + len).next_multiple_of(self.unit_bytes()) - start);
+        }
+    }
+}
+
+/// Cuts extents to what was asked for.
+fn clip(extents: &mut Vec<Extent>, range: Range<u64>) {
+    for extent in extents.iter_mut() {
+        let (start, end) = (extent.offset.max(range.start), (extent.offset + extent.len).min(range.end));
+        *extent = Extent { offset: start, len: end.saturating_sub(start), allocated: extent.allocated };
+    }
+    extents.retain(|extent| extent.len > 0);
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests;

@@ -1,0 +1,328 @@
+use super::*;
+use crate::admission::Fallback;
+use crate::caps::{Capabilities, KeyTypes, UnitMask};
+use crate::config::Hardware;
+use crate::disk::LARGE_BUFFER_BYTES;
+use crate::engine::Engine;
+use crate::key::{Key, KeyForm, RawKey};
+use crate::keyslot::Policy;
+use crate::memory::MemoryPool;
+use crate::profile::CryptoProfile;
+use crate::testing::{FakeEngine, MemBacking};
+use proptest::prelude::*;
+
+const SIZE: usize = 1 << 20;
+
+fn raw_key(mode: Mode) -> Vec<u8> {
+    (0..u8::try_from(mode.info().key_bytes).unwrap()).collect()
+}
+
+fn profile(engine: Arc<dyn Engine>) -> Arc<CryptoProfile> {
+    let pool = MemoryPool::new(LARGE_BUFFER_BYTES, 2);
+    Arc::new(CryptoProfile::new(engine, pool, Policy::default()).unwrap())
+}
+
+fn volume_on(
+    profile: &Arc<CryptoProfile>,
+    mode: Mode,
+    unit: u32,
+    block: Option<u32>,
+    backing: Arc<dyn Backing>,
+) -> Result<Volume, Error> {
+    let unit = DataUnitSize::from_bytes(unit).unwrap();
+    let layout = Layout::new(mode, unit, block, 0, backing.facts().len_bytes)?;
+    let form = KeyForm::Raw(RawKey::new(&raw_key(mode)));
+    let key = Key::new(mode, unit, layout.dun_bytes(), form, Hardware::Allowed)?;
+    let admission = profile.admit(key, Fallback::Off)?;
+    Volume::new(layout, admission, backing, Access::ReadWrite, Discard::Pass)
+}
+
+fn volume(mode: Mode, unit: u32, block: Option<u32>, align: u32) -> (Volume, Arc<MemBacking>) {
+    let backing = Arc::new(MemBacking::new(SIZE, align));
+    let profile = profile(Arc::new(FakeEngine::with_keyslots(2)));
+    (volume_on(&profile, mode, unit, block, backing.clone()).unwrap(), backing)
+}
+
+fn write(volume: &Volume, offset: u64, data: &[u8], buffer: &mut Buffer) -> Result<(), Error> {
+    let mut done = 0;
+    while done < data.len() {
+        let span = volume.span(offset + done as u64, (data.len() - done) as u64, buffer.bytes().len());
+        buffer.bytes_mut()[span.payload()].copy_from_slice(&data[done..done + span.len]);
+        volume.write(span, buffer, Durability::Cached)?;
+        done += span.len;
+    }
+    Ok(())
+}
+
+fn read(volume: &Volume, offset: u64, len: usize, buffer: &mut Buffer) -> Result<Vec<u8>, Error> {
+    let mut data = Vec::new();
+    while data.len() < len {
+        let span = volume.span(offset + data.len() as u64, (len - data.len()) as u64, buffer.bytes().len());
+        volume.read(span, buffer)?;
+        data.extend_from_slice(&buffer.bytes()[span.payload()]);
+    }
+    Ok(data)
+}
+
+fn buffers(volume: &Volume) -> [Buffer; 2] {
+    [volume.try_large_buffer().unwrap(), volume.private_buffer(SMALL_BUFFER_BYTES).unwrap()]
+}
+
+/// What is on the disk, decrypted by the cipher alone: dm-crypt's layout, and nobody's code of ours but the cipher's.
+fn decrypted(mode: Mode, unit: usize, backing: &MemBacking) -> Vec<u8> {
+    let mut content = backing.content();
+    mode.info().expand(&raw_key(mode)).unwrap().decrypt(Dun::ZERO, unit, &mut content);
+    content
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Write { offset: usize, len: usize, seed: u8 },
+    Zero { offset: usize, len: usize },
+    Read { offset: usize, len: usize },
+    Small(bool),
+}
+
+fn step(block: usize) -> impl Strategy<Value = Step> {
+    let range = move || {
+        (0..SIZE / block, 1..300_000usize).prop_map(move |(start, len)| {
+            let start = start * block;
+            (start, len.next_multiple_of(block).min(SIZE - start))
+        })
+    };
+    prop_oneof![
+        4 => (range(), any::<u8>()).prop_map(|((offset, len), seed)| Step::Write { offset, len, seed }),
+        1 => range().prop_map(|(offset, len)| Step::Zero { offset, len }),
+        3 => range().prop_map(|(offset, len)| Step::Read { offset, len }),
+        1 => any::<bool>().prop_map(Step::Small),
+    ]
+}
+
+fn run(mode: Mode, unit: u32, block: Option<u32>, align: u32, steps: Vec<Step>) {
+    let (volume, backing) = volume(mode, unit, block, align);
+    let mut buffers = buffers(&volume);
+    let mut which = 0;
+    // A fresh volume holds noise: what zeroes decrypt to.
+    let mut oracle = decrypted(mode, unit as usize, &backing);
+    for step in steps {
+        let buffer = &mut buffers[which];
+        match step {
+            Step::Write { offset, len, seed } => {
+                let data: Vec<u8> = (0..len).map(|i| (i / 7) as u8 ^ seed).collect();
+                write(&volume, offset as u64, &data, buffer).unwrap();
+                oracle[offset..offset + len].copy_from_slice(&data);
+            }
+            Step::Zero { offset, len } => {
+                let any = Zeroing::AnySpeed;
+                volume.write_zeroes(offset as u64, len as u64, any, Durability::Cached, buffer).unwrap();
+                oracle[offset..offset + len].fill(0);
+            }
+            Step::Read { offset, len } => {
+                assert!(read(&volume, offset as u64, len, buffer).unwrap() == oracle[offset..offset + len]);
+            }
+            Step::Small(small) => which = usize::from(small),
+        }
+    }
+    assert!(
+        decrypted(mode, unit as usize, &backing) == oracle,
+        "the disk holds what dm-crypt would have written"
+    );
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+
+    /// Any bytes at any offset, in any mode that allows it: equal to an array, and dm-crypt's bytes on the disk.
+    #[test]
+    fn xts_volumes_are_byte_arrays(
+        unit in 9u32..=16, align in 0u32..=12, steps in proptest::collection::vec(step(1), 1..20)
+    ) {
+        let align = 1 << align.min(unit);
+        run(Mode::Aes256Xts, 1 << unit, None, align, steps);
+    }
+
+    #[test]
+    fn volumes_of_other_modes_are_arrays_of_blocks(
+        which in 0usize..3, steps in proptest::collection::vec(step(4096), 1..10)
+    ) {
+        let mode = [Mode::Aes128CbcEssiv, Mode::Adiantum, Mode::Sm4Xts][which];
+        run(mode, 4096, Some(4096), 512, steps);
+    }
+}
+
+#[test]
+fn rewriting_a_sector_leaves_the_bytes_of_its_neighbours_on_the_disk() {
+    let (volume, backing) = volume(Mode::Aes256Xts, 4096, Some(512), 1);
+    let [mut buffer, _] = buffers(&volume);
+    write(&volume, 0, &[1; 8192], &mut buffer).unwrap();
+    let before = backing.content();
+    write(&volume, 1024, &[2; 512], &mut buffer).unwrap();
+    let after = backing.content();
+    for (n, (old, new)) in before.chunks(512).zip(after.chunks(512)).enumerate() {
+        assert_eq!(old == new, n != 2, "sector {n}");
+    }
+}
+
+#[test]
+fn small_blocks_are_refused_where_a_torn_write_would_damage_neighbours() {
+    let unit = DataUnitSize::DEFAULT;
+    for mode in [Mode::Aes128CbcEssiv, Mode::Adiantum] {
+        let error = Layout::new(mode, unit, Some(512), 0, 1 << 20).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid);
+        assert!(error.chain().contains("would damage blocks that were not written"), "{}", error.chain());
+        let (volume, _) = volume(mode, 4096, None, 512);
+        assert_eq!(volume.geometry().logical_block_bytes, 4096);
+        assert_eq!(volume.geometry().unaligned, Unaligned::Refused);
+        let misaligned = volume.check(512, 4096, Access::ReadWrite).unwrap_err();
+        assert_eq!(misaligned.kind(), ErrorKind::Misaligned);
+    }
+}
+
+#[test]
+fn a_partly_used_backing_loses_its_tail_only() {
+    let layout = Layout::new(Mode::Aes256Xts, DataUnitSize::DEFAULT, None, 0, 4096 * 3 + 512).unwrap();
+    assert_eq!(layout.size_bytes(), 4096 * 3);
+    let none = Layout::new(Mode::Aes256Xts, DataUnitSize::DEFAULT, None, 0, 4095).unwrap_err();
+    assert_eq!(none.kind(), ErrorKind::Invalid);
+}
+
+#[test]
+fn iv_offsets_count_sectors_and_never_overflow() {
+    let layout = |offset| Layout::new(Mode::Aes256Xts, DataUnitSize::DEFAULT, None, offset, 8192);
+    assert_eq!(layout(0).unwrap().dun_bytes(), 1);
+    assert_eq!(layout(34_359_738_360).unwrap().dun_at(4096), Dun::from(1 << 32));
+    assert_eq!(layout(34_359_738_360).unwrap().dun_bytes(), 5);
+    assert_eq!(layout(u64::MAX - 15).unwrap().size_bytes(), 8192);
+    assert_eq!(layout(u64::MAX - 14).unwrap_err().kind(), ErrorKind::Invalid);
+}
+
+#[test]
+fn requests_past_the_end_are_refused_with_the_right_error() {
+    let (volume, _) = volume(Mode::Aes256Xts, 4096, None, 1);
+    let size = SIZE as u64;
+    for (offset, len) in [(size, 1), (size - 1, 2), (u64::MAX, 1), (0, u64::MAX)] {
+        let kind = |access| volume.check(offset, len, access).unwrap_err().kind();
+        assert_eq!(kind(Access::ReadOnly), ErrorKind::OutOfRange);
+        assert_eq!(kind(Access::ReadWrite), ErrorKind::PastEnd);
+    }
+    assert!(volume.check(size, 0, Access::ReadOnly).is_ok());
+}
+
+#[test]
+fn a_lost_keyslot_is_programmed_again_without_an_error() {
+    let engine = Arc::new(FakeEngine::with_keyslots(1));
+    let profile = profile(engine.clone());
+    let backing = Arc::new(MemBacking::new(SIZE, 1));
+    let volume = volume_on(&profile, Mode::Aes256Xts, 4096, None, backing).unwrap();
+    let [mut buffer, _] = buffers(&volume);
+    write(&volume, 0, &[7; 4096], &mut buffer).unwrap();
+    engine.lose_keyslots();
+    assert_eq!(read(&volume, 0, 4096, &mut buffer).unwrap(), [7; 4096]);
+    engine.lose_keyslots();
+    profile.reset();
+    assert_eq!(read(&volume, 0, 4096, &mut buffer).unwrap(), [7; 4096]);
+}
+
+#[test]
+fn a_failed_program_is_an_error_to_this_request_and_no_other() {
+    let engine = Arc::new(FakeEngine::with_keyslots(1));
+    let profile = profile(engine.clone());
+    let volume =
+        volume_on(&profile, Mode::Aes256Xts, 4096, None, Arc::new(MemBacking::new(SIZE, 1))).unwrap();
+    let [mut buffer, _] = buffers(&volume);
+    engine.fail_programs(1);
+    assert!(write(&volume, 0, &[7; 4096], &mut buffer).is_ok(), "tried again");
+    drop(volume);
+    let volume =
+        volume_on(&profile, Mode::Aes256Xts, 4096, None, Arc::new(MemBacking::new(SIZE, 1))).unwrap();
+    engine.fail_programs(2);
+    let error = write(&volume, 0, &[7; 4096], &mut buffer).unwrap_err();
+    assert_eq!(error.chain(), "program keyslot: the engine failed: told to fail");
+    assert!(write(&volume, 0, &[7; 4096], &mut buffer).is_ok());
+}
+
+#[test]
+fn dropping_the_volume_evicts_its_key() {
+    let profile = profile(Arc::new(FakeEngine::with_keyslots(2)));
+    let volume =
+        volume_on(&profile, Mode::Aes256Xts, 4096, None, Arc::new(MemBacking::new(SIZE, 1))).unwrap();
+    let [mut buffer, _] = buffers(&volume);
+    write(&volume, 0, &[7; 4096], &mut buffer).unwrap();
+    let held = |profile: &CryptoProfile| {
+        let slots = profile.status().keyslots.unwrap().slots;
+        slots.iter().filter(|slot| slot.key.is_some()).count()
+    };
+    assert_eq!((profile.status().keys, held(&profile)), (1, 1));
+    drop(volume);
+    assert_eq!((profile.status().keys, held(&profile)), (0, 0));
+}
+
+#[test]
+fn more_keys_than_keyslots_under_many_threads() {
+    for keyslots in [0, 1, 3] {
+        let profile = profile(Arc::new(FakeEngine::with_keyslots(keyslots)));
+        let volumes: Vec<_> = (0..16)
+            .map(|_| {
+                let backing = Arc::new(MemBacking::new(SIZE, 1));
+                volume_on(&profile, Mode::Aes256Xts, 4096, None, backing).unwrap()
+            })
+            .collect();
+        std::thread::scope(|scope| {
+            for (n, volume) in (0u8..).zip(&volumes) {
+                scope.spawn(move || {
+                    let mut buffer = volume.private_buffer(SMALL_BUFFER_BYTES).unwrap();
+                    for round in 0..20u8 {
+                        let data = vec![n ^ round; 8192];
+                        write(volume, u64::from(round) * 512, &data, &mut buffer).unwrap();
+                        let back = read(volume, u64::from(round) * 512, 8192, &mut buffer).unwrap();
+                        assert!(back == data);
+                    }
+                });
+            }
+        });
+    }
+}
+
+#[test]
+fn the_fallback_serves_raw_keys_that_the_engine_cannot_if_their_owner_allows() {
+    let small = Capabilities {
+        units: [UnitMask::from_bits(512); Mode::ALL.len()],
+        dun_bytes_max: 8,
+        key_types: KeyTypes::RAW,
+        keyslots: 1,
+    };
+    let engine = || Arc::new(FakeEngine::with_capabilities(small.clone()));
+    let pool = || MemoryPool::new(LARGE_BUFFER_BYTES, 1);
+    let alone = profile(engine());
+    let software = profile(Arc::new(FakeEngine::with_keyslots(4)));
+    let with_fallback =
+        CryptoProfile::new(engine(), pool(), Policy::default()).unwrap().with_fallback(software);
+    let with_fallback = Arc::new(with_fallback);
+    let key = |unit, hardware| {
+        let unit = DataUnitSize::from_bytes(unit).unwrap();
+        let form = KeyForm::Raw(RawKey::new(&raw_key(Mode::Aes256Xts)));
+        Key::new(Mode::Aes256Xts, unit, 8, form, hardware).unwrap()
+    };
+    use crate::admission::ServedBy;
+    let admit = |profile: &Arc<CryptoProfile>, unit, hardware, fallback| {
+        profile
+            .admit(key(unit, hardware), fallback)
+            .map(|admission| admission.served_by())
+            .map_err(Error::from)
+    };
+    let errno = |result: Result<ServedBy, Error>| result.unwrap_err().errno().raw();
+    let (allowed, forbidden) = (Hardware::Allowed, Hardware::Forbidden);
+    assert_eq!(admit(&with_fallback, 512, allowed, Fallback::Allowed).unwrap(), ServedBy::Engine);
+    assert_eq!(admit(&with_fallback, 4096, allowed, Fallback::Allowed).unwrap(), ServedBy::Fallback);
+    assert_eq!(admit(&with_fallback, 512, forbidden, Fallback::Allowed).unwrap(), ServedBy::Fallback);
+    // ENOPKG: the fallback is off, or there is none.
+    assert_eq!(errno(admit(&with_fallback, 4096, allowed, Fallback::Off)), 65);
+    assert_eq!(errno(admit(&alone, 4096, allowed, Fallback::Allowed)), 65);
+    // EOPNOTSUPP: nobody but the engine can open a wrapped key.
+    let unit = DataUnitSize::from_bytes(512).unwrap();
+    let blob = KeyForm::Wrapped(crate::key::EphemeralWrappedKey::new(&[1; 64]));
+    let wrapped = Key::new(Mode::Aes256Xts, unit, 8, blob, allowed).unwrap();
+    let refusal = with_fallback.admit(wrapped, Fallback::Allowed).unwrap_err();
+    assert_eq!(Error::from(refusal).errno().raw(), 95);
+    assert_eq!(with_fallback.status().keys, 0, "a refused or dropped admission leaves nothing");
+}
