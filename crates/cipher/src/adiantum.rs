@@ -21,13 +21,13 @@
 //! Source: Crowley and Biggers, "Adiantum: length-preserving encryption for entry-level processors" (IACR ToSC 2018/4),
 //! sections 2 to 4 and 6.4; Linux `crypto/adiantum.c` and `crypto/nhpoly1305.c` for the sizes.
 
+use crate::poly1305;
 use crate::simd::nh;
 use crate::unit::assert_promise;
 use crate::{Dun, Mode, UnitCipher};
 use aes::Aes256;
 use aes::cipher::{Array, BlockCipherDecrypt, BlockCipherEncrypt, KeyInit, KeyIvInit, StreamCipher};
 use chacha20::XChaCha12;
-use poly1305::{Poly1305, universal_hash::UniversalHash};
 use std::fmt;
 use zeroize::Zeroizing;
 
@@ -46,9 +46,8 @@ const DERIVED_BYTES: usize = 32 + POLY_KEY_BYTES + POLY_KEY_BYTES + nh::KEY_BYTE
 struct Adiantum {
     stream_key: Zeroizing<[u8; 32]>,
     block: Aes256,
-    /// Keyed, nothing hashed yet: cloned for each unit, as keying costs more than hashing three blocks.
-    header_hash: Poly1305,
-    message_hash: Poly1305,
+    header_hash: poly1305::Key,
+    message_hash: poly1305::Key,
     nh: Box<nh::Key>,
 }
 
@@ -62,12 +61,14 @@ impl Adiantum {
         let mut derived = Zeroizing::new([0; DERIVED_BYTES]);
         XChaCha12::new(&Array(*stream_key), &Array(nonce)).apply_keystream(&mut *derived);
         let (block_key, rest) = derived.split_at(32);
-        let (header_key, rest) = rest.split_at(POLY_KEY_BYTES);
-        let (message_key, nh_key) = rest.split_at(POLY_KEY_BYTES);
+        let (header_key, rest) =
+            rest.split_first_chunk().expect("DERIVED_BYTES has room for two Poly1305 keys");
+        let (message_key, nh_key) =
+            rest.split_first_chunk().expect("DERIVED_BYTES has room for two Poly1305 keys");
         Self {
             block: Aes256::new_from_slice(block_key).expect("split off 32 bytes"),
-            header_hash: keyed_poly1305(header_key),
-            message_hash: keyed_poly1305(message_key),
+            header_hash: poly1305::Key::new(header_key),
+            message_hash: poly1305::Key::new(message_key),
             nh: nh::Key::new(nh_key),
             stream_key,
         }
@@ -75,24 +76,14 @@ impl Adiantum {
 
     /// The hash of left length and IV, which both hash steps add.
     fn hash_header(&self, left_bytes: usize, dun: Dun) -> u128 {
-        let mut message = [Array([0; 16]); 3];
-        message[0].0 = (left_bytes as u128 * 8).to_le_bytes();
         let iv = dun.to_le_bytes();
-        message[1].copy_from_slice(&iv[..16]);
-        message[2].copy_from_slice(&iv[16..]);
-        let mut hash = self.header_hash.clone();
-        hash.update(&message);
-        u128::from_le_bytes(hash.finalize().into())
+        let (iv, _) = iv.as_chunks();
+        self.header_hash.hash([(left_bytes as u128 * 8).to_le_bytes(), iv[0], iv[1]])
     }
 
     /// The hash of the left part, whose length is a multiple of 16 bytes.
     fn hash_message(&self, left: &[u8]) -> u128 {
-        let mut hash = self.message_hash.clone();
-        for chunk in left.chunks(nh::MESSAGE_BYTES_MAX) {
-            let [low, high] = self.nh.hash(chunk);
-            hash.update(&[Array(low), Array(high)]);
-        }
-        u128::from_le_bytes(hash.finalize().into())
+        self.message_hash.hash(left.chunks(nh::MESSAGE_BYTES_MAX).flat_map(|chunk| self.nh.hash(chunk)))
     }
 
     /// XChaCha12 over the left part, its nonce made from the right part between the hash steps.
@@ -156,11 +147,4 @@ impl fmt::Debug for Adiantum {
 /// A unit's left part and its last 16 bytes.
 fn split(unit: &mut [u8]) -> (&mut [u8], &mut [u8; RIGHT_BYTES]) {
     unit.split_last_chunk_mut().expect("a data unit has 16 bytes or more")
-}
-
-/// Poly1305 that adds nothing at the end.
-fn keyed_poly1305(key: &[u8]) -> Poly1305 {
-    let mut padded = Zeroizing::new([0; 32]);
-    padded[..POLY_KEY_BYTES].copy_from_slice(key);
-    Poly1305::new((&*padded).into())
 }

@@ -32,9 +32,9 @@ pub(crate) fn aes_128(key: &[u8]) -> Box<dyn UnitCipher> {
     })
 }
 
-/// Data units that are encrypted in step. A multiple of what the vector back ends of `aes` take at once (8 blocks with
-/// AES-NI or NEON, 30 with VAES-256, 64 with VAES-512), as fewer blocks than that go one by one.
-const UNITS: usize = 64;
+/// Data units that are encrypted in step. More would hide more of AES's latency, but units start a multiple of 4096
+/// bytes apart, so that their blocks compete for one set of the CPU's first-level cache, and that has 8 to 12 ways.
+const UNITS: usize = 8;
 
 /// Below this many units in a call, AWS-LC's single chain is faster than ours in step (measured with
 /// `benches/cipher.rs`).
