@@ -108,7 +108,13 @@ impl FromStr for RootSpec {
 
 /// What wraps long-term keys. Opened once, handed to [`open`](crate::open).
 ///
-/// Neither [`Clone`] nor printable: there is one copy of the wrapping key in the process, which the engines share.
+/// Neither copied nor printed: there is one copy of the wrapping key in the process, which the engines share.
+///
+/// ```compile_fail
+/// fn copy(root: &inlinecrypt_engine::Root) -> inlinecrypt_engine::Root {
+///     root.clone()
+/// }
+/// ```
 pub struct Root {
     wrapper: Arc<Wrapper>,
     spec: RootSpec,
@@ -276,7 +282,7 @@ impl Access {
     /// lets root open everything.
     fn check(&self, path: &Path) -> Result<(), (ErrorKind, String)> {
         let &Self { is_file, permissions, owner, us } = self;
-        let path = path.display();
+        let path = shell_word(path);
         if !is_file {
             return Err((ErrorKind::Invalid, "is not a regular file; a root is kept in one".into()));
         }
@@ -295,6 +301,16 @@ impl Access {
             ));
         }
         Ok(())
+    }
+}
+
+/// `path` as a person can paste it into a shell.
+fn shell_word(path: &Path) -> String {
+    let text = path.display().to_string();
+    if text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"/._-+,:@%".contains(&byte)) {
+        text
+    } else {
+        format!("'{}'", text.replace('\'', r"'\''"))
     }
 }
 
@@ -650,6 +666,12 @@ mod tests {
         for nameless in ["/", "", "..", "/tmp/.."] {
             assert_eq!(Root::create_file(nameless).unwrap_err().kind(), ErrorKind::Invalid, "{nameless:?}");
         }
+    }
+
+    #[test]
+    fn a_path_in_a_command_can_be_pasted() {
+        assert_eq!(shell_word(Path::new("/var/lib/root-1")), "/var/lib/root-1");
+        assert_eq!(shell_word(Path::new("/my keys/it's")), r"'/my keys/it'\''s'");
     }
 
     #[test]

@@ -5,13 +5,14 @@
 
 use inlinecrypt_cipher::kdf::{KdfVariant, inline_encryption_key, software_secret};
 use inlinecrypt_cipher::{Dun, Mode};
+use inlinecrypt_core::caps::Capabilities;
 use inlinecrypt_core::config::{DataUnitSize, Hardware, KeyType};
 use inlinecrypt_core::engine::{Direction, Engine, KeyLadder, KeyRef, SlotIndex};
-use inlinecrypt_core::error::{Error, ErrorKind};
+use inlinecrypt_core::error::{Error, ErrorKind, Op};
 use inlinecrypt_core::key::{
-    EphemeralWrappedKey, Key, KeyForm, LongTermWrappedKey, RawKey, WRAPPED_KEY_BYTES_MAX,
+    EphemeralWrappedKey, Key, KeyForm, LongTermWrappedKey, RawKey, SoftwareSecret, WRAPPED_KEY_BYTES_MAX,
 };
-use inlinecrypt_core::memory::{ALIGN_BYTES, Memory};
+use inlinecrypt_core::memory::{ALIGN_BYTES, Memory, MemorySource};
 use inlinecrypt_engine::{EngineSpec, Root, open};
 use proptest::prelude::*;
 use std::collections::HashMap;
@@ -35,6 +36,7 @@ fn run(spec: &EngineSpec, engine: &dyn Engine) {
         bargain.programming_replaces_and_evicting_empties();
         bargain.keyslots_do_not_disturb_each_other();
         bargain.programming_beside_a_running_request_does_not_disturb_it();
+        bargain.the_same_key_put_back_beside_a_running_request_never_gives_wrong_data();
     }
     bargain.keyslots_that_do_not_exist_are_refused();
     if let Some(ladder) = engine.key_ladder() {
@@ -180,7 +182,7 @@ impl<'e> Bargain<'e> {
             let refused = self.engine.crypt(key, direction, Dun::ZERO, &mut *memory, range.clone());
             refused.unwrap_err().kind()
         });
-        assert_eq!(memory.bytes(), content);
+        assert!(memory.bytes() == content, "the memory was touched");
         assert_eq!(kinds[0], kinds[1]);
         kinds[0]
     }
@@ -404,7 +406,6 @@ impl<'e> Bargain<'e> {
             scope.spawn(|| {
                 while !done.load(Ordering::Relaxed) {
                     self.engine.program(other, &passing).unwrap();
-                    // The same key into the keyslot in use: the one overlap that the framework may cause.
                     self.engine.evict(Some(other), &passing).unwrap();
                 }
             });
@@ -413,6 +414,44 @@ impl<'e> Bargain<'e> {
             assert!(all_equal);
         });
         self.engine.evict(Some(busy), &key).unwrap();
+    }
+
+    /// The one overlap that the framework may cause: after a reset it puts keys back while requests hold them.
+    fn the_same_key_put_back_beside_a_running_request_never_gives_wrong_data(&self) {
+        let slot = self.last_slot();
+        let key = self.any_key(12);
+        let plain = plaintext(4 * bytes_of(self.config().1));
+        self.engine.program(slot, &key).unwrap();
+        let wanted = self.crypt(KeyRef::Slot(slot), Direction::Encrypt, Dun::ZERO, &plain).unwrap();
+        let done = AtomicBool::new(false);
+        let outcomes: Vec<_> = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    self.engine.program(slot, &key).unwrap();
+                }
+            });
+            let outcomes = (0..200)
+                .map(|_| {
+                    let mut memory = self.memory(&plain);
+                    let key = KeyRef::Slot(slot);
+                    let result =
+                        self.engine.crypt(key, Direction::Encrypt, Dun::ZERO, &mut *memory, 0..plain.len());
+                    (result.map_err(|why| why.kind()), memory.bytes().to_vec())
+                })
+                .collect();
+            done.store(true, Ordering::Relaxed);
+            outcomes
+        });
+        for (result, content) in outcomes {
+            match result {
+                Ok(()) => assert!(content == wanted),
+                Err(kind) => {
+                    assert_eq!(kind, ErrorKind::NoKey);
+                    assert!(content == plain);
+                }
+            }
+        }
+        self.stop(&key);
     }
 
     fn keyslots_that_do_not_exist_are_refused(&self) {
@@ -579,7 +618,7 @@ fn changed(blob: &[u8]) -> Vec<Vec<u8>> {
         changed.resize(len, 0);
         changed
     });
-    let raw = [16, 32, 64, blob.len()].map(|len| plaintext(len));
+    let raw = [16, 32, 64, blob.len()].map(plaintext);
     flipped.chain(shorter).chain(tails).chain(longer).chain(raw).collect()
 }
 
@@ -675,6 +714,193 @@ fn the_software_engine_imports_32_bytes_and_nothing_else() {
             "{len}"
         );
     }
+}
+
+/// One broken promise each. If the suite does not notice one of them, it checks too little.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fault {
+    FailedProgramKeepsFormerKey,
+    ProgramKeepsFormerKey,
+    EvictKeepsKey,
+    EvictOfEmptyFails,
+    NoKeyTouchesData,
+    DirectionIgnored,
+    DunHasOneLimb,
+    LastUnitForgotten,
+    OddEndRoundedDown,
+    OneByteTooMuch,
+    KeyslotsShared,
+    CapabilitiesWithoutLadder,
+    GenerateRepeats,
+    SecretOfMaster,
+    LongTermIsEphemeral,
+}
+
+const FAULTS: [Fault; 15] = [
+    Fault::FailedProgramKeepsFormerKey,
+    Fault::ProgramKeepsFormerKey,
+    Fault::EvictKeepsKey,
+    Fault::EvictOfEmptyFails,
+    Fault::NoKeyTouchesData,
+    Fault::DirectionIgnored,
+    Fault::DunHasOneLimb,
+    Fault::LastUnitForgotten,
+    Fault::OddEndRoundedDown,
+    Fault::OneByteTooMuch,
+    Fault::KeyslotsShared,
+    Fault::CapabilitiesWithoutLadder,
+    Fault::GenerateRepeats,
+    Fault::SecretOfMaster,
+    Fault::LongTermIsEphemeral,
+];
+
+/// A good engine with one fault, or none.
+#[derive(Debug)]
+struct Faulty {
+    inner: Arc<dyn Engine>,
+    fault: Option<Fault>,
+}
+
+impl Faulty {
+    fn has(&self, fault: Fault) -> bool {
+        self.fault == Some(fault)
+    }
+
+    fn slot(&self, slot: SlotIndex) -> SlotIndex {
+        let exists = slot.0 < self.capabilities().keyslots;
+        if self.has(Fault::KeyslotsShared) && exists { SlotIndex(slot.0 / 2) } else { slot }
+    }
+
+    fn is_programmed(&self, slot: SlotIndex) -> bool {
+        let mut memory = self.inner.memory().allocate(0).unwrap();
+        let nothing = self.inner.crypt(KeyRef::Slot(slot), Direction::Encrypt, Dun::ZERO, &mut *memory, 0..0);
+        nothing.is_ok()
+    }
+
+    fn ladder(&self) -> &dyn KeyLadder {
+        self.inner.key_ladder().unwrap()
+    }
+}
+
+impl Engine for Faulty {
+    fn name(&self) -> &str {
+        "faulty"
+    }
+
+    fn capabilities(&self) -> &Capabilities {
+        self.inner.capabilities()
+    }
+
+    fn memory(&self) -> &dyn MemorySource {
+        self.inner.memory()
+    }
+
+    fn program(&self, slot: SlotIndex, key: &Key) -> Result<(), Error> {
+        let slot = self.slot(slot);
+        if self.has(Fault::ProgramKeepsFormerKey) && self.is_programmed(slot) {
+            return Ok(());
+        }
+        if let (true, KeyForm::Wrapped(blob)) = (self.has(Fault::FailedProgramKeepsFormerKey), key.form()) {
+            // Fails before the keyslot is touched.
+            self.derive_software_secret(blob)?;
+        }
+        self.inner.program(slot, key)
+    }
+
+    fn evict(&self, slot: Option<SlotIndex>, key: &Key) -> Result<(), Error> {
+        let slot = slot.map(|slot| self.slot(slot));
+        match slot {
+            Some(slot) if self.has(Fault::EvictKeepsKey) && self.is_programmed(slot) => Ok(()),
+            Some(slot) if self.has(Fault::EvictOfEmptyFails) && !self.is_programmed(slot) => {
+                Err(Error::new(ErrorKind::EngineFailed, Op::Evict))
+            }
+            _ => self.inner.evict(slot, key),
+        }
+    }
+
+    fn crypt(
+        &self,
+        key: KeyRef<'_>,
+        mut direction: Direction,
+        mut first: Dun,
+        memory: &mut dyn Memory,
+        mut range: Range<usize>,
+    ) -> Result<(), Error> {
+        let key = match key {
+            KeyRef::Slot(slot) => KeyRef::Slot(self.slot(slot)),
+            inline @ KeyRef::Inline(_) => inline,
+        };
+        if self.has(Fault::DirectionIgnored) {
+            direction = Direction::Encrypt;
+        }
+        if self.has(Fault::DunHasOneLimb) {
+            first = Dun::from(first.limbs()[0]);
+        }
+        if self.has(Fault::LastUnitForgotten) && range.len() == 3 * 512 {
+            range.end -= 512;
+        }
+        if self.has(Fault::OddEndRoundedDown) && range.start == 0 {
+            range.end -= range.end % 512;
+        }
+        let result = self.inner.crypt(key, direction, first, memory, range.clone());
+        match &result {
+            Ok(()) if self.has(Fault::OneByteTooMuch) => {
+                if let Some(byte) = memory.bytes_mut().get_mut(range.end) {
+                    *byte ^= 1;
+                }
+            }
+            Err(why) if self.has(Fault::NoKeyTouchesData) && why.kind() == ErrorKind::NoKey => {
+                memory.bytes_mut().fill(0);
+            }
+            _ => {}
+        }
+        result
+    }
+
+    fn key_ladder(&self) -> Option<&dyn KeyLadder> {
+        if self.has(Fault::CapabilitiesWithoutLadder) { None } else { Some(self) }
+    }
+}
+
+impl KeyLadder for Faulty {
+    fn import(&self, raw: &RawKey) -> Result<LongTermWrappedKey, Error> {
+        self.ladder().import(raw)
+    }
+
+    fn generate(&self) -> Result<LongTermWrappedKey, Error> {
+        if self.has(Fault::GenerateRepeats) {
+            self.import(&RawKey::new(&[7; 32]))
+        } else {
+            self.ladder().generate()
+        }
+    }
+
+    fn prepare(&self, long_term: &LongTermWrappedKey) -> Result<EphemeralWrappedKey, Error> {
+        if self.has(Fault::LongTermIsEphemeral) && self.ladder().prepare(long_term).is_err() {
+            let ephemeral = EphemeralWrappedKey::new(long_term.as_bytes());
+            self.ladder().derive_software_secret(&ephemeral)?;
+            return Ok(ephemeral);
+        }
+        self.ladder().prepare(long_term)
+    }
+
+    fn derive_software_secret(&self, ephemeral: &EphemeralWrappedKey) -> Result<SoftwareSecret, Error> {
+        let secret = self.ladder().derive_software_secret(ephemeral)?;
+        Ok(if self.has(Fault::SecretOfMaster) { SoftwareSecret::new(MASTER.into()) } else { secret })
+    }
+}
+
+#[test]
+fn the_suite_notices_every_broken_promise() {
+    let (_directory, root) = new_root();
+    let spec: EngineSpec = "software:slots=4".parse().unwrap();
+    let noticed = |fault| {
+        let engine = Faulty { inner: open(&spec, Some(&root)).unwrap(), fault };
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run(&spec, &engine))).is_err()
+    };
+    assert!(!noticed(None));
+    let missed: Vec<_> = FAULTS.into_iter().filter(|fault| !noticed(Some(*fault))).collect();
+    assert!(missed.is_empty(), "{missed:?}");
 }
 
 /// What a list of operations may do to keyslots.
