@@ -1,1 +1,119 @@
-fn main() {}
+//! `cargo xtask VERB`: what a developer runs, and what CI runs, so that both run the same.
+
+mod tidy;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+const HELP: &str = "\
+cargo xtask VERB
+  check               formatting, lints, documentation links, tidy: before each commit
+  tidy                dependency edges, where unsafe may stand, words, links
+  loom [PREEMPTIONS]  every interleaving of the locks (2 preemptions; 3 takes long)
+  fuzz [SECONDS]      each fuzz target for so long (10 in CI; 3600 for a real run); needs a nightly toolchain
+  soak [MINUTES]      the long forms of the crash, power-cut and many-volumes tests
+  bench               the cipher beside the library underneath it
+  bench-peers [ARGS]  served volumes beside nbdkit and qemu-nbd in one run (benches/compare/peers.py ARGS)
+  ci                  check, loom, and a slice of fuzzing; the tests are `cargo test --workspace`
+";
+
+type Outcome = Result<(), String>;
+
+fn main() -> ExitCode {
+    let mut args = std::env::args().skip(1);
+    let verb = args.next().unwrap_or_default();
+    let rest: Vec<String> = args.collect();
+    let outcome = match verb.as_str() {
+        "check" => check(),
+        "tidy" => tidy::run(&root()),
+        "loom" => loom(rest.first().map_or("2", String::as_str)),
+        "fuzz" => fuzz(rest.first().map_or("10", String::as_str)),
+        "soak" => soak(rest.first().map_or("10", String::as_str)),
+        "bench" => cargo(&["bench", "-p", "inlinecrypt-cipher"], &[]),
+        "bench-peers" => bench_peers(&rest),
+        "ci" => check().and_then(|()| loom("2")).and_then(|()| fuzz("10")),
+        _ => {
+            eprint!("{HELP}");
+            return if verb == "help" { ExitCode::SUCCESS } else { ExitCode::from(1) };
+        }
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(why) => {
+            eprintln!("xtask {verb}: {why}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask lies in the workspace").to_owned()
+}
+
+fn cargo(args: &[&str], env: &[(&str, &str)]) -> Outcome {
+    run(Command::new("cargo").args(args).envs(env.iter().copied()))
+}
+
+fn run(command: &mut Command) -> Outcome {
+    command.current_dir(root());
+    eprintln!("+ {command:?}");
+    let status = command.status().map_err(|error| format!("{command:?}: {error}"))?;
+    if status.success() { Ok(()) } else { Err(format!("{command:?}: {status}")) }
+}
+
+fn check() -> Outcome {
+    cargo(&["fmt", "--all", "--check"], &[])?;
+    cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"], &[])?;
+    cargo(&["doc", "--workspace", "--no-deps", "--quiet"], &[("RUSTDOCFLAGS", "-D warnings")])?;
+    tidy::run(&root())
+}
+
+/// A target directory of its own: `--cfg loom` would rebuild everything else there and back.
+fn loom(preemptions: &str) -> Outcome {
+    cargo(
+        &[
+            "test",
+            "-p",
+            "inlinecrypt-core",
+            "--lib",
+            "--release",
+            "--target-dir",
+            "target/loom",
+            "--",
+            "loom_tests",
+        ],
+        &[("RUSTFLAGS", "--cfg loom"), ("LOOM_MAX_PREEMPTIONS", preemptions)],
+    )
+}
+
+fn fuzz(seconds: &str) -> Outcome {
+    let targets =
+        std::fs::read_dir(root().join("fuzz/fuzz_targets")).map_err(|error| format!("fuzz: {error}"))?;
+    let mut names: Vec<String> =
+        targets.filter_map(|entry| Some(entry.ok()?.path().file_stem()?.to_str()?.to_owned())).collect();
+    names.sort();
+    for name in names {
+        run(Command::new("cargo").args([
+            "+nightly",
+            "fuzz",
+            "run",
+            &name,
+            "--",
+            &format!("-max_total_time={seconds}"),
+        ]))?;
+    }
+    Ok(())
+}
+
+fn soak(minutes: &str) -> Outcome {
+    let minutes: u64 = minutes.parse().map_err(|_| "MINUTES is a number".to_owned())?;
+    cargo(
+        &["test", "--release", "--workspace", "--", "soak_"],
+        &[("INLINECRYPT_SOAK_SECONDS", &(minutes * 60).to_string())],
+    )
+}
+
+fn bench_peers(args: &[String]) -> Outcome {
+    cargo(&["build", "--release"], &[])?;
+    run(Command::new("python3").arg("benches/compare/peers.py").args(args))
+}
