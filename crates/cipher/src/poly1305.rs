@@ -1,8 +1,9 @@
 //! Poly1305 without its one-time key, for many short messages under one key.
 //!
-//! [`adiantum`](crate::adiantum) hashes three messages of two to eight blocks per data unit. General
+//! [`adiantum`](crate::adiantum) hashes three messages of two to eight blocks per data unit of 512 or 4096 bytes. General
 //! implementations set up vector code for long messages first, which there costs more than the hashing itself
-//! (measured: 1.6 us of 2.6 us for a unit of 512 bytes). This one is scalar, and has nothing to set up.
+//! (measured: Adiantum takes 2.6 us for 512 bytes with the `poly1305` crate, 0.75 us with this). This one is scalar, and
+//! has nothing to set up.
 //!
 //! ```text
 //!   h = (...((m1 * r) + m2) * r + ... + mn) * r  mod 2^130 - 5      each m with a one put above its 128 bits

@@ -21,13 +21,18 @@ pub const ASSOCIATED_MAX: usize = 126;
 /// The key that wraps other keys: 64 bytes, the first 32 for authentication, the others for encryption.
 ///
 /// Wiped when dropped; its `Debug` shows nothing of it.
-pub struct WrappingKey(Zeroizing<[u8; 64]>);
+pub struct WrappingKey(
+    /// Boxed, so that moving the key leaves no copy behind.
+    Box<Zeroizing<[u8; 64]>>,
+);
 
 impl WrappingKey {
     /// A wrapping key from its 64 bytes.
     #[must_use]
     pub fn new(bytes: &[u8; 64]) -> Self {
-        Self(Zeroizing::new(*bytes))
+        let mut own = Box::new(Zeroizing::new([0; 64]));
+        own.copy_from_slice(bytes);
+        Self(own)
     }
 
     /// A wrapping key for one purpose, from a secret of 32 bytes: counter mode with CMAC-AES-256 (SP 800-108r1 4.1) over
@@ -39,14 +44,14 @@ impl WrappingKey {
     #[must_use]
     pub fn derive(secret: &[u8; 32], label: &[u8]) -> Self {
         assert!(!label.is_empty() && !label.contains(&0), "a label is a name, without zero bytes");
-        let mut bytes = Zeroizing::new([0; 64]);
+        let mut bytes = Box::new(Zeroizing::new([0; 64]));
         let fixed = [label, &[0], &512_u32.to_be_bytes()].concat();
-        counter_mode_cmac(secret, &fixed, &mut *bytes);
+        counter_mode_cmac(secret, &fixed, &mut **bytes);
         Self(bytes)
     }
 
     fn siv(&self) -> Aes256Siv {
-        Aes256Siv::new((&*self.0).into())
+        Aes256Siv::new((&**self.0).into())
     }
 }
 

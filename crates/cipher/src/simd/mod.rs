@@ -4,4 +4,5 @@
 //! two agree.
 
 pub(crate) mod awslc;
+pub(crate) mod cbc;
 pub(crate) mod nh;
