@@ -105,7 +105,7 @@ fn source(name: &str, text: &str, findings: &mut Vec<String>) {
         if line.contains("SAFETY: parameters are valid") {
             findings.push(format!("{name}:{number}: say which fact makes it safe"));
         }
-        if says("todo") || says("unimplemented") || code.contains("#[ignore") {
+        if ["todo!(", "unimplemented!(", "#[ignore"].iter().any(|stub| code.contains(stub)) {
             findings.push(format!("{name}:{number}: a stub or an ignored test"));
         }
     }
