@@ -138,6 +138,20 @@ fn two_keys_one_keyslot() {
     });
 }
 
+/// There is a keyslot for each, but the engine may only be asked for one thing at a time.
+#[test]
+fn two_keys_two_keyslots() {
+    model(|| {
+        let (engine, slots) = shell(2, 0, Policy::default());
+        let other = thread::spawn({
+            let (engine, slots) = (engine.clone(), slots.clone());
+            move || use_key(&engine, &slots, &key(1))
+        });
+        use_key(&engine, &slots, &key(2));
+        other.join().unwrap();
+    });
+}
+
 #[test]
 fn three_requests_two_keys_one_keyslot_no_bypass() {
     model(|| {

@@ -55,6 +55,8 @@ struct World {
     /// What each keyslot of the engine really holds.
     engine: Vec<Option<KeyId>>,
     todo: Option<Action>,
+    /// A reset came while the engine was programming: it may have been before or after.
+    overtaken: bool,
     granted: Vec<(KeyId, Grant)>,
     waiting: BTreeMap<Ticket, Waiting>,
     evicting: BTreeMap<Ticket, KeyId>,
@@ -68,6 +70,7 @@ impl World {
             policy,
             engine: vec![None; slots as usize],
             todo: None,
+            overtaken: false,
             granted: Vec::new(),
             waiting: BTreeMap::new(),
             evicting: BTreeMap::new(),
@@ -124,7 +127,7 @@ impl World {
                     }
                     // From here on the engine may hold anything: nobody may be granted this keyslot.
                     self.engine[slot.0 as usize] = None;
-                    self.todo = Some(action);
+                    (self.todo, self.overtaken) = (Some(action), false);
                 }
                 Action::Evict { slot, key, by } => {
                     assert!(self.todo.is_none(), "the engine does one thing at a time");
@@ -162,7 +165,7 @@ impl World {
         match self.todo.take() {
             None => return,
             Some(Action::Program { slot, key, .. }) => {
-                if outcome == Programmed::Done {
+                if outcome == Programmed::Done && !self.overtaken {
                     self.engine[slot.0 as usize] = Some(key);
                 }
                 self.table.programmed(slot, outcome, &mut actions);
@@ -206,6 +209,7 @@ impl World {
             }
             Step::Reset => {
                 self.engine.fill(None);
+                self.overtaken = true;
                 self.table.reset(&mut actions);
                 self.carry_out(actions);
             }
