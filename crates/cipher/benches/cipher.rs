@@ -23,13 +23,16 @@ fn group<'c>(criterion: &'c mut Criterion, name: &str) -> BenchmarkGroup<'c, Wal
     group
 }
 
+/// Transforms one data unit, given its IV.
+type Bare = Box<dyn FnMut(&[u8; 16], &mut [u8])>;
+
 /// The same work through our interface and through AWS-LC's.
 fn beside_aws_lc(criterion: &mut Criterion) {
     let info = Mode::Aes256Xts.info();
     let cipher = info.expand(&key(info)).unwrap();
     let mut data = vec![0; BUFFER_BYTES];
     for unit_bytes in UNIT_BYTES {
-        let mut bare: [(&str, Box<dyn FnMut(&[u8; 16], &mut [u8])>); 2] = [
+        let mut bare: [(&str, Bare); 2] = [
             ("encrypt", Box::new(beneath::aes_256_xts_encryptor(&key(info)))),
             ("decrypt", Box::new(beneath::aes_256_xts_decryptor(&key(info)))),
         ];
