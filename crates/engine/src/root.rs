@@ -186,6 +186,10 @@ impl Root {
     /// - [`Permission`](ErrorKind::Permission), [`NoSpace`](ErrorKind::NoSpace),
     ///   [`EngineFailed`](ErrorKind::EngineFailed): the system refused or failed. There is no file of this name then,
     ///   unless only the last step failed, which is to make sure that the name is on the disk.
+    ///
+    /// # Blocking
+    ///
+    /// Waits for the disk twice: for the content, then for the name.
     pub fn create_file(path: impl AsRef<Path>) -> Result<Self, Error> {
         let path = path.as_ref();
         match Self::create_unless_there(path)? {
@@ -208,12 +212,8 @@ impl Root {
         }
         match Self::create_unless_there(path)? {
             Some(root) => Ok(root),
-            None => {
-                // Somebody was faster. Keys wrapped under a root that a power cut takes away would be lost, so do not
-                // rely on the other having come to this step.
-                sync_directory(path)?;
-                Self::open_file(path)
-            }
+            // Somebody was faster.
+            None => Self::open_file(path),
         }
     }
 
@@ -237,11 +237,12 @@ impl Root {
         Self { wrapper: Arc::new(Wrapper::derive(secret, Form::LongTerm)), spec }
     }
 
-    /// A new root, or `None` if something has this name.
+    /// A new root, or `None` if something has this name. What has the name is on the disk then, whoever made it.
     fn create_unless_there(path: &Path) -> Result<Option<Self>, Error> {
         let failed = |errno| failed(Op::Create, path, errno);
         let (directory, name) = split(path)
             .ok_or_else(|| refused(ErrorKind::Invalid, Op::Create, path, "does not end in a file's name"))?;
+        let missing = directory.ancestors().take_while(|directory| !is_there(directory)).count();
         DirBuilder::new().recursive(true).mode(0o700).create(directory).map_err(|why| {
             match Errno::from_io_error(&why) {
                 Some(errno) => failed(errno),
@@ -251,14 +252,19 @@ impl Root {
         let secret = random::secret(Op::Create)?;
         let temporary = Temporary::write(directory, name, &*serialize(&secret)).map_err(failed)?;
         // Unlike a rename, a link never replaces what is there.
-        match rustix::fs::linkat(CWD, &temporary.path, CWD, path, AtFlags::empty()) {
-            Ok(()) => {}
-            Err(Errno::EXIST) => return Ok(None),
+        let linked = match rustix::fs::linkat(CWD, &temporary.path, CWD, path, AtFlags::empty()) {
+            Ok(()) => true,
+            Err(Errno::EXIST) => false,
             Err(errno) => return Err(failed(errno)),
-        }
+        };
         drop(temporary);
-        sync_directory(path)?;
-        Ok(Some(Self::from_secret(&secret, RootSpec::File(path.into()))))
+        // Keys wrapped under a root that a power cut takes away would be lost. So the names have to be on the disk: the
+        // file's, and those of the directories made for it. If somebody else was faster, do not rely on him having come
+        // to this step.
+        for directory in directory.ancestors().take(missing + 1) {
+            sync_directory(directory).map_err(failed)?;
+        }
+        Ok(linked.then(|| Self::from_secret(&secret, RootSpec::File(path.into()))))
     }
 }
 
@@ -418,27 +424,36 @@ impl Drop for Temporary {
 fn split(path: &Path) -> Option<(&Path, &std::ffi::OsStr)> {
     let name = path.file_name()?;
     let directory = path.parent()?;
-    Some((if directory.as_os_str().is_empty() { Path::new(".") } else { directory }, name))
+    Some((or_here(directory), name))
 }
 
-fn sync_directory(path: &Path) -> Result<(), Error> {
-    let failed = |errno| failed(Op::Create, path, errno);
-    let Some((directory, _)) = split(path) else { return Ok(()) };
+/// `directory`, or the one we are in if its name is empty: what the ancestors of a relative path end in.
+fn or_here(directory: &Path) -> &Path {
+    if directory.as_os_str().is_empty() { Path::new(".") } else { directory }
+}
+
+fn is_there(directory: &Path) -> bool {
+    // Not to be reached counts as there: making it will say why.
+    or_here(directory).try_exists().unwrap_or(true)
+}
+
+fn sync_directory(directory: &Path) -> Result<(), Errno> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let directory = rustix::fs::open(directory, flags, Mode::empty()).map_err(failed)?;
-    rustix::fs::fsync(&directory).map_err(failed)
+    rustix::fs::fsync(rustix::fs::open(or_here(directory), flags, Mode::empty())?)
 }
 
 /// The error for what the system answered.
 fn failed(op: Op, path: &Path, errno: Errno) -> Error {
     let (kind, why) = match errno {
-        Errno::NOENT => (ErrorKind::NotFound, "is not there"),
-        Errno::ACCESS | Errno::PERM => (ErrorKind::Permission, "may not be reached by us"),
+        Errno::NOENT => (ErrorKind::NotFound, "is not there; correct the name, or make a new root"),
+        Errno::ACCESS | Errno::PERM => {
+            (ErrorKind::Permission, "may not be reached by us; run as the user that it belongs to")
+        }
         Errno::ROFS => (ErrorKind::Permission, "is on a read-only file system"),
         Errno::NOSPC | Errno::DQUOT => (ErrorKind::NoSpace, "has no room"),
-        Errno::LOOP => (ErrorKind::Invalid, "is a loop of symbolic links"),
+        Errno::LOOP => (ErrorKind::Invalid, "is a loop of symbolic links; name the file itself"),
         Errno::NOTDIR | Errno::EXIST => (ErrorKind::Invalid, "has a file where a directory should be"),
-        Errno::ISDIR => (ErrorKind::Invalid, "is a directory"),
+        Errno::ISDIR => (ErrorKind::Invalid, "is a directory; name a file in it"),
         Errno::NAMETOOLONG => (ErrorKind::Invalid, "is too long a name"),
         // A socket; or a device without a driver.
         Errno::NXIO | Errno::NODEV => (ErrorKind::Invalid, "is not a regular file; a root is kept in one"),
@@ -597,6 +612,18 @@ mod tests {
             set_mode(&path, mode);
             Root::open_file(&path).unwrap();
         }
+    }
+
+    #[test]
+    fn a_file_that_we_may_not_read_is_a_matter_of_permission() {
+        let (_directory, path, _) = root_file();
+        if rustix::process::geteuid().is_root() {
+            eprintln!("skipped: root may read everything");
+            return;
+        }
+        set_mode(&path, 0);
+        assert_eq!(refusal(&path).0, ErrorKind::Permission);
+        assert_eq!(described(&path, Root::open_or_create_file(&path)).0, ErrorKind::Permission);
     }
 
     #[test]

@@ -25,7 +25,7 @@ pub enum EngineSpec {
 
 impl EngineSpec {
     /// What can be written, for help texts: one line per engine.
-    pub const HELP: &str = "software[:slots=0..65536][,kdf=v1|legacykdf|rearranged]";
+    pub const HELP: &str = "software[:OPTION,...], options slots=0..65536 and kdf=v1|legacykdf|rearranged";
 
     /// The specs that every test of engines in general iterates.
     #[must_use]
