@@ -1,1 +1,6 @@
-//! Placeholder until the first commit of this crate.
+//! Where a volume meets the world: backings below it, exports above it, and the listeners that clients come in by.
+#![deny(unsafe_code)]
+
+pub mod backing;
+pub mod listen;
+mod sys;

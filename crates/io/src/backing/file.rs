@@ -1,0 +1,446 @@
+//! A regular file or block device as backing.
+//!
+//! Reads and writes are one system call each and allocate nothing. Start reading at [`FileBacking::read_all`].
+
+use super::lock;
+use super::stable::Ledger;
+use super::{Caching, DiscardPolicy, OpenOptions};
+use crate::sys;
+use inlinecrypt_core::backing::{Access, Backing, BackingFacts, Durability, Extent};
+use inlinecrypt_core::error::{Error, ErrorKind, Op};
+use rustix::fs::{
+    Advice, AtFlags, FallocateFlags, FileType, Mode, OFlags, SeekFrom, Stat, StatxFlags, fallocate,
+};
+use rustix::io::{Errno, IoSlice, ReadWriteFlags, retry_on_intr};
+use std::fs;
+use std::io;
+use std::num::NonZeroU64;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Alignment for direct I/O where the system does not say: right for every disk there is.
+const DIRECT_ALIGN_BYTES: u32 = 4096;
+
+/// A regular file or block device.
+#[derive(Debug)]
+pub struct FileBacking {
+    file: OwnedFd,
+    path: PathBuf,
+    medium: Medium,
+    caching: Caching,
+    facts: BackingFacts,
+    /// Whether the system takes `RWF_DSYNC` for this file. Only ever becomes false.
+    takes_dsync: AtomicBool,
+    ledger: Ledger,
+}
+
+/// What the file is.
+#[derive(Clone, Copy, Debug)]
+enum Medium {
+    Regular,
+    BlockDevice {
+        /// Its logical sector, in bytes.
+        sector_bytes: u32,
+    },
+}
+
+impl FileBacking {
+    /// Opens and locks the file or block device at `path`.
+    ///
+    /// # Errors
+    ///
+    /// See [`open`](super::open).
+    pub fn open(path: impl Into<PathBuf>, options: OpenOptions) -> Result<Self, Error> {
+        let path = path.into();
+        let OpenOptions { access, caching, discard } = options;
+        let (file, stat) = open_file(&path, access, caching)?;
+        lock::lock(file.as_fd(), &stat, access, &path)?;
+
+        let failed = |errno: Errno| {
+            Error::new(ErrorKind::Backing, Op::Open)
+                .detail(path.display().to_string())
+                .because(io::Error::from(errno))
+        };
+        let (medium, len_bytes) = match FileType::from_raw_mode(stat.st_mode) {
+            FileType::BlockDevice => {
+                let sector_bytes = rustix::fs::ioctl_blksszget(&file).map_err(failed)?;
+                let len_bytes = rustix::fs::seek(&file, SeekFrom::End(0)).map_err(failed)?;
+                (Medium::BlockDevice { sector_bytes }, len_bytes)
+            }
+            // Its length after it was locked: nobody of ours changes it any more.
+            _ => (Medium::Regular, file_len(&file).map_err(failed)?),
+        };
+        if len_bytes == 0 {
+            return Err(Error::new(ErrorKind::Invalid, Op::Open).detail(format!(
+                "{} is empty; give it a size first, or let --create do so",
+                path.display()
+            )));
+        }
+        let align_bytes = match caching {
+            Caching::PageCache => 1,
+            Caching::Direct => direct_align(&file, medium, &path)?,
+        };
+        if !len_bytes.is_multiple_of(align_bytes.into()) {
+            return Err(Error::new(ErrorKind::Invalid, Op::Open).detail(format!(
+                "{} is {len_bytes} bytes long, and direct I/O needs a multiple of {align_bytes} here; serve it \
+                 without --direct",
+                path.display()
+            )));
+        }
+        let can_discard = access == Access::ReadWrite
+            && discard == DiscardPolicy::PassDown
+            && match medium {
+                Medium::Regular => can_punch(&file, len_bytes),
+                Medium::BlockDevice { .. } => can_trim(&stat),
+            };
+        Ok(Self {
+            file,
+            path,
+            medium,
+            caching,
+            facts: BackingFacts { len_bytes, align_bytes, access, can_discard },
+            takes_dsync: AtomicBool::new(true),
+            ledger: Ledger::default(),
+        })
+    }
+
+    /// Where it was found.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// How much of a short transfer counts: with direct I/O, what is left must stay aligned.
+    fn usable(&self, transferred: usize) -> usize {
+        transferred - transferred % self.facts.align_bytes as usize
+    }
+
+    fn read_all(&self, offset: u64, data: &mut [u8]) -> Result<(), Error> {
+        let len = data.len() as u64;
+        let mut rest = data;
+        let mut at = offset;
+        while !rest.is_empty() {
+            let read = retry_on_intr(|| rustix::io::pread(&self.file, &mut *rest, at))
+                .map_err(|errno| world_error(Op::Read, errno, offset, len))?;
+            let done = if read == rest.len() { read } else { self.usable(read) };
+            if done == 0 {
+                return Err(Error::new(ErrorKind::Backing, Op::Read)
+                    .at(offset, len)
+                    .detail("the file has become shorter")
+                    .because(io::Error::from(io::ErrorKind::UnexpectedEof)));
+            }
+            rest = &mut rest[done..];
+            at += done as u64;
+        }
+        Ok(())
+    }
+
+    /// Writes all of `data` by `write`, one system call of which says how many bytes it wrote.
+    fn write_all(
+        &self,
+        offset: u64,
+        data: &[u8],
+        write: impl Fn(&[u8], u64) -> Result<usize, Errno>,
+    ) -> Result<(), Errno> {
+        let mut rest = data;
+        let mut at = offset;
+        while !rest.is_empty() {
+            let written = retry_on_intr(|| write(rest, at))?;
+            let done = if written == rest.len() { written } else { self.usable(written) };
+            if done == 0 {
+                // The system took nothing and gave no reason.
+                return Err(Errno::IO);
+            }
+            rest = &rest[done..];
+            at += done as u64;
+        }
+        Ok(())
+    }
+
+    fn write_cached(&self, offset: u64, data: &[u8]) -> Result<(), Errno> {
+        self.write_all(offset, data, |rest, at| rustix::io::pwrite(&self.file, rest, at))
+    }
+
+    fn write_durable(&self, offset: u64, data: &[u8]) -> Result<(), Errno> {
+        if self.takes_dsync.load(Ordering::Relaxed) {
+            let written = self.write_all(offset, data, |rest, at| {
+                rustix::io::pwritev2(&self.file, &[IoSlice::new(rest)], at, ReadWriteFlags::DSYNC)
+            });
+            match written {
+                // Refused for the flag, before anything was written.
+                Err(Errno::OPNOTSUPP | Errno::NOSYS) => self.takes_dsync.store(false, Ordering::Relaxed),
+                done => return done,
+            }
+        }
+        self.write_cached(offset, data)?;
+        retry_on_intr(|| rustix::fs::fdatasync(&self.file))
+    }
+
+    fn discard_sectors(&self, offset: u64, len: u64, sector_bytes: u32) -> Result<(), Errno> {
+        // The device takes whole sectors only. What else the range has stays as it is.
+        let sector = u64::from(sector_bytes);
+        let first = offset.next_multiple_of(sector);
+        let end = (offset + len) / sector * sector;
+        if first >= end {
+            return Ok(());
+        }
+        retry_on_intr(|| sys::discard_blocks(self.file.as_fd(), first, end - first))
+    }
+}
+
+impl Backing for FileBacking {
+    fn facts(&self) -> BackingFacts {
+        self.facts
+    }
+
+    fn read(&self, offset: u64, data: &mut [u8]) -> Result<(), Error> {
+        self.read_all(offset, data)
+    }
+
+    fn write(&self, offset: u64, data: &[u8], durability: Durability) -> Result<(), Error> {
+        let len = data.len() as u64;
+        match durability {
+            Durability::Cached => {
+                self.write_cached(offset, data).map_err(|errno| world_error(Op::Write, errno, offset, len))
+            }
+            Durability::Durable => {
+                self.ledger.settle(Op::Write, Some((offset, len)), || self.write_durable(offset, data))
+            }
+        }
+    }
+
+    fn flush(&self) -> Result<(), Error> {
+        if self.facts.access == Access::ReadOnly {
+            return Ok(());
+        }
+        // Also makes stable what is needed to find the data: new length, new blocks.
+        self.ledger.settle(Op::Flush, None, || retry_on_intr(|| rustix::fs::fdatasync(&self.file)))
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> Result<(), Error> {
+        if !self.facts.can_discard {
+            return Err(Error::new(ErrorKind::Unsupported, Op::Trim).at(offset, len));
+        }
+        let discarded = match self.medium {
+            Medium::Regular => retry_on_intr(|| {
+                let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+                fallocate(&self.file, hole, offset, len)
+            }),
+            Medium::BlockDevice { sector_bytes } => self.discard_sectors(offset, len, sector_bytes),
+        };
+        discarded.map_err(|errno| match errno {
+            Errno::OPNOTSUPP => {
+                Error::new(ErrorKind::Unsupported, Op::Trim).at(offset, len).because(io::Error::from(errno))
+            }
+            _ => world_error(Op::Trim, errno, offset, len),
+        })
+    }
+
+    fn extents(&self, offset: u64, len: u64, extents_max: usize) -> Result<Vec<Extent>, Error> {
+        let mut runs = Runs { runs: Vec::new(), runs_max: extents_max, at: offset, end: offset + len };
+        if matches!(self.medium, Medium::BlockDevice { .. }) {
+            runs.push_until(u64::MAX, Allocated::Yes);
+            return Ok(runs.runs);
+        }
+        let failed = |errno| world_error(Op::Extents, errno, offset, len);
+        while runs.wants_more() {
+            match retry_on_intr(|| rustix::fs::seek(&self.file, SeekFrom::Data(runs.at))) {
+                Ok(data) => runs.push_until(data, Allocated::No),
+                // A hole to the end of the file. Beyond that, should it have become shorter, reading will tell.
+                Err(Errno::NXIO) => {
+                    runs.push_until(file_len(&self.file).map_err(failed)?, Allocated::No);
+                    runs.push_until(u64::MAX, Allocated::Yes);
+                    continue;
+                }
+                Err(Errno::INVAL | Errno::OPNOTSUPP) => {
+                    runs.push_until(u64::MAX, Allocated::Yes);
+                    continue;
+                }
+                Err(errno) => return Err(failed(errno)),
+            }
+            if !runs.wants_more() {
+                break;
+            }
+            match retry_on_intr(|| rustix::fs::seek(&self.file, SeekFrom::Hole(runs.at))) {
+                Ok(hole) if hole > runs.at => runs.push_until(hole, Allocated::Yes),
+                // The data that was there has gone meanwhile, or the file has become shorter: be careful, not exact.
+                Ok(_) | Err(Errno::NXIO) => runs.push_until(u64::MAX, Allocated::Yes),
+                Err(errno) => return Err(failed(errno)),
+            }
+        }
+        Ok(runs.runs)
+    }
+
+    fn prefetch(&self, offset: u64, len: u64) {
+        if self.caching == Caching::PageCache {
+            // A hint, so a failure means nothing.
+            let _ = rustix::fs::fadvise(&self.file, offset, NonZeroU64::new(len), Advice::WillNeed);
+        }
+    }
+}
+
+/// Whether storage is allocated to a run.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Allocated {
+    Yes,
+    No,
+}
+
+/// Extents in the making: in order, without gaps, none empty, neighbours different.
+struct Runs {
+    runs: Vec<Extent>,
+    runs_max: usize,
+    /// Where the next one begins.
+    at: u64,
+    end: u64,
+}
+
+impl Runs {
+    fn wants_more(&self) -> bool {
+        self.at < self.end && self.runs.len() < self.runs_max
+    }
+
+    /// Goes on until `until`, or the end if that comes first. Nothing if that lies behind us.
+    fn push_until(&mut self, until: u64, allocated: Allocated) {
+        let until = until.min(self.end);
+        if until <= self.at || self.runs_max == 0 {
+            return;
+        }
+        let (len, allocated) = (until - self.at, allocated == Allocated::Yes);
+        let full = self.runs.len() == self.runs_max;
+        match self.runs.last_mut() {
+            Some(last) if last.allocated == allocated => last.len += len,
+            _ if full => return,
+            _ => self.runs.push(Extent { offset: self.at, len, allocated }),
+        }
+        self.at = until;
+    }
+}
+
+/// The error for what the system said about a range.
+pub(super) fn world_error(op: Op, errno: Errno, offset: u64, len: u64) -> Error {
+    let kind = match errno {
+        Errno::NOSPC | Errno::DQUOT => ErrorKind::NoSpace,
+        _ => ErrorKind::Backing,
+    };
+    Error::new(kind, op).at(offset, len).because(io::Error::from(errno))
+}
+
+fn file_len(file: &OwnedFd) -> Result<u64, Errno> {
+    let stat = rustix::fs::fstat(file)?;
+    Ok(u64::try_from(stat.st_size).unwrap_or(0))
+}
+
+fn open_file(path: &Path, access: Access, caching: Caching) -> Result<(OwnedFd, Stat), Error> {
+    // Looked at before it is opened: opening a fifo would wait, and opening some devices does things.
+    let before = retry_on_intr(|| rustix::fs::stat(path)).map_err(|errno| not_opened(path, errno))?;
+    check_type(&before, path)?;
+
+    let mut flags = OFlags::CLOEXEC | OFlags::NOCTTY;
+    flags |= match access {
+        Access::ReadOnly => OFlags::RDONLY,
+        Access::ReadWrite => OFlags::RDWR,
+    };
+    if caching == Caching::Direct {
+        flags |= OFlags::DIRECT;
+    }
+    let is_device = FileType::from_raw_mode(before.st_mode) == FileType::BlockDevice;
+    if is_device && access == Access::ReadWrite {
+        // For block devices: nobody else may have claimed it, and nobody may until it is closed.
+        flags |= OFlags::EXCL;
+    }
+    let file = match retry_on_intr(|| rustix::fs::open(path, flags, Mode::empty())) {
+        Ok(file) => file,
+        Err(Errno::INVAL) if caching == Caching::Direct => {
+            return Err(no_direct(path).because(io::Error::from(Errno::INVAL)));
+        }
+        Err(Errno::BUSY) if is_device => {
+            return Err(Error::new(ErrorKind::Busy, Op::Open)
+                .detail(format!("{}: {}", path.display(), lock::device_users(&before)))
+                .because(io::Error::from(Errno::BUSY)));
+        }
+        Err(errno @ (Errno::ACCESS | Errno::PERM | Errno::ROFS)) if access == Access::ReadWrite => {
+            let readable = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).is_ok();
+            let advice = if readable { "; to serve it all the same, add --read-only" } else { "" };
+            return Err(Error::new(ErrorKind::Permission, Op::Open)
+                .detail(format!("{} is not writable{advice}", path.display()))
+                .because(io::Error::from(errno)));
+        }
+        Err(errno) => return Err(not_opened(path, errno)),
+    };
+    let stat = rustix::fs::fstat(&file).map_err(|errno| not_opened(path, errno))?;
+    check_type(&stat, path)?;
+    Ok((file, stat))
+}
+
+fn check_type(stat: &Stat, path: &Path) -> Result<(), Error> {
+    let what = match FileType::from_raw_mode(stat.st_mode) {
+        FileType::RegularFile | FileType::BlockDevice => return Ok(()),
+        FileType::Directory => "a directory",
+        FileType::Fifo => "a fifo",
+        FileType::Socket => "a socket",
+        FileType::CharacterDevice => "a character device",
+        _ => "something else",
+    };
+    Err(Error::new(ErrorKind::Invalid, Op::Open)
+        .detail(format!("{} is {what}; a regular file or a block device is needed", path.display())))
+}
+
+fn not_opened(path: &Path, errno: Errno) -> Error {
+    let kind = match errno {
+        Errno::NOENT | Errno::NOTDIR | Errno::NXIO | Errno::NODEV | Errno::NOMEDIUM => ErrorKind::NotFound,
+        Errno::ACCESS | Errno::PERM | Errno::ROFS => ErrorKind::Permission,
+        Errno::BUSY | Errno::TXTBSY => ErrorKind::Busy,
+        Errno::LOOP | Errno::NAMETOOLONG | Errno::INVAL => ErrorKind::Invalid,
+        Errno::NOMEM => ErrorKind::OutOfMemory,
+        _ => ErrorKind::Backing,
+    };
+    Error::new(kind, Op::Open).detail(path.display().to_string()).because(io::Error::from(errno))
+}
+
+fn no_direct(path: &Path) -> Error {
+    Error::new(ErrorKind::Unsupported, Op::Open)
+        .detail(format!("{} cannot do direct I/O; serve it without --direct", path.display()))
+}
+
+/// What direct I/O asks of offsets, lengths and memory, in bytes.
+fn direct_align(file: &OwnedFd, medium: Medium, path: &Path) -> Result<u32, Error> {
+    let align_bytes = match rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN) {
+        Ok(answer) if StatxFlags::from_bits_retain(answer.stx_mask).contains(StatxFlags::DIOALIGN) => {
+            if answer.stx_dio_offset_align == 0 {
+                return Err(no_direct(path));
+            }
+            answer.stx_dio_offset_align.max(answer.stx_dio_mem_align)
+        }
+        // A system or filesystem that does not say.
+        _ => match medium {
+            Medium::Regular => DIRECT_ALIGN_BYTES,
+            Medium::BlockDevice { sector_bytes } => sector_bytes,
+        },
+    };
+    if !align_bytes.is_power_of_two() || align_bytes > DIRECT_ALIGN_BYTES {
+        return Err(no_direct(path).because(io::Error::other(format!(
+            "it asks for an alignment of {align_bytes} bytes, and we have {DIRECT_ALIGN_BYTES} at most"
+        ))));
+    }
+    Ok(align_bytes)
+}
+
+/// Whether holes can be punched, found out by punching one beyond the end, where nothing is.
+fn can_punch(file: &OwnedFd, len_bytes: u64) -> bool {
+    /// Far enough from the last byte that no filesystem block holds both.
+    const DISTANCE_BYTES: u64 = 64 << 20;
+    let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    let beyond = len_bytes.saturating_add(DISTANCE_BYTES) & !0xffff;
+    retry_on_intr(|| fallocate(file, hole, beyond, 4096)).is_ok()
+}
+
+/// Whether a block device discards, by its queue limits. Partitions have them one level up.
+fn can_trim(node: &Stat) -> bool {
+    let (major, minor) = (rustix::fs::major(node.st_rdev), rustix::fs::minor(node.st_rdev));
+    ["queue", "../queue"].iter().any(|queue| {
+        let limit = fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/{queue}/discard_max_bytes"));
+        limit.ok().and_then(|text| text.trim().parse::<u64>().ok()).is_some_and(|bytes| bytes > 0)
+    })
+}

@@ -1,0 +1,143 @@
+//! What was lost stays lost.
+//!
+//! Linux reports a failed write-back once per open file, to whichever `fsync`, `fdatasync` or `RWF_DSYNC` write asks
+//! first, and marks the pages clean: asking again succeeds although the data is gone. With many threads, one may even
+//! collect the failure of another, whose own call then succeeds. [`Ledger`] makes up for both:
+//!
+//! - the first failure is kept, and nothing is called stable after it;
+//! - a call that succeeded counts only once every call that overlapped it in time has told its outcome.
+
+use super::file::world_error;
+use inlinecrypt_core::error::{Error, ErrorKind, Op};
+use rustix::io::Errno;
+use std::io;
+use std::sync::{OnceLock, PoisonError, RwLock};
+
+/// The first failure to make something stable.
+#[derive(Clone, Copy, Debug)]
+struct Lost {
+    op: Op,
+    range: Option<(u64, u64)>,
+    errno: Errno,
+}
+
+/// Whether all that was called stable is stable.
+#[derive(Debug, Default)]
+pub(super) struct Ledger {
+    /// Held for reading while a call is under way and until its failure is in `lost`. Taken for writing, and let go at
+    /// once, to wait for all of them. Nothing else is taken while it is held.
+    under_way: RwLock<()>,
+    lost: OnceLock<Lost>,
+}
+
+impl Ledger {
+    /// Runs `sync`, which makes a range (or everything) stable, unless something was lost before.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::FlushLost`] if anything was lost before or, meanwhile, to another thread, and for a failed flush;
+    /// for a failed durable write, what its cause says. From then on every call fails.
+    ///
+    /// # Blocking
+    ///
+    /// Waits for `sync`, and then for calls of other threads that overlapped it.
+    pub(super) fn settle(
+        &self,
+        op: Op,
+        range: Option<(u64, u64)>,
+        sync: impl FnOnce() -> Result<(), Errno>,
+    ) -> Result<(), Error> {
+        {
+            let _under_way = self.under_way.read().unwrap_or_else(PoisonError::into_inner);
+            self.check(op, range)?;
+            if let Err(errno) = sync() {
+                // Not the first failure: then the first one is the one to tell of later.
+                let _ = self.lost.set(Lost { op, range, errno });
+                return Err(match range {
+                    Some((offset, len)) => world_error(op, errno, offset, len),
+                    None => Error::new(ErrorKind::FlushLost, op)
+                        .detail("it failed just now")
+                        .because(io::Error::from(errno)),
+                });
+            }
+        }
+        drop(self.under_way.write().unwrap_or_else(PoisonError::into_inner));
+        self.check(op, range)
+    }
+
+    fn check(&self, op: Op, range: Option<(u64, u64)>) -> Result<(), Error> {
+        let Some(lost) = self.lost.get() else { return Ok(()) };
+        let mut first = Error::new(ErrorKind::Backing, lost.op).because(io::Error::from(lost.errno));
+        if let Some((offset, len)) = lost.range {
+            first = first.at(offset, len);
+        }
+        let mut error = Error::new(ErrorKind::FlushLost, op)
+            .detail("stop the server, check the medium, and check the data before going on")
+            .because(first);
+        if let Some((offset, len)) = range {
+            error = error.at(offset, len);
+        }
+        Err(error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Barrier;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    #[test]
+    fn after_a_failed_flush_nothing_is_ever_called_stable() {
+        let ledger = Ledger::default();
+        ledger.settle(Op::Flush, None, || Ok(())).expect("nothing lost yet");
+        let first = ledger.settle(Op::Flush, None, || Err(Errno::IO)).unwrap_err();
+        assert_eq!(first.kind(), ErrorKind::FlushLost);
+        let mut ran = false;
+        let later = ledger.settle(Op::Flush, None, || {
+            ran = true;
+            Ok(())
+        });
+        assert_eq!(later.unwrap_err().kind(), ErrorKind::FlushLost);
+        assert!(!ran, "nothing can make good what was lost, so nothing is tried");
+    }
+
+    #[test]
+    fn a_failed_durable_write_is_told_by_later_flushes() {
+        let ledger = Ledger::default();
+        let write = ledger.settle(Op::Write, Some((4096, 512)), || Err(Errno::NOSPC)).unwrap_err();
+        assert_eq!(write.kind(), ErrorKind::NoSpace);
+        let flush = ledger.settle(Op::Flush, None, || Ok(())).unwrap_err();
+        assert_eq!(flush.kind(), ErrorKind::FlushLost);
+        let chain = flush.chain();
+        assert!(chain.contains("write at 4096+512"), "{chain}");
+        assert!(chain.contains("No space"), "the system's error is kept: {chain}");
+    }
+
+    /// The kernel tells a failure to one caller only. Here eight threads lose data and one is told: all must fail.
+    #[test]
+    fn a_failure_that_another_thread_collected_fails_all_who_overlapped() {
+        for _ in 0..200 {
+            const THREADS: u32 = 8;
+            let ledger = Ledger::default();
+            let inside = Barrier::new(THREADS as usize);
+            let arrivals = AtomicU32::new(0);
+            let failures = AtomicU32::new(0);
+            std::thread::scope(|scope| {
+                for _ in 0..THREADS {
+                    scope.spawn(|| {
+                        let result = ledger.settle(Op::Flush, None, || {
+                            inside.wait();
+                            match arrivals.fetch_add(1, Ordering::Relaxed) {
+                                0 => Err(Errno::IO),
+                                _ => Ok(()),
+                            }
+                        });
+                        failures.fetch_add(u32::from(result.is_err()), Ordering::Relaxed);
+                    });
+                }
+            });
+            assert_eq!(failures.load(Ordering::Relaxed), THREADS);
+        }
+    }
+}

@@ -1,0 +1,76 @@
+//! The few system calls that no library wraps safely. The only place of this crate with `unsafe`.
+#![allow(unsafe_code)]
+
+use rustix::io::Errno;
+use std::io;
+use std::num::NonZeroU32;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// `BLKDISCARD` of `include/uapi/linux/fs.h`: `_IO(0x12, 119)`, with a pointer to offset and length in bytes.
+const BLKDISCARD: rustix::ioctl::Opcode = rustix::ioctl::opcode::none(0x12, 119);
+
+/// Discards a range of a block device. Both numbers must be multiples of its logical sector.
+pub(crate) fn discard_blocks(device: BorrowedFd<'_>, offset: u64, len: u64) -> Result<(), Errno> {
+    // SAFETY: BLKDISCARD reads two u64 through its pointer, and [u64; 2] is just that.
+    let request = unsafe { rustix::ioctl::Setter::<BLKDISCARD, [u64; 2]>::new([offset, len]) };
+    // SAFETY:
+    // - the opcode and what it reads belong together, see above;
+    // - it writes no memory of ours, and `device` stays open during the call;
+    // - on anything but a block device the number 0x12/119 is unknown and the kernel refuses it.
+    unsafe { rustix::ioctl::ioctl(device, request) }
+}
+
+/// Who is at the other end of a Unix socket, or who listens there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Credentials {
+    /// The process, unless it lives in a process namespace that we cannot see.
+    pub(crate) pid: Option<NonZeroU32>,
+    /// Its user.
+    pub(crate) uid: u32,
+}
+
+/// Asks for the peer of a Unix socket (`SO_PEERCRED`).
+///
+/// Not `rustix`'s, whose process id cannot be 0; but it is 0 where the peer's process namespace is not ours.
+pub(crate) fn peer_credentials(socket: impl AsFd) -> io::Result<Credentials> {
+    let mut answer = libc::ucred { pid: 0, uid: 0, gid: 0 };
+    let mut len_bytes: libc::socklen_t = size_of::<libc::ucred>().try_into().expect("twelve");
+    // SAFETY:
+    // - `answer` is a live `ucred`, which SO_PEERCRED fills, and any integers in it are valid;
+    // - `len_bytes` says how long it is and is writable; the kernel never writes more than that;
+    // - the descriptor stays open during the call, borrowed from `socket`.
+    let status = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut answer).cast(),
+            &raw mut len_bytes,
+        )
+    };
+    if status != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let pid = u32::try_from(answer.pid).ok().and_then(NonZeroU32::new);
+    Ok(Credentials { pid, uid: answer.uid })
+}
+
+/// The descriptors that the service manager has handed over, with their names; from the second call on, none.
+pub(crate) fn handed_over() -> io::Result<Vec<(OwnedFd, String)>> {
+    static TAKEN: AtomicBool = AtomicBool::new(false);
+    // Checks that they were meant for this process, and that each is open.
+    let given = sd_notify::listen_fds_with_names()?;
+    if TAKEN.swap(true, Ordering::Relaxed) {
+        return Ok(Vec::new());
+    }
+    let own = |(descriptor, name)| {
+        // SAFETY:
+        // - open: `listen_fds_with_names` has just set its close-on-exec flag, which fails for others;
+        // - ours alone: by `sd_listen_fds(3)` the parent made it for this process to own, and nothing of ours opens 3 and
+        //   what follows, as they were open at the start; TAKEN sees to it that it is owned once.
+        let owned = unsafe { OwnedFd::from_raw_fd(descriptor) };
+        (owned, name)
+    };
+    Ok(given.map(own).collect())
+}
