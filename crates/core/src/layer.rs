@@ -60,7 +60,11 @@ impl LayeredProfile {
     ///
     /// The last failure; the others are tried all the same.
     pub fn evict(&self, key: &Key) -> Result<(), Error> {
-        self.profiles().fold(Ok(()), |result, profile| profile.evict(key).and(result))
+        let mut result = Ok(());
+        for profile in self.profiles() {
+            result = profile.evict(key).and(result);
+        }
+        result
     }
 
     /// Imports a raw key on the first device below.
@@ -112,4 +116,78 @@ impl LayeredProfile {
 fn intersection(below: &[Option<Arc<CryptoProfile>>]) -> Capabilities {
     let all = if below.is_empty() { Capabilities::NONE } else { Capabilities::ALL };
     below.iter().fold(all, |common, profile| common.intersect(profile.as_ref().map(|p| p.capabilities())))
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use crate::caps::{KeyTypes, UnitMask};
+    use crate::config::{DataUnitSize, Hardware, Mode};
+    use crate::key::KeyForm;
+    use crate::keyslot::Policy;
+    use crate::memory::MemoryPool;
+    use crate::testing::FakeEngine;
+    use proptest::prelude::*;
+
+    fn capabilities(units: u32, dun_bytes_max: u8) -> Capabilities {
+        let units = [UnitMask::from_bits(units); Mode::ALL.len()];
+        Capabilities { units, dun_bytes_max, key_types: KeyTypes::RAW, keyslots: 2 }
+    }
+
+    fn profile(capabilities: Capabilities) -> Arc<CryptoProfile> {
+        let engine = Arc::new(FakeEngine::with_capabilities(capabilities));
+        Arc::new(CryptoProfile::new(engine, MemoryPool::new(4096, 0), Policy::default()).unwrap())
+    }
+
+    fn key(unit: u32) -> Arc<Key> {
+        let bytes: Vec<u8> = (0..64).collect();
+        let unit = DataUnitSize::from_bytes(unit).unwrap();
+        Key::new(Mode::Aes256Xts, unit, 8, KeyForm::Raw(RawKey::new(&bytes)), Hardware::Allowed).unwrap()
+    }
+
+    #[test]
+    fn a_layer_can_do_what_all_below_can() {
+        let (wide, narrow) = (profile(capabilities(0x1fe00, 32)), profile(capabilities(0x1200, 8)));
+        let layer = LayeredProfile::new(vec![Some(wide.clone()), Some(narrow)]);
+        let offered = layer.capabilities().unwrap();
+        assert_eq!((offered.units[0].bits(), offered.dun_bytes_max, offered.keyslots), (0x1200, 8, 0));
+        assert!(LayeredProfile::new(vec![Some(wide), None]).capabilities().is_none());
+        assert!(LayeredProfile::new(Vec::new()).capabilities().is_none());
+    }
+
+    #[test]
+    fn devices_that_can_do_less_are_refused_later_and_more_are_welcome() {
+        let mut layer = LayeredProfile::new(vec![Some(profile(capabilities(0x1200, 8)))]);
+        let shrunk = layer.replace(vec![Some(profile(capabilities(0x200, 8)))]).unwrap_err();
+        assert_eq!(shrunk.errno().raw(), 22);
+        assert_eq!(layer.capabilities().unwrap().units[0].bits(), 0x1200);
+        layer.replace(vec![Some(profile(capabilities(0x1fe00, 32)))]).unwrap();
+        assert_eq!(layer.capabilities().unwrap().units[0].bits(), 0x1fe00);
+    }
+
+    #[test]
+    fn a_key_is_admitted_below_everywhere_or_nowhere() {
+        let (wide, narrow) = (profile(capabilities(0x1200, 8)), profile(capabilities(0x200, 8)));
+        let layer = LayeredProfile::new(vec![Some(wide.clone()), Some(narrow.clone())]);
+        let admitted = layer.admit(&key(512), Fallback::Off).unwrap();
+        assert_eq!((admitted.len(), wide.status().keys, narrow.status().keys), (2, 1, 1));
+        drop(admitted);
+        assert!(layer.admit(&key(4096), Fallback::Off).is_err());
+        assert_eq!((wide.status().keys, narrow.status().keys), (0, 0));
+        assert!(layer.evict(&key(512)).is_ok(), "evicting what is not there is fine");
+        assert_eq!(layer.generate().unwrap_err().errno().raw(), 95);
+    }
+
+    proptest! {
+        /// An intersection is covered by both, and covers whatever both cover.
+        #[test]
+        fn intersection_is_the_greatest_common_part(
+            a in any::<(u32, u8)>(), b in any::<(u32, u8)>(), c in any::<(u32, u8)>()
+        ) {
+            let [a, b, c] = [a, b, c].map(|(units, dun_bytes)| capabilities(units, dun_bytes % 33));
+            let both = a.intersect(Some(&b));
+            prop_assert!(a.covers(&both) && b.covers(&both));
+            prop_assert_eq!(both.covers(&c), a.covers(&c) && b.covers(&c));
+        }
+    }
 }

@@ -225,7 +225,6 @@ impl Volume {
     }
 
     /// The right to its key.
-    #[must_use]
     pub fn admission(&self) -> &Admission {
         &self.admission
     }

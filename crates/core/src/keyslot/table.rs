@@ -231,12 +231,12 @@ impl KeyslotTable {
     ///
     /// Granted at once if the key is there and nobody has been passed too often; else queued.
     pub fn acquire(&mut self, key: KeyId, actions: &mut Vec<Action>) -> Acquired {
-        if let Some(slot) = self.ready_slot(key) {
-            if self.waiters.front().is_none_or(|head| head.bypassed < self.policy.bypass_max) {
-                self.waiters.iter_mut().for_each(|passed| passed.bypassed += 1);
-                self.counters[slot as usize].hits += 1;
-                return Acquired::Granted(self.grant(slot));
-            }
+        let nobody_passed_too_often =
+            self.waiters.front().is_none_or(|head| head.bypassed < self.policy.bypass_max);
+        if let Some(slot) = self.ready_slot(key).filter(|_| nobody_passed_too_often) {
+            self.waiters.iter_mut().for_each(|passed| passed.bypassed += 1);
+            self.counters[slot as usize].hits += 1;
+            return Acquired::Granted(self.grant(slot));
         }
         let ticket = self.next_ticket();
         self.waiters.push_back(Waiter { ticket, key, bypassed: 0 });

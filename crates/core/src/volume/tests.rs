@@ -108,7 +108,7 @@ fn run(mode: Mode, unit: u32, block: Option<u32>, align: u32, steps: Vec<Step>) 
         let buffer = &mut buffers[which];
         match step {
             Step::Write { offset, len, seed } => {
-                let data: Vec<u8> = (0..len).map(|i| (i / 7) as u8 ^ seed).collect();
+                let data: Vec<u8> = (0..len).map(|i| (i / 7).to_le_bytes()[0] ^ seed).collect();
                 write(&volume, offset as u64, &data, buffer).unwrap();
                 oracle[offset..offset + len].copy_from_slice(&data);
             }
