@@ -1,0 +1,333 @@
+//! What requests do: from the disk to a reply, or from the client to the disk.
+//!
+//! Each thread of a connection has an [`Executor`]. Whether that is the thread that talks to the client or a worker makes
+//! no difference here.
+
+use super::reply::{Failure, Shared};
+use super::request::{Request, WriteRequest};
+use super::wire::*;
+use super::workers::{Part, Workers, WriteInParts};
+use crate::export::Kind;
+use inlinecrypt_core::backing::Durability;
+use inlinecrypt_core::disk::{Disk, SMALL_BUFFER_BYTES};
+use inlinecrypt_core::error::Error;
+use inlinecrypt_core::memory::Buffer;
+use std::io::Write;
+use std::sync::Arc;
+
+/// Does requests, one at a time.
+#[derive(Debug)]
+pub(super) struct Executor<'s, 'a, W> {
+    shared: &'s Shared<'a, W>,
+    /// Memory for when the pool has none; made when first needed, and kept.
+    private: Option<Buffer>,
+}
+
+/// A buffer, and where it goes afterwards.
+#[derive(Debug)]
+enum Lease {
+    Pooled(Buffer),
+    Private(Buffer),
+}
+
+impl Lease {
+    fn buffer(&mut self) -> &mut Buffer {
+        match self {
+            Self::Pooled(buffer) | Self::Private(buffer) => buffer,
+        }
+    }
+}
+
+impl<'s, 'a, W: Write> Executor<'s, 'a, W> {
+    pub(super) fn new(shared: &'s Shared<'a, W>) -> Self {
+        Self { shared, private: None }
+    }
+
+    pub(super) fn shared(&self) -> &'s Shared<'a, W> {
+        self.shared
+    }
+
+    /// Does a request that has no payload, and answers it.
+    pub(super) fn execute(&mut self, request: &Request, cookie: u64) -> Result<(), Failure> {
+        let disk = self.shared.disk();
+        let (kind, len, result) = match *request {
+            Request::Read { offset, len, one_chunk } => return self.read(cookie, offset, len, one_chunk),
+            Request::BlockStatus { offset, len, extents_max } => {
+                return self.block_status(cookie, offset, len, extents_max);
+            }
+            Request::Flush => (Kind::Flush, 0, disk.flush()),
+            Request::Trim { offset, len, durability } => {
+                let result = disk.trim(offset, len.into()).and_then(|()| match durability {
+                    Durability::Durable => disk.flush(),
+                    Durability::Cached => Ok(()),
+                });
+                (Kind::Trim, len, result)
+            }
+            Request::WriteZeroes { offset, len, durability, zeroing } => {
+                let result = self.with_buffer(|buffer| {
+                    disk.write_zeroes(offset, len.into(), zeroing, durability, buffer)
+                });
+                (Kind::WriteZeroes, len, result.and_then(|done| done))
+            }
+            Request::Cache { offset, len } => {
+                disk.prefetch(offset, len.into());
+                (Kind::Cache, len, Ok(()))
+            }
+        };
+        Ok(self.shared.conclude(cookie, kind, len.into(), result)?)
+    }
+
+    /// Does a write. `receive` fills memory from the client, and gets the whole payload whatever happens.
+    pub(super) fn write(
+        &mut self,
+        write: &WriteRequest,
+        cookie: u64,
+        mut receive: impl FnMut(&mut [u8]) -> Result<(), Failure>,
+    ) -> Result<(), Failure> {
+        let disk = self.shared.disk();
+        let done = self.with_buffer(|buffer| write_pieces(disk, write, buffer, &mut receive));
+        let result = match done {
+            Ok(done) => done?,
+            Err(no_memory) => {
+                skip(write.len.into(), &mut receive)?;
+                Err(no_memory)
+            }
+        };
+        Ok(self.shared.conclude(cookie, Kind::Write, write.len.into(), result)?)
+    }
+
+    /// Receives a write and leaves its pieces to `workers`. A piece for which no large buffer is free is written here
+    /// and now: who waits for memory waits for his own work.
+    pub(super) fn write_in_parts(
+        &mut self,
+        write: &WriteRequest,
+        cookie: u64,
+        workers: &Workers<'_, '_, W>,
+        mut receive: impl FnMut(&mut [u8]) -> Result<(), Failure>,
+    ) -> Result<(), Failure> {
+        let disk = self.shared.disk();
+        let whole = Arc::new(WriteInParts::new(*write, cookie));
+        let (mut offset, mut rest) = (write.offset, u64::from(write.len));
+        while rest > 0 {
+            if let Some(mut buffer) = disk.try_large_buffer() {
+                let span = disk.span(offset, rest, buffer.bytes().len());
+                receive(&mut buffer.bytes_mut()[span.payload()])?;
+                let len = wide(span.payload().len());
+                (offset, rest) = (offset + len, rest - len);
+                whole.begin_part();
+                workers.submit_part(Part { whole: whole.clone(), span, buffer });
+            } else {
+                let done = self.with_buffer(|buffer| {
+                    let span = disk.span(offset, rest, buffer.bytes().len());
+                    receive(&mut buffer.bytes_mut()[span.payload()])?;
+                    let len = wide(span.payload().len());
+                    (offset, rest) = (offset + len, rest - len);
+                    Ok::<_, Failure>(disk.write(span, buffer, write.durability))
+                });
+                match done {
+                    Ok(done) => whole.note(done?),
+                    Err(no_memory) => {
+                        skip(rest, &mut receive)?;
+                        rest = 0;
+                        whole.note(Err(no_memory));
+                    }
+                }
+            }
+        }
+        Ok(whole.end_part(self.shared)?)
+    }
+
+    /// Writes one piece of a write, and answers it if that was the last.
+    pub(super) fn write_part(&mut self, part: Part) -> Result<(), Failure> {
+        let Part { whole, span, mut buffer } = part;
+        whole.note(self.shared.disk().write(span, &mut buffer, whole.durability()));
+        drop(buffer);
+        Ok(whole.end_part(self.shared)?)
+    }
+
+    fn read(&mut self, cookie: u64, offset: u64, len: u32, one_chunk: bool) -> Result<(), Failure> {
+        let shared = self.shared;
+        let how = match (shared.is_structured(), one_chunk) {
+            (false, _) => read_simple,
+            (true, false) => read_chunks,
+            (true, true) => read_one_chunk,
+        };
+        match self.with_buffer(|buffer| how(shared, cookie, offset, u64::from(len), buffer)) {
+            Ok(done) => done,
+            Err(no_memory) => Ok(shared.fail(cookie, &no_memory, None)?),
+        }
+    }
+
+    fn block_status(&mut self, cookie: u64, offset: u64, len: u32, extents_max: usize) -> Result<(), Failure> {
+        let extents = match self.shared.disk().extents(offset, len.into(), extents_max) {
+            Ok(extents) => extents,
+            Err(error) => return Ok(self.shared.fail(cookie, &error, None)?),
+        };
+        let mut payload = BASE_ALLOCATION_ID.to_be_bytes().to_vec();
+        let (mut rest, mut last) = (len, None::<(u32, u32)>);
+        let mut push = |(run, state): (u32, u32)| {
+            payload.extend_from_slice(&run.to_be_bytes());
+            payload.extend_from_slice(&state.to_be_bytes());
+        };
+        for extent in extents.iter().take(extents_max) {
+            let run = u32::try_from(extent.len).unwrap_or(u32::MAX).min(rest);
+            rest -= run;
+            // Never NBD_STATE_ZERO: a hole in ciphertext does not read as zeroes.
+            let state = if extent.allocated { 0 } else { NBD_STATE_HOLE };
+            last = match last {
+                _ if run == 0 => last,
+                Some((before, same)) if same == state => Some((before + run, state)),
+                Some(other) => {
+                    push(other);
+                    Some((run, state))
+                }
+                None => Some((run, state)),
+            };
+        }
+        //= NBD protocol, NBD_CMD_BLOCK_STATUS: at least one descriptor; status 0 may be said of any block.
+        push(last.unwrap_or((len, 0)));
+        Ok(self.shared.send_status(cookie, len, &payload)?)
+    }
+
+    /// Lends a large buffer of the pool, or else the private one.
+    fn with_buffer<T>(&mut self, work: impl FnOnce(&mut Buffer) -> T) -> Result<T, Error> {
+        let disk = self.shared.disk();
+        let mut lease = match (disk.try_large_buffer(), self.private.take()) {
+            (Some(buffer), private) => {
+                self.private = private;
+                Lease::Pooled(buffer)
+            }
+            (None, Some(buffer)) => Lease::Private(buffer),
+            (None, None) => Lease::Private(disk.private_buffer(SMALL_BUFFER_BYTES)?),
+        };
+        let result = work(lease.buffer());
+        if let Lease::Private(buffer) = lease {
+            self.private = Some(buffer);
+        }
+        Ok(result)
+    }
+}
+
+/// Writes from the client to the disk, piece by piece. After a failure the rest of the payload is received all the same.
+fn write_pieces(
+    disk: &dyn Disk,
+    write: &WriteRequest,
+    buffer: &mut Buffer,
+    receive: &mut impl FnMut(&mut [u8]) -> Result<(), Failure>,
+) -> Result<Result<(), Error>, Failure> {
+    let (mut offset, mut rest) = (write.offset, u64::from(write.len));
+    while rest > 0 {
+        let span = disk.span(offset, rest, buffer.bytes().len());
+        receive(&mut buffer.bytes_mut()[span.payload()])?;
+        let len = wide(span.payload().len());
+        (offset, rest) = (offset + len, rest - len);
+        if let Err(error) = disk.write(span, buffer, write.durability) {
+            skip(rest, receive)?;
+            return Ok(Err(error));
+        }
+    }
+    Ok(Ok(()))
+}
+
+/// Receives payload that has no use any more.
+fn skip(mut rest: u64, receive: &mut impl FnMut(&mut [u8]) -> Result<(), Failure>) -> Result<(), Failure> {
+    let mut nowhere = [0; 4096];
+    while rest > 0 {
+        let len = usize::try_from(rest).unwrap_or(usize::MAX).min(nowhere.len());
+        receive(&mut nowhere[..len])?;
+        rest -= wide(len);
+    }
+    Ok(())
+}
+
+/// Answers a read by chunks, one for each piece.
+fn read_chunks<W: Write>(
+    shared: &Shared<'_, W>,
+    cookie: u64,
+    offset: u64,
+    len: u64,
+    buffer: &mut Buffer,
+) -> Result<(), Failure> {
+    let end = offset + len;
+    let mut at = offset;
+    while at < end {
+        let span = shared.disk().span(at, end - at, buffer.bytes().len());
+        if let Err(error) = shared.disk().read(span, buffer) {
+            return Ok(shared.fail(cookie, &error, Some(at))?);
+        }
+        let payload = &buffer.bytes()[span.payload()];
+        let next = at + wide(payload.len());
+        //= NBD protocol, NBD_REPLY_FLAG_DONE: allowed on data, since nothing can fail any more once it was read.
+        let flags = if next == end { NBD_REPLY_FLAG_DONE } else { 0 };
+        if next == end {
+            shared.count(Kind::Read, len);
+        }
+        shared.send(&data_chunk_header(flags, cookie, at, payload.len()), payload)?;
+        at = next;
+    }
+    Ok(())
+}
+
+/// Answers a read by one chunk: in place if it is one piece, gathered else.
+fn read_one_chunk<W: Write>(
+    shared: &Shared<'_, W>,
+    cookie: u64,
+    offset: u64,
+    len: u64,
+    buffer: &mut Buffer,
+) -> Result<(), Failure> {
+    if wide(shared.disk().span(offset, len, buffer.bytes().len()).payload().len()) == len {
+        return read_chunks(shared, cookie, offset, len, buffer);
+    }
+    let mut gathered = Vec::new();
+    let mut at = offset;
+    while at < offset + len {
+        let span = shared.disk().span(at, offset + len - at, buffer.bytes().len());
+        if let Err(error) = shared.disk().read(span, buffer) {
+            return Ok(shared.fail(cookie, &error, Some(at))?);
+        }
+        let payload = &buffer.bytes()[span.payload()];
+        gathered.extend_from_slice(payload);
+        at += wide(payload.len());
+    }
+    shared.count(Kind::Read, len);
+    Ok(shared.send(&data_chunk_header(NBD_REPLY_FLAG_DONE, cookie, offset, gathered.len()), &gathered)?)
+}
+
+/// Answers a read by a simple reply.
+///
+/// The first piece is read before anything is said, so that the common failures can still be told.
+fn read_simple<W: Write>(
+    shared: &Shared<'_, W>,
+    cookie: u64,
+    offset: u64,
+    len: u64,
+    buffer: &mut Buffer,
+) -> Result<(), Failure> {
+    let disk = shared.disk();
+    let end = offset + len;
+    let span = disk.span(offset, len, buffer.bytes().len());
+    if let Err(error) = disk.read(span, buffer) {
+        return Ok(shared.fail(cookie, &error, None)?);
+    }
+    let mut outbox = shared.lock()?;
+    outbox.send(&simple_reply(0, cookie), &buffer.bytes()[span.payload()])?;
+    let mut at = offset + wide(span.payload().len());
+    while at < end {
+        let span = disk.span(at, end - at, buffer.bytes().len());
+        if let Err(error) = disk.read(span, buffer) {
+            //= NBD protocol, NBD_CMD_READ, simple replies: an error after the header is a hard disconnect.
+            shared.note_late_failure(&error);
+            return Err(Failure::Late);
+        }
+        outbox.send(&[], &buffer.bytes()[span.payload()])?;
+        at += wide(span.payload().len());
+    }
+    shared.count(Kind::Read, len);
+    Ok(())
+}
+
+/// A length in memory as one on disk.
+fn wide(len: usize) -> u64 {
+    u64::try_from(len).expect("memory lengths fit 64 bits")
+}

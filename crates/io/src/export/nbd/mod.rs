@@ -1,0 +1,36 @@
+//! The NBD export: fixed newstyle handshake, TLS, structured replies, allocation status.
+//!
+//! ```text
+//!   accept --> negotiate --[STARTTLS]--> tls --> negotiate --[GO]--> session --> close
+//!                  |                                 |                  |
+//!               wire (pure)                       wire            wire, execute --> Disk
+//! ```
+//!
+//! One thread serves a connection and blocks: it was measured that waking another thread for a request costs more than
+//! everything else. Requests that came together are answered together. Where the disk itself waits (a cold medium,
+//! direct I/O), [`ServerOptions::workers`] gives a connection threads of its own, so that several requests wait at once.
+//!
+//! Invariants:
+//!
+//! - What a client sends is an error at worst, never a panic, and never more memory than one request's piece.
+//! - A client that stalls holds its own thread and at most one large buffer; everybody else goes on.
+//! - A reply with data is sent only after that data was read without error, but for the later pieces of long reads in
+//!   simple replies, where the protocol knows only one answer to a late error: the connection is closed.
+//!
+//! Start reading at [`Session::run`](session::Session::run).
+
+pub mod negotiate;
+mod execute;
+mod reply;
+mod request;
+mod server;
+pub mod session;
+mod status;
+pub mod stream;
+mod tls;
+pub mod wire;
+mod workers;
+
+pub use server::{NbdServer, ServerOptions, ServerStatus, ExportStatus, Stopped};
+pub use status::NbdError;
+pub use tls::{ClientCertificates, TlsFiles, TlsMode, TlsSetup};

@@ -1,0 +1,500 @@
+//! The server: listeners in, one thread for each connection, and an orderly end.
+
+use super::negotiate::{Handshake, Next, TlsState, Terms, greet, haggle};
+use super::session::{Ended, Session};
+use super::stream::Inbox;
+use super::tls::{self, Tls, TlsMode};
+use crate::export::{CountersSnapshot, Export, ExportSpec, Exports};
+use crate::listen::{Listener, Stopper, Stream};
+use inlinecrypt_core::backing::Access;
+use inlinecrypt_core::error::Error;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{RecvFlags, SendFlags};
+use serde::Serialize;
+use std::collections::HashMap;
+use std::fmt;
+use std::io::{self, IoSlice, Read, Write};
+use std::net::Shutdown;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Stack of a connection's thread, in bytes: a TLS handshake without optimisation needs the most.
+const STACK_BYTES: usize = 1024 * 1024;
+
+/// How long connections get to notice that they were cut off, once the drain deadline has passed.
+const CUT_OFF_GRACE: Duration = Duration::from_secs(1);
+
+/// At most one line about refused connections in this time.
+const REFUSAL_LOG_INTERVAL: Duration = Duration::from_secs(10);
+
+/// How a server behaves.
+#[derive(Clone, Debug)]
+pub struct ServerOptions {
+    /// Most connections at once. One more is closed.
+    pub connections_max: usize,
+    /// How long a client may take from connecting to transmission, TLS included.
+    pub handshake_time_max: Duration,
+    /// Threads that execute requests, for each connection. 0: the connection's own thread does, which is best unless the
+    /// backing waits for a medium.
+    pub workers: usize,
+    /// Whether clients may or must use TLS.
+    pub tls: TlsMode,
+}
+
+impl Default for ServerOptions {
+    fn default() -> Self {
+        Self {
+            connections_max: 1024,
+            handshake_time_max: Duration::from_secs(30),
+            workers: 0,
+            tls: TlsMode::Off,
+        }
+    }
+}
+
+/// An NBD server. Cloning gives another handle to the same.
+#[derive(Clone, Debug)]
+pub struct NbdServer(Arc<Inner>);
+
+struct Inner {
+    exports: Exports,
+    options: ServerOptions,
+    stopping: AtomicBool,
+    /// Nothing else is locked while this is held.
+    table: Mutex<Table>,
+    /// A connection or an acceptor has gone.
+    gone: Condvar,
+    refused: AtomicU64,
+    failed_handshakes: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    connections: HashMap<u64, Arc<Stream>>,
+    stoppers: Vec<Stopper>,
+    next_id: u64,
+    acceptors: usize,
+    refusal_logged: Option<Instant>,
+}
+
+impl fmt::Debug for Inner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("NbdServer")
+            .field("exports", &self.exports)
+            .field("options", &self.options)
+            .field("stopping", &self.stopping)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What a server is doing, for `status`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ServerStatus {
+    /// Its exports, in the order in which they were added.
+    pub exports: Vec<ExportStatus>,
+    /// Connections at this moment, those in handshake included.
+    pub connections_now: usize,
+    /// Connections closed because there were too many.
+    pub connections_refused: u64,
+    /// Connections that ended before transmission other than by the client's wish.
+    pub handshakes_failed: u64,
+    /// Whether it is stopping.
+    pub stopping: bool,
+}
+
+/// What an export is doing.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ExportStatus {
+    /// Its name.
+    pub name: String,
+    /// Its size in bytes.
+    pub size_bytes: u64,
+    /// Whether it cannot be written.
+    pub read_only: bool,
+    /// Its numbers.
+    pub counters: CountersSnapshot,
+}
+
+/// How stopping went.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stopped {
+    /// Connections that were cut off because they did not end in time.
+    pub cut_off: usize,
+    /// Of these, connections whose threads still wait for their disk.
+    pub abandoned: usize,
+}
+
+impl NbdServer {
+    /// A server that nobody can reach yet.
+    ///
+    /// # Errors
+    ///
+    /// [`Invalid`](inlinecrypt_core::error::ErrorKind::Invalid) for unusable or repeated names.
+    pub fn new(
+        exports: impl IntoIterator<Item = ExportSpec>,
+        options: ServerOptions,
+    ) -> Result<Self, Error> {
+        let registry = Exports::default();
+        for spec in exports {
+            registry.add(spec)?;
+        }
+        Ok(Self(Arc::new(Inner {
+            exports: registry,
+            options,
+            stopping: AtomicBool::new(false),
+            table: Mutex::default(),
+            gone: Condvar::new(),
+            refused: AtomicU64::new(0),
+            failed_handshakes: AtomicU64::new(0),
+        })))
+    }
+
+    /// The exports. They may change while the server runs.
+    #[must_use]
+    pub fn exports(&self) -> &Exports {
+        &self.0.exports
+    }
+
+    /// Accepts connections from `listener`, in a thread of its own, until the server stops. The listener is dropped then.
+    ///
+    /// # Errors
+    ///
+    /// The system's, if it has no thread left.
+    pub fn listen(&self, listener: Listener) -> io::Result<()> {
+        let stopper = listener.stopper();
+        {
+            let mut table = self.0.lock();
+            table.acceptors += 1;
+            table.stoppers.push(stopper.clone());
+        }
+        if self.0.stopping.load(Ordering::Acquire) {
+            stopper.stop();
+        }
+        let inner = self.0.clone();
+        let spawned = thread::Builder::new().name("nbd-accept".to_owned()).spawn(move || {
+            inner.accept_until_stopped(&listener);
+            drop(listener);
+            inner.lock().acceptors -= 1;
+            inner.gone.notify_all();
+        });
+        if let Err(error) = spawned {
+            self.0.lock().acceptors -= 1;
+            return Err(error);
+        }
+        Ok(())
+    }
+
+    /// Serves a socket that is connected already, in a thread of its own.
+    ///
+    /// # Errors
+    ///
+    /// The system's; [`ConnectionRefused`](io::ErrorKind::ConnectionRefused) if there are too many connections, or the
+    /// server is stopping.
+    pub fn serve(&self, stream: impl Into<Stream>) -> io::Result<()> {
+        self.0.clone().start(stream.into())
+    }
+
+    /// What it is doing.
+    #[must_use]
+    pub fn status(&self) -> ServerStatus {
+        let exports = self.0.exports.all();
+        ServerStatus {
+            exports: exports.iter().map(|export| ExportStatus::of(export)).collect(),
+            connections_now: self.0.lock().connections.len(),
+            connections_refused: self.0.refused.load(Ordering::Relaxed),
+            handshakes_failed: self.0.failed_handshakes.load(Ordering::Relaxed),
+            stopping: self.0.stopping.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Stops: no more connections, requests that were received are answered, written data is made stable.
+    ///
+    /// Connections that do not end within `drain_time_max` (their clients do not read, or their disks do not answer) are
+    /// cut off.
+    ///
+    /// # Errors
+    ///
+    /// The first failed flush; all is stopped even so.
+    ///
+    /// # Blocking
+    ///
+    /// For `drain_time_max` and a second, and for the disks' flushes.
+    pub fn stop(&self, drain_time_max: Duration) -> Result<Stopped, Error> {
+        let inner = &self.0;
+        inner.stopping.store(true, Ordering::Release);
+        for stopper in &inner.lock().stoppers {
+            stopper.stop();
+        }
+        // Who waits for a request sees the end of the stream. What came before it can still be read.
+        inner.shut_all(Shutdown::Read);
+        inner.wait_until_gone(drain_time_max);
+        let cut_off = inner.shut_all(Shutdown::Both);
+        inner.wait_until_gone(if cut_off > 0 { CUT_OFF_GRACE } else { Duration::ZERO });
+        let abandoned = inner.lock().connections.len();
+        if cut_off > 0 {
+            tracing::warn!(cut_off, abandoned, "connections did not end in time");
+        }
+        let mut result = Ok(Stopped { cut_off, abandoned });
+        for export in inner.exports.all() {
+            if export.disk().geometry().access == Access::ReadWrite {
+                if let Err(error) = export.disk().flush() {
+                    tracing::error!(export = export.name(), "last flush: {}", error.chain());
+                    result = result.and(Err(error));
+                }
+            }
+        }
+        result
+    }
+}
+
+impl ExportStatus {
+    fn of(export: &Export) -> Self {
+        let geometry = export.disk().geometry();
+        Self {
+            name: export.name().to_owned(),
+            size_bytes: geometry.size_bytes,
+            read_only: geometry.access == Access::ReadOnly,
+            counters: export.counters().snapshot(),
+        }
+    }
+}
+
+impl Inner {
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Shuts all connections in one or both directions. Returns how many there are.
+    fn shut_all(&self, how: Shutdown) -> usize {
+        let table = self.lock();
+        for socket in table.connections.values() {
+            let _ = socket.shutdown(how);
+        }
+        table.connections.len()
+    }
+
+    fn wait_until_gone(&self, time_max: Duration) {
+        let table = self.lock();
+        let waits = |table: &mut Table| !table.connections.is_empty() || table.acceptors > 0;
+        drop(self.gone.wait_timeout_while(table, time_max, waits));
+    }
+
+    fn accept_until_stopped(self: &Arc<Self>, listener: &Listener) {
+        loop {
+            match listener.accept() {
+                Ok(Some(stream)) => {
+                    if let Err(error) = self.clone().start(stream) {
+                        self.log_refusal(&error);
+                    }
+                }
+                Ok(None) => return,
+                Err(error) => self.log_refusal(&io::Error::other(error)),
+            }
+        }
+    }
+
+    fn log_refusal(&self, error: &io::Error) {
+        let refused = self.refused.fetch_add(1, Ordering::Relaxed) + 1;
+        let now = Instant::now();
+        let last = &mut self.lock().refusal_logged;
+        if last.is_none_or(|last| now.duration_since(last) >= REFUSAL_LOG_INTERVAL) {
+            *last = Some(now);
+            tracing::warn!(refused, %error, "connection refused");
+        }
+    }
+
+    /// Enters the connection and starts its thread.
+    fn start(self: Arc<Self>, socket: Stream) -> io::Result<()> {
+        let socket = Arc::new(socket);
+        let id = {
+            let mut table = self.lock();
+            // Asked while the table is locked: either `stop` sees this connection, or we see that it stops.
+            let why = if self.stopping.load(Ordering::Acquire) {
+                Some("stopping")
+            } else if table.connections.len() >= self.options.connections_max {
+                Some("too many connections")
+            } else {
+                None
+            };
+            if let Some(why) = why {
+                return Err(io::Error::new(io::ErrorKind::ConnectionRefused, why));
+            }
+            table.next_id += 1;
+            let id = table.next_id;
+            table.connections.insert(id, socket.clone());
+            id
+        };
+        let inner = self.clone();
+        let spawned =
+            thread::Builder::new().name("nbd".to_owned()).stack_size(STACK_BYTES).spawn(move || {
+                inner.converse(id, &socket);
+                inner.leave(id, socket);
+            });
+        if let Err(error) = spawned {
+            self.lock().connections.remove(&id);
+            return Err(error);
+        }
+        Ok(())
+    }
+
+    /// Takes the connection out of the table and closes it.
+    fn leave(&self, id: u64, socket: Arc<Stream>) {
+        // In this order: once the table is empty, every client has been told.
+        let _ = socket.shutdown(Shutdown::Both);
+        self.lock().connections.remove(&id);
+        drop(socket);
+        self.gone.notify_all();
+    }
+
+    /// The whole life of a connection.
+    fn converse(&self, id: u64, socket: &Stream) {
+        // Replies leave when we say so.
+        if let Err(error) = socket.set_nodelay() {
+            tracing::debug!(connection = id, %error, "no TCP_NODELAY");
+        }
+        let deadline = Instant::now() + self.options.handshake_time_max;
+        let timed = Timed { socket, deadline: Some(deadline) };
+        match self.shake_hands(timed) {
+            Ok(Shaken::Plain(mut inbox, terms)) => {
+                inbox.reader_mut().deadline = None;
+                self.transmit(id, socket, &terms, &mut inbox, Timed { socket, deadline: None });
+            }
+            Ok(Shaken::Tls(tls, mut inbox, terms)) => {
+                inbox.reader_mut().transport().deadline = None;
+                let writer = tls.writer(Timed { socket, deadline: None });
+                self.transmit(id, socket, &terms, &mut inbox, writer);
+                tls.close(Timed { socket, deadline: Some(Instant::now() + CUT_OFF_GRACE) });
+            }
+            Ok(Shaken::Closed(why)) => tracing::debug!(connection = id, why, "closed in handshake"),
+            Err(error) => {
+                self.failed_handshakes.fetch_add(1, Ordering::Relaxed);
+                tracing::info!(connection = id, peer = %socket.peer(), %error, "handshake failed");
+            }
+        }
+    }
+
+    fn shake_hands<'s>(&self, mut timed: Timed<'s>) -> io::Result<Shaken<'s>> {
+        let (state, setup) = match &self.options.tls {
+            TlsMode::Off => (TlsState::Unavailable, None),
+            TlsMode::Allowed(setup) => (TlsState::Offered, Some(setup)),
+            TlsMode::Required(setup) => (TlsState::Demanded, Some(setup)),
+        };
+        let mut inbox = Inbox::new(timed);
+        let Some(client) = greet(&mut inbox, &mut timed)? else {
+            return Ok(Shaken::Closed("no greeting from the client"));
+        };
+        let mut handshake = Handshake::new(&self.exports, &self.stopping, client, state);
+        match (haggle(&mut handshake, &mut inbox, &mut timed)?, setup) {
+            (Next::Transmit(terms), _) => return Ok(Shaken::Plain(inbox, terms)),
+            (Next::Close(why), _) => return Ok(Shaken::Closed(why)),
+            (Next::Option, _) | (Next::StartTls, None) => unreachable!("haggling goes on until it leads somewhere"),
+            (Next::StartTls, Some(setup)) => {
+                drop(inbox);
+                let tls = tls::accept(setup, timed)?;
+                handshake.tls_is_running();
+                let mut inbox = Inbox::new(tls.reader(timed));
+                let mut writer = tls.writer(timed);
+                match haggle(&mut handshake, &mut inbox, &mut writer)? {
+                    Next::Transmit(terms) => Ok(Shaken::Tls(tls, inbox, terms)),
+                    Next::Close(why) => {
+                        tls.close(timed);
+                        Ok(Shaken::Closed(why))
+                    }
+                    Next::Option | Next::StartTls => unreachable!("TLS starts once"),
+                }
+            }
+        }
+    }
+
+    fn transmit<R: Read, W: Write + Send>(
+        &self,
+        id: u64,
+        socket: &Stream,
+        terms: &Terms,
+        inbox: &mut Inbox<R>,
+        writer: W,
+    ) {
+        let name = terms.export.name();
+        tracing::debug!(connection = id, peer = %socket.peer(), export = name, structured = terms.structured, "connected");
+        terms.export.counters().connected();
+        let hang_up = || {
+            let _ = socket.shutdown(Shutdown::Both);
+        };
+        let ended = Session::new(terms, &self.stopping, self.options.workers, &hang_up).run(inbox, writer);
+        terms.export.counters().disconnected();
+        match ended {
+            Ended::Disconnected | Ended::Left | Ended::Stopped => {
+                tracing::debug!(connection = id, export = name, ?ended, "disconnected");
+            }
+            Ended::Violation(_) | Ended::FailedLate | Ended::Transport(_) => {
+                tracing::info!(connection = id, export = name, ?ended, "connection lost");
+            }
+        }
+    }
+}
+
+/// What a handshake led to.
+enum Shaken<'s> {
+    Plain(Inbox<Timed<'s>>, Terms),
+    Tls(Tls, Inbox<tls::TlsReader<Timed<'s>>>, Terms),
+    Closed(&'static str),
+}
+
+/// A socket that may have to be done by a certain time.
+#[derive(Clone, Copy, Debug)]
+struct Timed<'s> {
+    socket: &'s Stream,
+    deadline: Option<Instant>,
+}
+
+impl Timed<'_> {
+    /// Waits until the socket can be read or written, or it is too late.
+    fn wait(&self, what: PollFlags) -> io::Result<()> {
+        let Some(deadline) = self.deadline else { return Ok(()) };
+        loop {
+            let rest = deadline.saturating_duration_since(Instant::now());
+            if rest.is_zero() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            let rest = Timespec::try_from(rest).map_err(io::Error::other)?;
+            match poll(&mut [PollFd::new(self.socket, what)], Some(&rest)) {
+                Ok(0) | Err(rustix::io::Errno::INTR) => {}
+                Ok(_) => return Ok(()),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// With a deadline: what does not fit now must not block.
+    fn send_flags(&self) -> SendFlags {
+        let no_wait = if self.deadline.is_some() { SendFlags::DONTWAIT } else { SendFlags::empty() };
+        SendFlags::NOSIGNAL | no_wait
+    }
+}
+
+impl Read for Timed<'_> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        self.wait(PollFlags::IN)?;
+        let (len, _) = rustix::net::recv(self.socket, into, RecvFlags::empty())?;
+        Ok(len)
+    }
+}
+
+impl Write for Timed<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.wait(PollFlags::OUT)?;
+        Ok(rustix::net::send(self.socket, bytes, self.send_flags())?)
+    }
+
+    fn write_vectored(&mut self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
+        self.wait(PollFlags::OUT)?;
+        let mut no_control = rustix::net::SendAncillaryBuffer::default();
+        Ok(rustix::net::sendmsg(self.socket, parts, &mut no_control, self.send_flags())?)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
