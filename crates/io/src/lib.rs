@@ -2,5 +2,6 @@
 #![deny(unsafe_code)]
 
 pub mod backing;
+pub mod export;
 pub mod listen;
 mod sys;
