@@ -37,26 +37,29 @@ impl Key {
     ///
     /// # Panics
     ///
-    /// If `unit_bytes` is not a multiple of 16.
+    /// If `unit_bytes` is not a multiple of 16, or `run` is not one unit for each IV.
     pub(crate) fn encrypt(&self, ivs: &[[u8; 16]], unit_bytes: usize, run: &mut [u8]) -> usize {
-        assert!(unit_bytes.is_multiple_of(16));
-        let mut done = 0;
-        #[cfg(target_arch = "x86_64")]
-        {
-            for (ivs, units) in ivs.as_chunks().0.iter().zip(run.chunks_exact_mut(LANES_MAX * unit_bytes)) {
-                // SAFETY: a `Key` exists only where `new` found AES instructions, which is all that the function needs.
-                unsafe { x86::encrypt::<LANES_MAX>(&self.rounds, ivs, unit_bytes, units) };
-                done += LANES_MAX;
-            }
-            let (ivs, run) = (&ivs[done..], &mut run[done * unit_bytes..]);
-            for (ivs, units) in ivs.as_chunks().0.iter().zip(run.chunks_exact_mut(4 * unit_bytes)) {
-                // SAFETY: as above.
-                unsafe { x86::encrypt::<4>(&self.rounds, ivs, unit_bytes, units) };
-                done += 4;
-            }
+        assert!(unit_bytes.is_multiple_of(16) && run.len() == ivs.len() * unit_bytes);
+        let done = self.in_lanes::<LANES_MAX>(ivs, unit_bytes, run);
+        done + self.in_lanes::<4>(&ivs[done..], unit_bytes, &mut run[done * unit_bytes..])
+    }
+
+    /// Encrypts as many times `LANES` units as there are, and returns how many units those are.
+    #[cfg(target_arch = "x86_64")]
+    fn in_lanes<const LANES: usize>(&self, ivs: &[[u8; 16]], unit_bytes: usize, run: &mut [u8]) -> usize {
+        let (ivs, _) = ivs.as_chunks::<LANES>();
+        for (ivs, units) in ivs.iter().zip(run.chunks_exact_mut(LANES * unit_bytes)) {
+            // SAFETY: a `Key` exists only where `new` found AES instructions, which is all that the function needs.
+            // WHY UNSAFE: five times the speed of AWS-LC's unit by unit at 4096 bytes (measured with benches/cipher.rs).
+            unsafe { x86::encrypt(&self.rounds, ivs, unit_bytes, units) };
         }
-        let _ = (ivs, run);
-        done
+        ivs.len() * LANES
+    }
+
+    /// There is no code for it here, and no `Key` to call it with.
+    #[cfg(not(target_arch = "x86_64"))]
+    fn in_lanes<const LANES: usize>(&self, _ivs: &[[u8; 16]], _unit_bytes: usize, _run: &mut [u8]) -> usize {
+        0
     }
 }
 
