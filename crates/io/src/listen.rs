@@ -17,12 +17,13 @@ use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
 };
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::fs;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -36,6 +37,9 @@ pub const PORT_DEFAULT: u16 = 10809;
 
 /// Longest path of a Unix socket in bytes: `sun_path` of `unix(7)`, without the closing NUL.
 const SUN_PATH_MAX: usize = 107;
+
+/// How many bytes of a socket's name its first, temporary name has.
+const STAGING_NAME_MAX: usize = 32;
 
 /// Clients that may wait to be accepted. What the kernel grants at most by default (`net.core.somaxconn`) is more.
 const BACKLOG: i32 = 128;
@@ -451,11 +455,13 @@ fn kind_of(errno: Errno) -> ErrorKind {
 }
 
 /// A name beside `path` that nobody else uses.
-fn staging_path(path: &Path, file_name: &std::ffi::OsStr) -> PathBuf {
+fn staging_path(path: &Path, file_name: &OsStr) -> PathBuf {
     static COUNTER: AtomicU32 = AtomicU32::new(0);
     let number = COUNTER.fetch_add(1, Ordering::Relaxed);
+    // Enough of the name to recognise it by; all of it might make too long an address.
+    let known_by = &file_name.as_bytes()[..file_name.len().min(STAGING_NAME_MAX)];
     let mut staging = OsString::from(".");
-    staging.push(file_name);
+    staging.push(OsStr::from_bytes(known_by));
     staging.push(format!(".{}-{number}", std::process::id()));
     path.with_file_name(staging)
 }
