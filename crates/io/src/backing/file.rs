@@ -2,7 +2,7 @@
 //!
 //! Reads and writes are one system call each and allocate nothing. Start reading at [`FileBacking::read_all`].
 
-use super::lock;
+use super::lock::{self, LockedFile};
 use super::stable::Ledger;
 use super::{Caching, DiscardPolicy, OpenOptions};
 use crate::sys;
@@ -25,7 +25,7 @@ const DIRECT_ALIGN_BYTES: u32 = 4096;
 /// A regular file or block device.
 #[derive(Debug)]
 pub struct FileBacking {
-    file: OwnedFd,
+    file: LockedFile,
     path: PathBuf,
     medium: Medium,
     caching: Caching,
@@ -55,7 +55,7 @@ impl FileBacking {
         let path = path.into();
         let OpenOptions { access, caching, discard } = options;
         let (file, stat) = open_file(&path, access, caching)?;
-        lock::lock(file.as_fd(), &stat, access, &path)?;
+        let file = lock::lock(file, &stat, access, &path)?;
 
         let failed = |errno: Errno| {
             Error::new(ErrorKind::Backing, Op::Open)
@@ -327,7 +327,7 @@ pub(super) fn world_error(op: Op, errno: Errno, offset: u64, len: u64) -> Error 
     Error::new(kind, op).at(offset, len).because(io::Error::from(errno))
 }
 
-fn file_len(file: &OwnedFd) -> Result<u64, Errno> {
+fn file_len(file: &LockedFile) -> Result<u64, Errno> {
     let stat = rustix::fs::fstat(file)?;
     Ok(u64::try_from(stat.st_size).unwrap_or(0))
 }
@@ -405,7 +405,7 @@ fn no_direct(path: &Path) -> Error {
 }
 
 /// What direct I/O asks of offsets, lengths and memory, in bytes.
-fn direct_align(file: &OwnedFd, medium: Medium, path: &Path) -> Result<u32, Error> {
+fn direct_align(file: &LockedFile, medium: Medium, path: &Path) -> Result<u32, Error> {
     let align_bytes = match rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN) {
         Ok(answer) if StatxFlags::from_bits_retain(answer.stx_mask).contains(StatxFlags::DIOALIGN) => {
             if answer.stx_dio_offset_align == 0 {
@@ -428,7 +428,7 @@ fn direct_align(file: &OwnedFd, medium: Medium, path: &Path) -> Result<u32, Erro
 }
 
 /// Whether holes can be punched, found out by punching one beyond the end, where nothing is.
-fn can_punch(file: &OwnedFd, len_bytes: u64) -> bool {
+fn can_punch(file: &LockedFile, len_bytes: u64) -> bool {
     /// Far enough from the last byte that no filesystem block holds both.
     const DISTANCE_BYTES: u64 = 64 << 20;
     let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;

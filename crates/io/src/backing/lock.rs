@@ -7,21 +7,39 @@ use rustix::io::Errno;
 use std::fmt::{self, Write as _};
 use std::fs;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 /// How many holders of a lock an error message names.
 const NAMED_MAX: usize = 3;
 
-/// Locks an open file until it is closed: alone for writing, together with other readers for reading.
-pub(super) fn lock(file: BorrowedFd<'_>, stat: &Stat, access: Access, path: &Path) -> Result<(), Error> {
+/// An open file that is locked. Unlocked when dropped, and not only when the last descriptor of it is closed: a process
+/// that is being started has copies of ours for a moment.
+#[derive(Debug)]
+pub(super) struct LockedFile(OwnedFd);
+
+impl AsFd for LockedFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl Drop for LockedFile {
+    fn drop(&mut self) {
+        // Closing it does the same, a little later at worst.
+        let _ = rustix::fs::flock(&self.0, FlockOperation::Unlock);
+    }
+}
+
+/// Locks an open file: alone for writing, together with other readers for reading.
+pub(super) fn lock(file: OwnedFd, stat: &Stat, access: Access, path: &Path) -> Result<LockedFile, Error> {
     let operation = match access {
         Access::ReadOnly => FlockOperation::NonBlockingLockShared,
         Access::ReadWrite => FlockOperation::NonBlockingLockExclusive,
     };
-    match rustix::io::retry_on_intr(|| rustix::fs::flock(file, operation)) {
-        Ok(()) => Ok(()),
+    match rustix::io::retry_on_intr(|| rustix::fs::flock(&file, operation)) {
+        Ok(()) => Ok(LockedFile(file)),
         Err(Errno::WOULDBLOCK) => {
             Err(Error::new(ErrorKind::Busy, Op::Open).detail(busy_text(path, &lock_holders(stat))))
         }

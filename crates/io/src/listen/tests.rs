@@ -26,6 +26,13 @@ fn files_in(directory: &TempDir) -> Vec<OsString> {
         .collect()
 }
 
+/// Leaves a socket behind that nobody listens on.
+fn leave_stale(path: &Path) {
+    let socket = UnixListener::bind(path).expect("a free name");
+    // Programs that other tests start have a copy of it for a moment; that must not listen either.
+    rustix::net::shutdown(&socket, rustix::net::Shutdown::Both).expect("it listened");
+}
+
 fn accept(listener: &Listener) -> Stream {
     listener.accept().unwrap_or_else(|error| panic!("{}", error.chain())).expect("not stopped")
 }
@@ -174,7 +181,7 @@ fn each_client_is_accepted_once_however_many_wait() {
 fn a_socket_that_nobody_listens_on_is_replaced() {
     let directory = directory();
     let path = directory.path().join("vol.sock");
-    drop(UnixListener::bind(&path).expect("a free name"));
+    leave_stale(&path);
     let stale = Inode::at(&path).expect("left behind");
     let listener = bind_default(&path).unwrap_or_else(|error| panic!("{}", error.chain()));
     assert_ne!(Inode::at(&path).expect("ours"), stale);
@@ -204,7 +211,7 @@ fn what_is_not_a_socket_is_never_touched() {
     let at = |name: &str| directory.path().join(name);
     fs::write(at("file"), "precious").expect("our own");
     fs::create_dir(at("directory")).expect("our own");
-    drop(UnixListener::bind(at("socket")).expect("a free name"));
+    leave_stale(&at("socket"));
     std::os::unix::fs::symlink(at("socket"), at("link")).expect("our own");
     for name in ["file", "directory", "link"] {
         let before = Inode::at(&at(name)).expect("there");
@@ -254,7 +261,7 @@ fn of_many_starters_one_wins() {
         let directory = directory();
         let path = directory.path().join("vol.sock");
         if round % 2 == 0 {
-            drop(UnixListener::bind(&path).expect("a free name"));
+            leave_stale(&path);
         }
         let start = Barrier::new(STARTERS);
         let results: Vec<_> = thread::scope(|scope| {
