@@ -1,6 +1,7 @@
 //! The bargain between the framework and what encrypts.
 
 use crate::caps::Capabilities;
+use crate::config::KeyType;
 use crate::error::Error;
 use crate::key::{EphemeralWrappedKey, Key, LongTermWrappedKey, RawKey, SoftwareSecret};
 use crate::memory::{Memory, MemorySource};
@@ -99,6 +100,73 @@ pub trait Engine: fmt::Debug + Send + Sync {
 
     /// The key ladder. `Some` exactly when the capabilities list hardware-wrapped keys.
     fn key_ladder(&self) -> Option<&dyn KeyLadder>;
+
+    /// For how long a request needs its keyslot.
+    fn slot_hold(&self) -> SlotHold {
+        SlotHold::WhileComputing
+    }
+
+    /// The one-time choice between key types. `Some` exactly for engines that serve one of them only.
+    fn exclusive(&self) -> Option<&dyn Exclusive> {
+        None
+    }
+
+    /// What can happen to it from outside. `None` for engines to which nothing happens.
+    fn lifecycle(&self) -> Option<&dyn Lifecycle> {
+        None
+    }
+}
+
+/// For how long a request needs its keyslot: a property of the engine, since sizing keyslots depends on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum SlotHold {
+    /// While the engine computes.
+    WhileComputing,
+    /// From submission to completion, media included: engines that sit on the way to the disk.
+    WholeRequest,
+}
+
+/// An engine that serves raw or hardware-wrapped keys but not both, and is told which once per start.
+///
+/// While undecided, [`Engine::capabilities`] list every key type that it could be told to serve. The framework does not
+/// program any key before [`commit`](Self::commit) has succeeded, and calls it for one key type only.
+pub trait Exclusive: Send + Sync {
+    /// What the engine was told to serve, if it was.
+    fn committed(&self) -> Option<KeyType>;
+
+    /// Tells it. Telling it the same again succeeds and does nothing. May block.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineFailed`](crate::error::ErrorKind::EngineFailed) if the switch did not work: the engine is poisoned then and
+    /// serves nothing until it is started again. [`Unsupported`](crate::error::ErrorKind::Unsupported) if it serves the
+    /// other key type already, or can never serve this one; it stays as it is.
+    fn commit(&self, key_type: KeyType) -> Result<(), Error>;
+}
+
+/// What can happen to an engine while it is used: what real controllers go through.
+pub trait Lifecycle: Send + Sync {
+    /// A controller reset: every keyslot is empty afterwards. The caller tells the framework
+    /// ([`CryptoProfile::reset`](crate::profile::CryptoProfile::reset) does both).
+    ///
+    /// # Errors
+    ///
+    /// [`EngineFailed`](crate::error::ErrorKind::EngineFailed) if the engine does not come back.
+    fn reset(&self) -> Result<(), Error>;
+
+    /// Suspends the engine: it answers [`EngineFailed`](crate::error::ErrorKind::EngineFailed) until resumed.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineFailed`](crate::error::ErrorKind::EngineFailed).
+    fn suspend(&self) -> Result<(), Error>;
+
+    /// Resumes it: keyslots are empty, the mode is what it was.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineFailed`](crate::error::ErrorKind::EngineFailed) if it does not come back.
+    fn resume(&self) -> Result<(), Error>;
 }
 
 /// What an engine does for hardware-wrapped keys besides using them (`struct blk_crypto_ll_ops`).
