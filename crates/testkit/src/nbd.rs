@@ -405,7 +405,8 @@ impl<S: Read + Write> Client<S> {
                 (1, _) => found.name = text(),
                 (2, _) => found.description = text(),
                 (3, 12) => {
-                    let at = |index: usize| u32::from_be_bytes(rest[index..index + 4].try_into().expect("four"));
+                    let at =
+                        |index: usize| u32::from_be_bytes(rest[index..index + 4].try_into().expect("four"));
                     found.blocks = Some((at(0), at(4), at(8)));
                 }
                 other => return protocol(format!("unexpected fact {other:?}")),
@@ -480,7 +481,8 @@ impl<S: Read + Write> Client<S> {
                     let cookie = self.u64()?;
                     let len = self.u32()?;
                     let data = self.bytes(len)?;
-                    let Some(&(_, asked, offset, asked_len)) = self.asked.iter().find(|asked| asked.0 == cookie)
+                    let Some(&(_, asked, offset, asked_len)) =
+                        self.asked.iter().find(|asked| asked.0 == cookie)
                     else {
                         return protocol("a chunk for a request that was not made");
                     };
@@ -643,7 +645,9 @@ fn chunk(
     match kind {
         0 if data.is_empty() => {}
         1 => {
-            let Some((at, payload)) = data.split_first_chunk() else { return protocol("data without offset") };
+            let Some((at, payload)) = data.split_first_chunk() else {
+                return protocol("data without offset");
+            };
             let start = u64::from_be_bytes(*at);
             let end = start + payload.len() as u64;
             if payload.is_empty() || start < offset || end > offset + u64::from(len) {
@@ -658,7 +662,9 @@ fn chunk(
             reply.data_chunks += 1;
         }
         5 => {
-            let Some((id, rest)) = data.split_first_chunk() else { return protocol("status without context") };
+            let Some((id, rest)) = data.split_first_chunk() else {
+                return protocol("status without context");
+            };
             if Some(u32::from_be_bytes(*id)) != context || rest.is_empty() || rest.len() % 8 != 0 {
                 return protocol("malformed status");
             }

@@ -98,7 +98,11 @@ mod tests {
 
     #[test]
     fn a_server_that_ends_at_once_is_noticed() {
-        let error = ServerProcess::start_at(&mut Command::new("false"), Path::new("/nowhere"), Duration::from_secs(9));
+        let error = ServerProcess::start_at(
+            &mut Command::new("false"),
+            Path::new("/nowhere"),
+            Duration::from_secs(9),
+        );
         assert!(error.unwrap_err().to_string().contains("ended"));
     }
 

@@ -20,7 +20,10 @@ pub fn require_tool(name: &str) -> Option<PathBuf> {
         .map(|folder| folder.join(name))
         .find(|path| path.is_file());
     if found.is_none() {
-        assert!(env::var_os(REQUIRE_TOOLS).is_none_or(|value| value != "1"), "{name} is required, and not installed");
+        assert!(
+            env::var_os(REQUIRE_TOOLS).is_none_or(|value| value != "1"),
+            "{name} is required, and not installed"
+        );
         eprintln!("SKIPPED: {name} is not installed");
     }
     found

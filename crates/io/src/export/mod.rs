@@ -97,7 +97,9 @@ impl Exports {
         let refuse = |why: String| Err(Error::new(ErrorKind::Invalid, Op::Open).detail(why));
         for (what, text) in [("name", &spec.name), ("description", &spec.description)] {
             if text.len() > NAME_BYTES_MAX || text.contains('\0') {
-                return refuse(format!("export {what} is longer than {NAME_BYTES_MAX} bytes or contains NUL"));
+                return refuse(format!(
+                    "export {what} is longer than {NAME_BYTES_MAX} bytes or contains NUL"
+                ));
             }
         }
         let mut list = self.list.write().unwrap_or_else(PoisonError::into_inner);

@@ -213,7 +213,11 @@ impl Disk for RamDisk {
             return refuse(ErrorKind::ReadOnly);
         }
         if offset.checked_add(len).is_none_or(|end| end > self.geometry.size_bytes) {
-            return refuse(if access == Access::ReadOnly { ErrorKind::OutOfRange } else { ErrorKind::PastEnd });
+            return refuse(if access == Access::ReadOnly {
+                ErrorKind::OutOfRange
+            } else {
+                ErrorKind::PastEnd
+            });
         }
         let mask = u64::from(self.geometry.logical_block_bytes) - 1;
         if self.geometry.unaligned == Unaligned::Refused && (offset | len) & mask != 0 {

@@ -64,9 +64,8 @@ impl<'s, 'a, W: Write> Executor<'s, 'a, W> {
                 (Kind::Trim, len, result)
             }
             Request::WriteZeroes { offset, len, durability, zeroing } => {
-                let result = self.with_buffer(|buffer| {
-                    disk.write_zeroes(offset, len.into(), zeroing, durability, buffer)
-                });
+                let result = self
+                    .with_buffer(|buffer| disk.write_zeroes(offset, len.into(), zeroing, durability, buffer));
                 (Kind::WriteZeroes, len, result.and_then(|done| done))
             }
             Request::Cache { offset, len } => {
@@ -158,7 +157,13 @@ impl<'s, 'a, W: Write> Executor<'s, 'a, W> {
         }
     }
 
-    fn block_status(&mut self, cookie: u64, offset: u64, len: u32, extents_max: usize) -> Result<(), Failure> {
+    fn block_status(
+        &mut self,
+        cookie: u64,
+        offset: u64,
+        len: u32,
+        extents_max: usize,
+    ) -> Result<(), Failure> {
         let extents = match self.shared.disk().extents(offset, len.into(), extents_max) {
             Ok(extents) => extents,
             Err(error) => return Ok(self.shared.fail(cookie, &error, None)?),

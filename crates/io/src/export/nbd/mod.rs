@@ -19,8 +19,8 @@
 //!
 //! Start reading at [`Session::run`](session::Session::run).
 
-pub mod negotiate;
 mod execute;
+pub mod negotiate;
 mod reply;
 mod request;
 mod server;
@@ -31,6 +31,6 @@ mod tls;
 pub mod wire;
 mod workers;
 
-pub use server::{NbdServer, ServerOptions, ServerStatus, ExportStatus, Stopped};
+pub use server::{ExportStatus, NbdServer, ServerOptions, ServerStatus, Stopped};
 pub use status::NbdError;
 pub use tls::{ClientCertificates, TlsFiles, TlsMode, TlsSetup};

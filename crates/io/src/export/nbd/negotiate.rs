@@ -89,7 +89,9 @@ pub fn haggle<R: Read>(
     let mut out = Vec::new();
     loop {
         let Some(bytes) = inbox.take_array()? else { return Ok(Next::Close("the client left")) };
-        let Ok(header) = OptionHeader::parse(&bytes) else { return Ok(Next::Close("wrong magic in an option")) };
+        let Ok(header) = OptionHeader::parse(&bytes) else {
+            return Ok(Next::Close("wrong magic in an option"));
+        };
         let next = match usize::try_from(header.len) {
             Ok(len) if len <= OPTION_DATA_BYTES_MAX => {
                 inbox.need(len)?;
@@ -108,7 +110,9 @@ pub fn haggle<R: Read>(
         match next {
             Next::Option => {}
             //= NBD protocol, NBD_OPT_STARTTLS: the client waits for the reply. Whatever is here already was injected.
-            Next::StartTls if !inbox.available().is_empty() => return Ok(Next::Close("plaintext before TLS")),
+            Next::StartTls if !inbox.available().is_empty() => {
+                return Ok(Next::Close("plaintext before TLS"));
+            }
             over => return Ok(over),
         }
     }
@@ -247,7 +251,10 @@ impl<'a> Handshake<'a> {
             reply(NBD_REP_INFO, &[&NBD_INFO_NAME.to_be_bytes(), terms.export.name().as_bytes()]);
         }
         if query.wants_description && !terms.export.description().is_empty() {
-            reply(NBD_REP_INFO, &[&NBD_INFO_DESCRIPTION.to_be_bytes(), terms.export.description().as_bytes()]);
+            reply(
+                NBD_REP_INFO,
+                &[&NBD_INFO_DESCRIPTION.to_be_bytes(), terms.export.description().as_bytes()],
+            );
         }
         // Also to those who did not ask: the protocol allows it, and a client that keeps to it is served faster.
         reply(

@@ -55,7 +55,10 @@ pub(super) struct Shared<'a, W> {
 
 impl<W> fmt::Debug for Shared<'_, W> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Shared").field("terms", self.terms).field("broken", &self.broken).finish_non_exhaustive()
+        f.debug_struct("Shared")
+            .field("terms", self.terms)
+            .field("broken", &self.broken)
+            .finish_non_exhaustive()
     }
 }
 
@@ -117,7 +120,9 @@ impl<'a, W: Write> Shared<'a, W> {
     /// Answers a request that could not even be tried.
     pub(super) fn refuse(&self, header: &RequestHeader, error: NbdError) -> io::Result<()> {
         let RequestHeader { flags, kind, offset, len, cookie } = *header;
-        self.log(|| tracing::info!(export = self.terms.export.name(), kind, flags, offset, len, ?error, "refused"));
+        self.log(|| {
+            tracing::info!(export = self.terms.export.name(), kind, flags, offset, len, ?error, "refused")
+        });
         self.answer_error(cookie, error, None)
     }
 
@@ -188,7 +193,10 @@ impl<'a, W: Write> Shared<'a, W> {
         if self.log_lines.load(Ordering::Relaxed) < LOG_LINES_MAX {
             line();
             if self.log_lines.fetch_add(1, Ordering::Relaxed) + 1 == LOG_LINES_MAX {
-                tracing::info!(export = self.terms.export.name(), "further errors of this connection are only counted");
+                tracing::info!(
+                    export = self.terms.export.name(),
+                    "further errors of this connection are only counted"
+                );
             }
         }
     }

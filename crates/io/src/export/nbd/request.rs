@@ -114,7 +114,8 @@ impl<'a> Rules<'a> {
             NBD_CMD_WRITE_ZEROES => {
                 self.check(offset, len, Access::ReadWrite)?;
                 // NO_HOLE asks for what we do anyway: zeroes are stored as ciphertext.
-                let zeroing = if has(NBD_CMD_FLAG_FAST_ZERO) { Zeroing::OnlyIfFast } else { Zeroing::AnySpeed };
+                let zeroing =
+                    if has(NBD_CMD_FLAG_FAST_ZERO) { Zeroing::OnlyIfFast } else { Zeroing::AnySpeed };
                 Ok(Asked::Plain(Request::WriteZeroes { offset, len, durability, zeroing }))
             }
             NBD_CMD_CACHE => {

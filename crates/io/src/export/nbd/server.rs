@@ -1,6 +1,6 @@
 //! The server: listeners in, one thread for each connection, and an orderly end.
 
-use super::negotiate::{Handshake, Next, TlsState, Terms, greet, haggle};
+use super::negotiate::{Handshake, Next, Terms, TlsState, greet, haggle};
 use super::session::{Ended, Session};
 use super::stream::Inbox;
 use super::tls::{self, Tls, TlsMode};
@@ -132,10 +132,7 @@ impl NbdServer {
     /// # Errors
     ///
     /// [`Invalid`](inlinecrypt_core::error::ErrorKind::Invalid) for unusable or repeated names.
-    pub fn new(
-        exports: impl IntoIterator<Item = ExportSpec>,
-        options: ServerOptions,
-    ) -> Result<Self, Error> {
+    pub fn new(exports: impl IntoIterator<Item = ExportSpec>, options: ServerOptions) -> Result<Self, Error> {
         let registry = Exports::default();
         for spec in exports {
             registry.add(spec)?;
@@ -389,7 +386,9 @@ impl Inner {
         match (haggle(&mut handshake, &mut inbox, &mut timed)?, setup) {
             (Next::Transmit(terms), _) => return Ok(Shaken::Plain(inbox, terms)),
             (Next::Close(why), _) => return Ok(Shaken::Closed(why)),
-            (Next::Option, _) | (Next::StartTls, None) => unreachable!("haggling goes on until it leads somewhere"),
+            (Next::Option, _) | (Next::StartTls, None) => {
+                unreachable!("haggling goes on until it leads somewhere")
+            }
             (Next::StartTls, Some(setup)) => {
                 drop(inbox);
                 let tls = tls::accept(setup, timed)?;

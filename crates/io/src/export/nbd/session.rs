@@ -7,6 +7,7 @@ use super::execute::Executor;
 use super::negotiate::{REQUEST_BYTES_MAX, Terms};
 use super::reply::{Failure, Shared};
 use super::request::{Asked, Rules, payload_len};
+use super::status::NbdError;
 use super::stream::{INBOX_BYTES, Inbox, Outbox};
 use super::wire::{REQUEST_BYTES, RequestHeader};
 use super::workers::{CloseWhenDropped, Workers};
@@ -17,6 +18,9 @@ use std::thread;
 
 /// Longest payload that is received only to be thrown away, in bytes. Who sends more is cut off.
 const DISCARD_BYTES_MAX: u32 = 2 * REQUEST_BYTES_MAX;
+
+/// How many requests are still served after we began to stop: more than clients have under way.
+const LATE_REQUESTS_MAX: u32 = 1024;
 
 /// Why a session ended.
 #[derive(Debug)]
@@ -45,7 +49,10 @@ pub struct Session<'a> {
 
 impl fmt::Debug for Session<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Session").field("terms", self.terms).field("workers", &self.workers).finish_non_exhaustive()
+        f.debug_struct("Session")
+            .field("terms", self.terms)
+            .field("workers", &self.workers)
+            .finish_non_exhaustive()
     }
 }
 
@@ -63,6 +70,7 @@ impl<'a> Session<'a> {
     }
 
     /// Serves until the end. All requests that were received whole are answered then, as far as the client takes it.
+    /// Once stopping, whoever stops must see to it that the reader reports its end.
     ///
     /// # Blocking
     ///
@@ -92,6 +100,12 @@ impl<'a> Session<'a> {
     ) -> Ended {
         let ended = match self.take_requests(inbox, &mut Executor::new(shared), workers) {
             Ok(ended) => ended,
+            // TLS takes the end of the stream for a cut line.
+            Err(Failure::Transport(error))
+                if error.kind() == ErrorKind::UnexpectedEof && self.stopping.load(Ordering::Acquire) =>
+            {
+                Ended::Stopped
+            }
             Err(failure) => failure.into_ended(),
         };
         if let Some(workers) = workers {
@@ -114,11 +128,9 @@ impl<'a> Session<'a> {
     ) -> Result<Ended, Failure> {
         let shared = executor.shared();
         let rules = Rules::new(self.terms);
+        let mut late_requests = 0;
         loop {
             while inbox.available().len() < REQUEST_BYTES {
-                if self.stopping.load(Ordering::Acquire) {
-                    return Ok(Ended::Stopped);
-                }
                 shared.flush()?;
                 let was_empty = inbox.available().is_empty();
                 if inbox.fill()? == 0 {
@@ -143,7 +155,15 @@ impl<'a> Session<'a> {
                 return Ok(Ended::Violation("a write is absurdly long"));
             }
             let len = usize::try_from(payload_len).expect("at most DISCARD_BYTES_MAX");
-            match rules.admit(&header) {
+            // What was sent before we stopped is served. A client that goes on and on is told.
+            late_requests += u32::from(self.stopping.load(Ordering::Acquire));
+            let admitted = match rules.admit(&header) {
+                Ok(Asked::Plain(_) | Asked::Write(_)) if late_requests > LATE_REQUESTS_MAX => {
+                    Err(NbdError::ESHUTDOWN)
+                }
+                other => other,
+            };
+            match admitted {
                 Ok(Asked::Disconnect) => return Ok(Ended::Disconnected),
                 Ok(Asked::Plain(request)) => match workers {
                     Some(workers) if !(inbox.available().is_empty() && workers.are_idle()) => {

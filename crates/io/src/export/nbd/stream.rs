@@ -283,7 +283,10 @@ mod tests {
         for step in [7, 50_000, usize::MAX] {
             let mut outbox = Outbox::new(Slow(Vec::new(), step));
             let mut wanted = Vec::new();
-            for (index, len) in [0, 1, 5000, 40_000, 31_000, 31_000, 31_000, 31_000, 31_000, 300_000, 3].into_iter().enumerate() {
+            for (index, len) in [0, 1, 5000, 40_000, 31_000, 31_000, 31_000, 31_000, 31_000, 300_000, 3]
+                .into_iter()
+                .enumerate()
+            {
                 let payload = vec![u8::try_from(index).unwrap(); len];
                 outbox.send(b"head", &payload).unwrap();
                 wanted.extend_from_slice(b"head");

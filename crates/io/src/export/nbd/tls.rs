@@ -162,7 +162,9 @@ fn read_authority(
         ClientCertificates::Required => builder,
         ClientCertificates::Optional | ClientCertificates::None => builder.allow_unauthenticated(),
     };
-    builder.build().map_err(|error| invalid(format!("authority {}: not usable", path.display())).because(error))
+    builder
+        .build()
+        .map_err(|error| invalid(format!("authority {}: not usable", path.display())).because(error))
 }
 
 /// Does the TLS handshake over `transport` and hands out the connection's two ends, each with its own way to it.
@@ -170,10 +172,7 @@ fn read_authority(
 /// # Errors
 ///
 /// The transport's, or [`io::ErrorKind::InvalidData`] with what TLS did not like.
-pub(super) fn accept<S: Read + Write>(
-    setup: &TlsSetup,
-    mut transport: S,
-) -> io::Result<Tls> {
+pub(super) fn accept<S: Read + Write>(setup: &TlsSetup, mut transport: S) -> io::Result<Tls> {
     let mut connection = ServerConnection::new(setup.0.clone()).map_err(io::Error::other)?;
     while connection.is_handshaking() {
         connection.complete_io(&mut transport)?;

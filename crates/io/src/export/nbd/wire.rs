@@ -288,7 +288,8 @@ impl<'a> MetaQuery<'a> {
         if count > META_QUERIES_MAX {
             return Err(Malformed::TooMany);
         }
-        let mut query = Self { export_name, is_empty: count == 0, names_allocation: false, names_base: false };
+        let mut query =
+            Self { export_name, is_empty: count == 0, names_allocation: false, names_base: false };
         for _ in 0..count {
             let text = take_text(&mut data)?;
             query.names_allocation |= text == BASE_ALLOCATION;
@@ -433,10 +434,20 @@ pub fn chunk_header(flags: u16, kind: u16, cookie: u64, len: u32) -> [u8; CHUNK_
 ///
 /// If `data_len` is over 32 bits less 8; pieces are far smaller.
 #[must_use]
-pub fn data_chunk_header(flags: u16, cookie: u64, offset: u64, data_len: usize) -> [u8; CHUNK_HEADER_BYTES + 8] {
+pub fn data_chunk_header(
+    flags: u16,
+    cookie: u64,
+    offset: u64,
+    data_len: usize,
+) -> [u8; CHUNK_HEADER_BYTES + 8] {
     let len = u32::try_from(data_len + 8).expect("pieces are at most a few MiB");
     let mut bytes = [0; CHUNK_HEADER_BYTES + 8];
-    bytes[..CHUNK_HEADER_BYTES].copy_from_slice(&chunk_header(flags, NBD_REPLY_TYPE_OFFSET_DATA, cookie, len));
+    bytes[..CHUNK_HEADER_BYTES].copy_from_slice(&chunk_header(
+        flags,
+        NBD_REPLY_TYPE_OFFSET_DATA,
+        cookie,
+        len,
+    ));
     bytes[CHUNK_HEADER_BYTES..].copy_from_slice(&offset.to_be_bytes());
     bytes
 }
@@ -454,8 +465,14 @@ mod tests {
 
     #[test]
     fn client_flags_that_were_not_offered_are_refused() {
-        assert_eq!(ClientFlags::parse([0, 0, 0, 3]), Some(ClientFlags { fixed_newstyle: true, no_zeroes: true }));
-        assert_eq!(ClientFlags::parse([0, 0, 0, 0]), Some(ClientFlags { fixed_newstyle: false, no_zeroes: false }));
+        assert_eq!(
+            ClientFlags::parse([0, 0, 0, 3]),
+            Some(ClientFlags { fixed_newstyle: true, no_zeroes: true })
+        );
+        assert_eq!(
+            ClientFlags::parse([0, 0, 0, 0]),
+            Some(ClientFlags { fixed_newstyle: false, no_zeroes: false })
+        );
         assert_eq!(ClientFlags::parse([0, 0, 0, 7]), None);
         assert_eq!(ClientFlags::parse([0x80, 0, 0, 3]), None);
     }
