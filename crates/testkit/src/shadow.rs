@@ -37,7 +37,7 @@ impl Shadow {
     /// The stretch from `offset` on, of which nothing is known.
     #[must_use]
     pub fn new(seed: u64, offset: u64, len: u64) -> Self {
-        assert!(offset % SECTOR_BYTES == 0 && len % SECTOR_BYTES == 0, "whole sectors");
+        assert!((offset | len).is_multiple_of(SECTOR_BYTES), "whole sectors");
         let count = usize::try_from(len / SECTOR_BYTES).expect("tests have small disks");
         Self { seed, offset, sectors: vec![Sector::default(); count], last: 0 }
     }

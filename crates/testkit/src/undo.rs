@@ -134,10 +134,11 @@ impl LoopDevice {
 
 impl Drop for LoopDevice {
     fn drop(&mut self) {
-        if !self.is_detached {
-            if let Err(error) = undo(Command::new("losetup").arg("--detach").arg(&self.path)) {
-                eprintln!("{error}");
-            }
+        if self.is_detached {
+            return;
+        }
+        if let Err(error) = undo(Command::new("losetup").arg("--detach").arg(&self.path)) {
+            eprintln!("{error}");
         }
     }
 }
