@@ -4,6 +4,7 @@ mod handshake;
 mod hostile;
 mod programs;
 mod server;
+mod streams;
 mod tls;
 mod transmission;
 
