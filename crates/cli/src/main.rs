@@ -1,1 +1,56 @@
-fn main() {}
+//! The `inlinecrypt` command: encrypted volumes over NBD, and the keys for them.
+//!
+//! ```text
+//!   cli          what can be written on the command line: the one definition for parsing, help, man pages, completions
+//!   cmd/VERB     one file per verb
+//!     config     TOML files: configs, and the descriptions that lie beside volumes
+//!     plan       command line + config + descriptions -> what is to be served; every problem found is reported
+//!     host       plan -> engines, keys, admissions, volumes
+//!     create     new volumes: key, description and image, in an order that a crash cannot spoil
+//!     control    the socket by which `status` asks a running server
+//!   report       messages and exit codes
+//! ```
+//!
+//! Start reading at [`cmd::serve`].
+#![forbid(unsafe_code)]
+
+mod cli;
+mod cmd;
+mod config;
+mod control;
+mod create;
+mod files;
+mod host;
+mod identifier;
+mod keyfile;
+mod places;
+mod plan;
+mod report;
+mod size;
+mod watch;
+
+use clap::Parser as _;
+use report::{Code, Failure, Failures};
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let arguments = match cli::Cli::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            // Help and version come this way, too.
+            let _ = error.print();
+            return if error.use_stderr() { Code::Wrong.into() } else { ExitCode::SUCCESS };
+        }
+    };
+    let done = prepare(&arguments).map_err(Failures::from).and_then(|()| cmd::run(arguments.command));
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failures) => failures.report(),
+    }
+}
+
+/// What comes before anything else: no core dumps before the first key arrives, and a place for the log.
+fn prepare(arguments: &cli::Cli) -> Result<(), Failure> {
+    inlinecrypt_engine::harden_process().map_err(|error| Failure::of("cannot protect this process", &error))?;
+    report::start_log(arguments.verbose, arguments.log.as_deref())
+}

@@ -1,0 +1,461 @@
+//! The one definition of the command line: parsing, help, manual pages and completions all come from it.
+
+use crate::keyfile::KeySource;
+use crate::report::EXIT_CODES;
+use crate::size::Size;
+use clap::builder::{OsStringValueParser, TypedValueParser as _};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use inlinecrypt_core::config::{DataUnitSize, Mode};
+use inlinecrypt_engine::{EngineSpec, RootSpec};
+use inlinecrypt_io::listen::Listen;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+const EXAMPLES: &str = "\
+Examples:
+  inlinecrypt serve --create 1GiB demo.img      make an encrypted volume and serve it
+  inlinecrypt serve demo.img                    serve it again
+  inlinecrypt volume info demo.img              what is known about it
+  inlinecrypt status                            what the running servers do
+  inlinecrypt check servers.toml                whether a config can be served";
+
+/// Encrypted volumes over NBD, on a keyslot framework that is Linux's.
+///
+/// A volume is a file or block device of ciphertext, in the layout of dm-crypt. Its key is hardware-wrapped: what lies on
+/// the disk is a blob that only the engine opens, under a root that is made when first needed and kept in
+/// $INLINECRYPT_HOME, else $XDG_DATA_HOME/inlinecrypt, else ~/.local/share/inlinecrypt.
+#[derive(Debug, Parser)]
+#[command(name = "inlinecrypt", version, after_help = format!("{EXAMPLES}\n\n{EXIT_CODES}"), max_term_width = 100)]
+pub(crate) struct Cli {
+    /// Log more, to standard error: -v what happens, -vv connections, -vvv everything
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub(crate) verbose: u8,
+    /// Log what FILTER says: a level (error, warn, info, debug, trace), or TARGET=LEVEL,...
+    #[arg(long, global = true, value_name = "FILTER")]
+    pub(crate) log: Option<String>,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// The verbs. A new one is a file in `cmd/` and a variant here.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Serve volumes over NBD until SIGTERM or SIGINT
+    Serve(Box<Serve>),
+    /// Make volumes and look at them
+    #[command(subcommand)]
+    Volume(VolumeCommand),
+    /// Make keys, wrap them, and look at them
+    #[command(subcommand)]
+    Key(KeyCommand),
+    /// Look at engines
+    #[command(subcommand)]
+    Engine(EngineCommand),
+    /// Show what running servers do
+    Status(Status),
+    /// Check a config: whether all of it can be served. Changes nothing
+    Check(Check),
+    /// Print completions for a shell
+    Completions(Completions),
+    /// Write the manual pages
+    Man(Man),
+}
+
+/// How a volume lies on its backing. What is not given comes from the volume's description, else from the defaults.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Layout of the volume")]
+pub(crate) struct LayoutArgs {
+    /// Crypto mode: AES-256-XTS, AES-128-CBC-ESSIV, Adiantum or SM4-XTS [default: AES-256-XTS]
+    #[arg(long, value_name = "MODE", value_parser = parse_mode)]
+    pub(crate) mode: Option<Mode>,
+    /// Size of a data unit, in bytes: a power of two from 512 to 65536 [default: 4096]
+    #[arg(long, value_name = "BYTES", value_parser = parse_data_unit)]
+    pub(crate) data_unit: Option<DataUnitSize>,
+    /// Size of the logical block that clients see, in bytes: 512 up to the data unit [default: 512 with XTS, else the
+    /// data unit]
+    #[arg(long, value_name = "BYTES", value_parser = parse_block)]
+    pub(crate) block: Option<u32>,
+    /// What is added to the sector number before it becomes a data unit number, in sectors of 512 bytes [default: 0]
+    #[arg(long, value_name = "SECTORS")]
+    pub(crate) iv_offset: Option<u64>,
+}
+
+/// Engine and root.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Engine")]
+pub(crate) struct EngineArgs {
+    /// Engine that encrypts: software[:slots=0..65536][,kdf=v1|legacykdf|rearranged] [default: software]
+    #[arg(long, value_name = "SPEC", value_parser = parse_core::<EngineSpec>)]
+    pub(crate) engine: Option<EngineSpec>,
+    /// File of the root, which wraps keys for storage [default: root.key in the home described in `inlinecrypt --help`]
+    #[arg(long, value_name = "PATH", value_parser = parse_core::<RootSpec>)]
+    pub(crate) root: Option<RootSpec>,
+}
+
+const SERVE_EXAMPLES: &str = "\
+Examples:
+  inlinecrypt serve --create 1GiB demo.img
+      makes demo.img, its wrapped key demo.img.key and its description demo.img.toml, and serves it on demo.img.sock
+  inlinecrypt serve --nbd tcp:127.0.0.1:10809 a.img b.img
+      two volumes, as exports \"a\" and \"b\"
+  inlinecrypt serve --key raw:volume.key --data-unit 512 --read-only /dev/sdx
+      what dm-crypt wrote with aes-xts-plain64
+  inlinecrypt serve --nbd tcp:0.0.0.0:10809 --tls-cert server.pem --tls-key server.key demo.img
+  inlinecrypt serve --config servers.toml
+
+A config:
+  [[engine]]                      # none: one engine \"default\"
+  name = \"e0\"
+  spec = \"software:slots=8\"
+  root = \"root.key\"               # paths are relative to the config
+
+  [[volume]]
+  name = \"db1\"                    # export name; default: the file's, without its extension
+  path = \"db1.img\"
+  key = \"db1.img.key\"             # or \"raw:FILE\"; default: PATH.key
+  engine = \"e0\"                   # default: the first
+  # key_id, mode, data_unit, block, iv_offset, read_only, fallback, discard, direct
+
+  [listen]
+  nbd = [\"unix:db.sock\"]
+  # tls, tls_cert, tls_key, tls_client_ca, tls_verify_client
+
+  [server]
+  # control, workers, connections_max, stop_seconds";
+
+/// Serve volumes over NBD until SIGTERM or SIGINT.
+///
+/// Each VOLUME is a file or block device. Its description VOLUME.toml, if there is one, says how to read it and by which
+/// key; options and config may add to it but not contradict it. The second signal ends the server at once.
+///
+/// Sockets that the service manager hands over (systemd socket activation) are served, too; with them, no socket is
+/// made unless --nbd asks for it.
+#[derive(Args, Debug)]
+#[command(after_help = SERVE_EXAMPLES)]
+pub(crate) struct Serve {
+    /// Files or block devices to serve
+    #[arg(value_name = "VOLUME")]
+    pub(crate) volumes: Vec<PathBuf>,
+    /// Make the volume first, of SIZE bytes (units k, M, G, T or KiB, MiB, GiB, TiB)
+    #[arg(long, value_name = "SIZE", conflicts_with_all = ["config", "read_only"])]
+    pub(crate) create: Option<Size>,
+    /// Key of the volume: FILE for a wrapped key, raw:FILE for a raw one, - for standard input [default: VOLUME.key]
+    #[arg(long, value_name = "FILE", value_parser = key_parser())]
+    pub(crate) key: Option<KeySource>,
+    /// Where to listen: unix:PATH or tcp:HOST:PORT; may be repeated [default: unix:VOLUME.sock]
+    #[arg(long, value_name = "PLACE", value_parser = parse_core::<Listen>)]
+    pub(crate) nbd: Vec<Listen>,
+    /// Name of the export [default: the volume's file name without its extension]
+    #[arg(long, value_name = "EXPORT")]
+    pub(crate) name: Option<String>,
+    /// Take volumes, engines and listeners from FILE (TOML)
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) layout: LayoutArgs,
+    #[command(flatten)]
+    pub(crate) engine: EngineArgs,
+    /// Whether software may serve a raw key instead of the engine: never, if the engine cannot, or always [default:
+    /// off]
+    #[arg(long, value_name = "WHEN", value_enum)]
+    pub(crate) fallback: Option<FallbackArg>,
+    /// Whether trim gives storage back; whoever sees the file learns which parts are unused [default: pass]
+    #[arg(long, value_name = "WHAT", value_enum)]
+    pub(crate) discard: Option<DiscardArg>,
+    /// Let nobody write
+    #[arg(long)]
+    pub(crate) read_only: bool,
+    /// Bypass the page cache (O_DIRECT)
+    #[arg(long)]
+    pub(crate) direct: bool,
+    #[command(flatten)]
+    pub(crate) tls: TlsArgs,
+    /// Socket for `inlinecrypt status`, or none [default: PID.sock in $XDG_RUNTIME_DIR/inlinecrypt]
+    #[arg(long, value_name = "PATH", help_heading = "Server")]
+    pub(crate) control: Option<PathBuf>,
+    /// Threads for each connection; more than its own pays where the disk waits for a medium [default: 0]
+    #[arg(long, value_name = "N", help_heading = "Server", value_parser = parse_workers)]
+    pub(crate) workers: Option<usize>,
+}
+
+/// Certificates.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "TLS")]
+pub(crate) struct TlsArgs {
+    /// Whether clients must or may use TLS [default: required with --tls-cert, else off]
+    #[arg(long, value_name = "WHEN", value_enum)]
+    pub(crate) tls: Option<TlsArg>,
+    /// Our certificate and those that sign it, PEM
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    pub(crate) tls_cert: Option<PathBuf>,
+    /// Its private key, PEM; for its owner alone
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    pub(crate) tls_key: Option<PathBuf>,
+    /// The authority that signs clients' certificates, PEM; asks clients for theirs
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    pub(crate) tls_client_ca: Option<PathBuf>,
+    /// Refuse clients without a certificate
+    #[arg(long, requires = "tls_client_ca")]
+    pub(crate) tls_verify_client: bool,
+}
+
+/// When software serves a raw key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum FallbackArg {
+    /// Never
+    Off,
+    /// If the engine cannot
+    Allowed,
+    /// Always
+    Forced,
+}
+
+/// What becomes of trim.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DiscardArg {
+    /// It gives storage back
+    Pass,
+    /// It is not offered
+    Off,
+}
+
+/// Whether TLS is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum TlsArg {
+    /// Nothing is served without
+    Required,
+    /// As clients like
+    Allowed,
+    /// Never
+    Off,
+}
+
+/// What is done with volumes.
+#[derive(Debug, Subcommand)]
+pub(crate) enum VolumeCommand {
+    /// Make a volume: key, description and file
+    #[command(after_help = "\
+Examples:
+  inlinecrypt volume create --size 1GiB demo.img
+  inlinecrypt volume create --size 10G --data-unit 512 --key raw:secret.key demo.img")]
+    Create(Box<VolumeCreate>),
+    /// Show what is known about a volume
+    #[command(after_help = "\
+Examples:
+  inlinecrypt volume info demo.img
+  inlinecrypt volume info --json demo.img")]
+    Info(VolumeInfo),
+}
+
+/// Make a volume.
+#[derive(Args, Debug)]
+pub(crate) struct VolumeCreate {
+    /// The file to make
+    #[arg(value_name = "VOLUME")]
+    pub(crate) volume: PathBuf,
+    /// Its size in bytes (units k, M, G, T or KiB, MiB, GiB, TiB): a multiple of the data unit
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) size: Size,
+    /// Its key: FILE for a wrapped key, raw:FILE for a raw one, - for standard input [default: a new one in VOLUME.key]
+    #[arg(long, value_name = "FILE", value_parser = key_parser())]
+    pub(crate) key: Option<KeySource>,
+    #[command(flatten)]
+    pub(crate) layout: LayoutArgs,
+    #[command(flatten)]
+    pub(crate) engine: EngineArgs,
+}
+
+/// Show what is known about a volume.
+#[derive(Args, Debug)]
+pub(crate) struct VolumeInfo {
+    /// A file or block device
+    #[arg(value_name = "VOLUME")]
+    pub(crate) volume: PathBuf,
+    /// As JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// The key ladder.
+#[derive(Debug, Subcommand)]
+pub(crate) enum KeyCommand {
+    /// Make a new key that nobody outside the engine ever sees, wrapped for storage
+    #[command(after_help = "\
+Examples:
+  inlinecrypt key generate --out volume.key
+  inlinecrypt key generate --root /etc/inlinecrypt/root.key > volume.key")]
+    Generate(KeyGenerate),
+    /// Wrap a raw key of 32 bytes for storage
+    #[command(after_help = "\
+Examples:
+  inlinecrypt key import --in raw.key --out volume.key
+  head -c 32 /dev/urandom | inlinecrypt key import > volume.key")]
+    Import(KeyTransform),
+    /// Turn a stored key into one for this start of an engine
+    ///
+    /// What comes out is of use only to the engine that made it, until it stops. The software engine stops with this
+    /// command, so with it this shows that a key can be prepared, and what the result looks like.
+    #[command(after_help = "\
+Examples:
+  inlinecrypt key prepare --in volume.key --out volume.ephemeral")]
+    Prepare(KeyTransform),
+    /// Show what a wrapped key says about itself, and whether the root opens it
+    #[command(after_help = "\
+Examples:
+  inlinecrypt key info volume.key
+  inlinecrypt key info --json < volume.key")]
+    Info(KeyInfo),
+}
+
+/// Make a new key.
+#[derive(Args, Debug)]
+pub(crate) struct KeyGenerate {
+    /// New file for the wrapped key [default: standard output]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) engine: EngineArgs,
+}
+
+/// From one form of a key to the next.
+#[derive(Args, Debug)]
+pub(crate) struct KeyTransform {
+    /// File of the key to start from [default: standard input]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) r#in: Option<PathBuf>,
+    /// New file for the result [default: standard output]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) engine: EngineArgs,
+}
+
+/// Show a wrapped key.
+#[derive(Args, Debug)]
+pub(crate) struct KeyInfo {
+    /// File of the wrapped key [default: standard input]
+    #[arg(value_name = "FILE")]
+    pub(crate) file: Option<PathBuf>,
+    /// As JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) engine: EngineArgs,
+}
+
+/// What is done with engines.
+#[derive(Debug, Subcommand)]
+pub(crate) enum EngineCommand {
+    /// Show what an engine can do, as sysfs shows it for hardware
+    #[command(after_help = "\
+Examples:
+  inlinecrypt engine info
+  inlinecrypt engine info --engine software:slots=4 --json")]
+    Info(EngineInfo),
+}
+
+/// Show an engine.
+#[derive(Args, Debug)]
+pub(crate) struct EngineInfo {
+    #[command(flatten)]
+    pub(crate) engine: EngineArgs,
+    /// As JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Show what running servers do.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  inlinecrypt status
+  inlinecrypt status --json --control /run/inlinecrypt/db.sock")]
+pub(crate) struct Status {
+    /// Control socket of one server [default: all servers of this user]
+    #[arg(long, value_name = "PATH")]
+    pub(crate) control: Option<PathBuf>,
+    /// As JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Check a config.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  inlinecrypt check servers.toml")]
+pub(crate) struct Check {
+    /// A config or a volume's description (TOML)
+    #[arg(value_name = "CONFIG")]
+    pub(crate) config: PathBuf,
+}
+
+/// Print completions.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  inlinecrypt completions bash > ~/.local/share/bash-completion/completions/inlinecrypt")]
+pub(crate) struct Completions {
+    /// The shell
+    #[arg(value_name = "SHELL", value_enum)]
+    pub(crate) shell: clap_complete::Shell,
+}
+
+/// Write the manual pages.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  inlinecrypt man ~/.local/share/man/man1
+  inlinecrypt man | man -l -")]
+pub(crate) struct Man {
+    /// Directory for all pages [default: the first page alone, to standard output]
+    #[arg(value_name = "DIR")]
+    pub(crate) directory: Option<PathBuf>,
+}
+
+fn key_parser() -> impl clap::builder::TypedValueParser<Value = KeySource> {
+    OsStringValueParser::new().try_map(|text| KeySource::parse(&text, Path::new("")))
+}
+
+/// What the crates below parse. Their errors begin with what was being done, which is plain here.
+fn parse_core<T: FromStr<Err = inlinecrypt_core::error::Error>>(text: &str) -> Result<T, String> {
+    text.parse().map_err(|error: inlinecrypt_core::error::Error| {
+        let text = error.to_string();
+        text.strip_prefix("open: invalid argument: ").map(str::to_owned).unwrap_or(text)
+    })
+}
+
+pub(crate) fn parse_mode(text: &str) -> Result<Mode, String> {
+    Mode::from_name(text).ok_or_else(|| {
+        let known: Vec<&str> = Mode::ALL.iter().map(|mode| mode.info().name).collect();
+        format!("no mode {text:?}; the modes are: {}", known.join(", "))
+    })
+}
+
+fn parse_data_unit(text: &str) -> Result<DataUnitSize, String> {
+    data_unit(text.parse::<Size>()?.0)
+}
+
+/// A data unit size that volumes may have.
+pub(crate) fn data_unit(bytes: u64) -> Result<DataUnitSize, String> {
+    u32::try_from(bytes)
+        .ok()
+        .and_then(DataUnitSize::from_bytes)
+        .filter(|size| (DataUnitSize::MIN_SERVED..=DataUnitSize::MAX_SERVED).contains(size))
+        .ok_or_else(|| format!("{bytes} bytes are no data unit: it is a power of two from 512 to 65536"))
+}
+
+fn parse_block(text: &str) -> Result<u32, String> {
+    let bytes = text.parse::<Size>()?.0;
+    u32::try_from(bytes)
+        .ok()
+        .filter(|bytes| bytes.is_power_of_two() && (512..=65_536).contains(bytes))
+        .ok_or_else(|| format!("{bytes} bytes are no logical block: it is a power of two from 512 to 65536"))
+}
+
+fn parse_workers(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|&workers| workers <= WORKERS_MAX).ok_or_else(|| format!("a number from 0 to {WORKERS_MAX}"))
+}
+
+/// More threads for one connection only wait for each other.
+pub(crate) const WORKERS_MAX: usize = 64;

@@ -1,0 +1,44 @@
+//! `check CONFIG`: whether all of a config can be served. Opens nothing for writing and changes nothing.
+
+use crate::cli::Check;
+use crate::host::{self, Host};
+use crate::plan::Plan;
+use crate::report::{Failures, print};
+use crate::size::Size;
+use inlinecrypt_core::admission::ServedBy;
+use std::fmt::Write as _;
+
+pub(super) fn run(args: &Check) -> Result<(), Failures> {
+    let plan = match Plan::for_config(&args.config) {
+        Ok(plan) => plan,
+        Err(failures) => return Failures::check(failures),
+    };
+    let mut failures = Vec::new();
+    plan.listen.check(&mut failures);
+    if failures.is_empty() {
+        failures.extend(host::tls(&plan.listen.tls).err());
+    }
+    let (host, more) = Host::prepare(&plan);
+    failures.extend(more);
+    host.tell_notes();
+    Failures::check(failures)?;
+    let mut text = format!("{} can be served:\n", args.config.display());
+    for volume in &host.volumes {
+        let by = match volume.admission.served_by() {
+            ServedBy::Engine => format!("engine {}", plan.engines[volume.plan.engine].name),
+            ServedBy::Fallback => "software fallback".to_owned(),
+        };
+        let _ = writeln!(
+            text,
+            "  {:?}: {}, {}, {}, data unit {}, key {}, by {by}",
+            volume.plan.name,
+            volume.plan.path.display(),
+            Size(volume.layout.size_bytes()),
+            volume.layout.mode(),
+            volume.layout.data_unit_size(),
+            volume.identifier,
+        );
+    }
+    print(&text)?;
+    Ok(())
+}

@@ -1,0 +1,27 @@
+//! The verbs, one file each.
+
+mod check;
+mod completions;
+mod engine;
+mod key;
+mod man;
+mod serve;
+mod status;
+mod volume;
+
+use crate::cli::Command;
+use crate::report::Failures;
+
+/// Does what was asked for.
+pub(crate) fn run(command: Command) -> Result<(), Failures> {
+    match command {
+        Command::Serve(args) => serve::run(*args),
+        Command::Volume(command) => volume::run(command),
+        Command::Key(command) => Ok(key::run(command)?),
+        Command::Engine(command) => Ok(engine::run(command)?),
+        Command::Status(args) => status::run(&args),
+        Command::Check(args) => check::run(&args),
+        Command::Completions(args) => Ok(completions::run(&args)?),
+        Command::Man(args) => Ok(man::run(&args)?),
+    }
+}

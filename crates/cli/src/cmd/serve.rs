@@ -1,0 +1,485 @@
+//! `serve`: from a plan to a running server, and to its orderly end.
+//!
+//! ```text
+//!   create (if asked) -> plan -> keys admitted -> backings locked -> listeners -> control socket -> READY=1
+//!   SIGTERM or SIGINT -> STOPPING=1 -> no more clients -> requests answered -> flushed -> sockets removed -> exit 0
+//! ```
+//!
+//! Nobody can connect before everything has succeeded, so a server that fails to start has disturbed nobody.
+
+use crate::cli::{FallbackArg, Serve, TlsArg};
+use crate::control::{
+    self, ConnectionsReport, ControlServer, EngineReport, KeyslotsReport, ServerReport, SlotReport, VolumeReport,
+};
+use crate::create::NewVolume;
+use crate::files::{self, quoted};
+use crate::host::{self, Host, HostEngine, Ready};
+use crate::identifier::Identifier;
+use crate::places;
+use crate::plan::{self, ControlPlan, ListenPlan, Plan, Settings};
+use crate::report::{Code, Failure, Failures, note, print};
+use crate::size::Size;
+use crate::watch::Watched;
+use inlinecrypt_core::admission::ServedBy;
+use inlinecrypt_core::backing::Access;
+use inlinecrypt_core::config::KeyType;
+use inlinecrypt_core::key::KeyId;
+use inlinecrypt_core::profile::CryptoProfile;
+use inlinecrypt_core::volume::{Discard, Volume};
+use inlinecrypt_engine::{EngineSpec, WrappingKeyId};
+use inlinecrypt_io::backing::{BackingSpec, DiscardPolicy, OpenOptions};
+use inlinecrypt_io::export::ExportSpec;
+use inlinecrypt_io::export::nbd::{NbdServer, ServerOptions};
+use inlinecrypt_io::listen::{self, Listen, ListenOptions, Listener};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use std::collections::HashMap;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+pub(super) fn run(mut args: Serve) -> Result<(), Failures> {
+    // First, so that a signal at any moment is an orderly stop.
+    let mut signals = catch_signals()?;
+    // Before any thread is started.
+    let activated = Listener::activated().map_err(|error| Failure::of("cannot serve", &error))?;
+    raise_descriptor_limit();
+    refuse_with_config(&args)?;
+    if let Some(key) = &mut args.key {
+        key.take_stdin()?;
+    }
+    if args.create.is_some() {
+        create(&args)?;
+    }
+    let plan = Plan::for_serve(&args).or_else(|failures| Failures::check(failures).map(|()| unreachable!("failed")))?;
+    let tls = host::tls(&plan.listen.tls)?;
+    let (host, failures) = Host::prepare(&plan);
+    Failures::check(failures)?;
+    host.tell_notes();
+
+    let options = ServerOptions {
+        workers: plan.server.workers,
+        tls,
+        connections_max: plan.server.connections_max.unwrap_or(ServerOptions::default().connections_max),
+        ..ServerOptions::default()
+    };
+    let running = Running::open(host, options)?;
+    let listeners = listen(&plan.listen, activated)?;
+    let uris = uris(&listeners, &plan.listen, &running);
+    let running = Arc::new(Running { uris, ..running });
+    for listener in listeners {
+        running.server.listen(listener).map_err(|error| {
+            Failure::of_io("cannot start a listener", &error, "Raise the limit on threads (ulimit -u).")
+        })?;
+    }
+    let control = start_control(&plan.server.control, &running)?;
+
+    // A reader that has gone is no reason to stop.
+    let _ = print(&running.greeting());
+    if let Err(error) = listen::notify_ready() {
+        note(error.chain());
+    }
+    signals.forever().next();
+
+    tracing::info!("stopping");
+    if let Err(error) = listen::notify_stopping() {
+        note(error.chain());
+    }
+    let stopped = running.server.stop(plan.server.stop_time_max);
+    drop(control);
+    match stopped {
+        Ok(_) => Ok(()),
+        Err(error) => Err(Failure::of("stopped, but not all data could be made stable", &error).into()),
+    }
+}
+
+/// The first signal comes out of the iterator; the second ends the process at once.
+fn catch_signals() -> Result<Signals, Failure> {
+    let caught = || -> std::io::Result<Signals> {
+        let stopping = Arc::new(AtomicBool::new(false));
+        for signal in [SIGTERM, SIGINT] {
+            // In this order: the first signal finds the flag down, and raises it. The code is a shell's for the signal.
+            signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, stopping.clone())?;
+            signal_hook::flag::register(signal, stopping.clone())?;
+        }
+        Signals::new([SIGTERM, SIGINT])
+    };
+    caught().map_err(|error| Failure::of_io("cannot catch signals", &error, "Please report this."))
+}
+
+/// Every client and volume takes a descriptor, and the usual soft limit is for programs that call `select`.
+fn raise_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    // If the system refuses, fewer clients fit.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
+}
+
+/// What a config says for each volume cannot be said for all at once.
+fn refuse_with_config(args: &Serve) -> Result<(), Failure> {
+    if args.config.is_none() {
+        return Ok(());
+    }
+    let layout = &args.layout;
+    let given = [
+        ("VOLUME", !args.volumes.is_empty()),
+        ("--key", args.key.is_some()),
+        ("--name", args.name.is_some()),
+        ("--engine", args.engine.engine.is_some()),
+        ("--root", args.engine.root.is_some()),
+        ("--mode", layout.mode.is_some()),
+        ("--data-unit", layout.data_unit.is_some()),
+        ("--block", layout.block.is_some()),
+        ("--iv-offset", layout.iv_offset.is_some()),
+        ("--fallback", args.fallback.is_some()),
+        ("--discard", args.discard.is_some()),
+        ("--read-only", args.read_only),
+        ("--direct", args.direct),
+    ];
+    match given.iter().find(|(_, given)| *given) {
+        None => Ok(()),
+        Some((what, _)) => Err(Failure::new(
+            Code::Wrong,
+            format!("{what} together with --config: a config says for each volume how it is served"),
+            "Put it into the config, or leave --config out.",
+        )),
+    }
+}
+
+fn create(args: &Serve) -> Result<(), Failures> {
+    let (Some(size), [path]) = (args.create, &args.volumes[..]) else {
+        return Err(Failure::new(
+            Code::Wrong,
+            format!("--create makes one volume, and {} are named", args.volumes.len()),
+            "Name the file to make: inlinecrypt serve --create 1GiB demo.img",
+        )
+        .into());
+    };
+    NewVolume {
+        path,
+        size,
+        settings: Settings { key: args.key.clone(), ..Settings::with_layout(&args.layout) },
+        fallback: args.fallback.unwrap_or(FallbackArg::Off),
+        engine: plan::engine_from(&args.engine)?,
+        name_engine: args.engine.engine.is_some() || args.engine.root.is_some(),
+    }
+    .make()?;
+    Ok(())
+}
+
+fn listen(plan: &ListenPlan, activated: Vec<(String, Listener)>) -> Result<Vec<Listener>, Failure> {
+    let mut listeners: Vec<Listener> = activated.into_iter().map(|(_, listener)| listener).collect();
+    if listeners.is_empty() || plan.asked_for {
+        for place in &plan.places {
+            let listener = Listener::bind(place, ListenOptions::default()).map_err(|error| {
+                let failure = Failure::of_file(format!("cannot listen on {place}"), &error);
+                if failure.code == Code::Busy && matches!(place, Listen::Tcp { .. }) {
+                    failure.advise("Choose another port with --nbd, or stop who has it (ss -ltnp shows it).")
+                } else {
+                    failure
+                }
+            })?;
+            listeners.push(listener);
+        }
+    }
+    Ok(listeners)
+}
+
+fn start_control(plan: &ControlPlan, running: &Arc<Running>) -> Result<Option<ControlServer>, Failure> {
+    let report = running.clone();
+    let start = |path: &Path| ControlServer::start(path, move || report.report());
+    match plan {
+        ControlPlan::None => Ok(None),
+        ControlPlan::At(path) => {
+            start(path).map(Some).map_err(|error| Failure::of_file("cannot make the control socket", &error))
+        }
+        // Nobody asked for it, so it may fail.
+        ControlPlan::Default => {
+            let made = default_control_path().and_then(|path| {
+                start(&path).map_err(|error| Failure::of_file("cannot make the control socket", &error))
+            });
+            match made {
+                Ok(control) => Ok(Some(control)),
+                Err(failure) => {
+                    note(format_args!("{}; `inlinecrypt status` will not find this server", failure.what));
+                    Ok(None)
+                }
+            }
+        }
+    }
+}
+
+fn default_control_path() -> Result<PathBuf, Failure> {
+    let directories = places::control_directories();
+    let mut failure = None;
+    for directory in &directories {
+        match files::make_private_directory(directory) {
+            Ok(()) => return Ok(directory.join(format!("{}.sock", std::process::id()))),
+            Err(why) => failure = Some(why),
+        }
+    }
+    Err(failure.unwrap_or_else(|| Failure::new(Code::File, "no place for the control socket", "Name one with --control.")))
+}
+
+/// A volume that is served.
+#[derive(Debug)]
+struct Served {
+    volume: Arc<Volume>,
+    backing: Arc<Watched>,
+    name: String,
+    path: PathBuf,
+    engine: usize,
+    identifier: Identifier,
+}
+
+/// A server at work.
+#[derive(Debug)]
+struct Running {
+    server: NbdServer,
+    volumes: Vec<Served>,
+    engines: Vec<EngineFacts>,
+    /// Public names of the keys that may be in keyslots.
+    identifiers: HashMap<KeyId, Identifier>,
+    uris: Vec<String>,
+    started_at: u64,
+}
+
+/// An engine or the fallback, as `status` shows it.
+#[derive(Debug)]
+struct EngineFacts {
+    name: String,
+    spec: Option<EngineSpec>,
+    root: Option<WrappingKeyId>,
+    profile: Arc<CryptoProfile>,
+}
+
+impl Running {
+    /// Locks the backings and makes volumes of them.
+    fn open(host: Host, options: ServerOptions) -> Result<Self, Failures> {
+        let Host { engines, fallback, volumes: ready } = host;
+        let mut facts: Vec<EngineFacts> = engines
+            .into_iter()
+            .flatten()
+            .map(|HostEngine { name, spec, root, profile }| EngineFacts { name, spec: Some(spec), root, profile })
+            .collect();
+        facts.extend(fallback.map(|profile| EngineFacts {
+            name: "fallback".to_owned(),
+            spec: None,
+            root: None,
+            profile,
+        }));
+        let mut volumes = Vec::new();
+        let mut failures = Vec::new();
+        for ready in ready {
+            match Served::open(ready) {
+                Ok(served) => volumes.push(served),
+                Err(failure) => failures.push(failure),
+            }
+        }
+        Failures::check(failures)?;
+        let exports = volumes.iter().map(|served| ExportSpec {
+            name: served.name.clone(),
+            description: String::new(),
+            disk: served.volume.clone(),
+        });
+        let server = NbdServer::new(exports, options).map_err(|error| Failure::of("cannot serve", &error))?;
+        let identifiers =
+            volumes.iter().map(|served| (served.volume.admission().key().id(), served.identifier)).collect();
+        let started_at = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
+        Ok(Self { server, volumes, engines: facts, identifiers, uris: Vec::new(), started_at })
+    }
+
+    /// What a person reads when the server is ready: what, where, and the lines to try next.
+    fn greeting(&self) -> String {
+        let mut text = String::new();
+        for Served { volume, name, path, .. } in &self.volumes {
+            let layout = volume.layout();
+            let _ = writeln!(
+                text,
+                "serving {} as {name:?}: {}, {}, data unit {}",
+                crate::report::printable(&path.display().to_string()),
+                Size(layout.size_bytes()),
+                layout.mode(),
+                layout.data_unit_size(),
+            );
+        }
+        for uri in &self.uris {
+            let _ = writeln!(text, "  {uri}");
+        }
+        if let Some(uri) = self.uris.first() {
+            let uri = quoted(uri);
+            let _ = write!(text, "try next\n  nbdinfo {uri}\n  qemu-img convert -n -O raw disk.img {uri}\n");
+        }
+        text
+    }
+
+    fn report(&self) -> ServerReport {
+        let status = self.server.status();
+        let volumes = self.volumes.iter().zip(&status.exports);
+        ServerReport {
+            version: control::VERSION,
+            program_version: env!("CARGO_PKG_VERSION"),
+            pid: std::process::id(),
+            started_at: self.started_at,
+            stopping: status.stopping,
+            uris: self.uris.clone(),
+            connections: ConnectionsReport {
+                now: status.connections_now,
+                refused: status.connections_refused,
+                handshakes_failed: status.handshakes_failed,
+            },
+            volumes: volumes
+                .map(|(served, export)| {
+                    let layout = served.volume.layout();
+                    let admission = served.volume.admission();
+                    VolumeReport {
+                        name: served.name.clone(),
+                        path: served.path.display().to_string(),
+                        size_bytes: layout.size_bytes(),
+                        mode: layout.mode().info().name,
+                        data_unit_bytes: layout.data_unit_size().bytes(),
+                        block_bytes: layout.logical_block_bytes(),
+                        iv_offset_sectors: layout.iv_offset_sectors(),
+                        read_only: export.read_only,
+                        key_type: match admission.key().config().key_type() {
+                            KeyType::Raw => "raw",
+                            KeyType::HardwareWrapped => "hardware-wrapped",
+                        },
+                        key_id: served.identifier.to_string(),
+                        engine: self.engines[served.engine].name.clone(),
+                        served_by: match admission.served_by() {
+                            ServedBy::Engine => "engine",
+                            ServedBy::Fallback => "fallback",
+                        },
+                        state: if served.backing.lost().is_some() { "data_lost" } else { "ok" },
+                        reason: served.backing.lost().map(str::to_owned),
+                        backing_failures: served.backing.failures(),
+                        counters: export.counters,
+                    }
+                })
+                .collect(),
+            engines: self.engines.iter().map(|engine| self.report_engine(engine)).collect(),
+        }
+    }
+
+    fn report_engine(&self, engine: &EngineFacts) -> EngineReport {
+        let EngineFacts { name, spec, root, profile } = engine;
+        let status = profile.status();
+        EngineReport {
+            name: name.clone(),
+            spec: spec.map_or_else(|| status.engine.clone(), |spec| spec.to_string()),
+            role: if spec.is_some() { "engine" } else { "fallback" },
+            root_id: root.map(|id| id.to_string()),
+            keys_admitted: status.keys,
+            keyslots: status.keyslots.map(|keyslots| KeyslotsReport {
+                waiting: keyslots.waiting,
+                waits: keyslots.waits,
+                resets: keyslots.resets,
+                slots: keyslots
+                    .slots
+                    .iter()
+                    .enumerate()
+                    .map(|(slot, status)| SlotReport {
+                        slot,
+                        key_id: status.key.and_then(|key| self.identifiers.get(&key)).map(ToString::to_string),
+                        users: status.users,
+                        hits: status.counters.hits,
+                        programs: status.counters.programs,
+                        program_failures: status.counters.program_failures,
+                        evictions: status.counters.evictions,
+                        waits: status.counters.waits,
+                    })
+                    .collect(),
+            }),
+        }
+    }
+}
+
+impl Served {
+    fn open(ready: Ready) -> Result<Self, Failure> {
+        let Ready { plan, layout, admission, identifier, unused_bytes: _ } = ready;
+        let discard = match plan.discard {
+            Discard::Pass => DiscardPolicy::PassDown,
+            Discard::Off => DiscardPolicy::Ignore,
+        };
+        let options = OpenOptions { access: plan.access, caching: plan.caching, discard };
+        let backing = inlinecrypt_io::backing::open(&BackingSpec::File(plan.path.clone()), options)
+            .map_err(|error| Failure::of_file(format!("cannot serve {}", plan.label), &error))?;
+        let backing = Arc::new(Watched::new(backing));
+        let volume = Volume::new(layout, admission, backing.clone(), plan.access, plan.discard)
+            .map_err(|error| Failure::of(format!("cannot serve {}", plan.label), &error))?;
+        if volume_is_read_only(&plan.access) {
+            tracing::info!(volume = plan.name, "read-only");
+        }
+        Ok(Self {
+            volume: Arc::new(volume),
+            backing,
+            name: plan.name,
+            path: std::path::absolute(&plan.path).unwrap_or(plan.path),
+            engine: plan.engine,
+            identifier,
+        })
+    }
+}
+
+fn volume_is_read_only(access: &Access) -> bool {
+    *access == Access::ReadOnly
+}
+
+/// Every volume at every listener, as clients write it. A single volume is the default export, so its name is left out.
+fn uris(listeners: &[Listener], plan: &ListenPlan, running: &Running) -> Vec<String> {
+    let scheme = if plan.tls.when == TlsArg::Required { "nbds" } else { "nbd" };
+    let names: Vec<&str> = match &running.volumes[..] {
+        [_] => vec![""],
+        volumes => volumes.iter().map(|served| served.name.as_str()).collect(),
+    };
+    let mut uris = Vec::new();
+    for listener in listeners {
+        for name in &names {
+            uris.push(uri(scheme, &listener.place(), name));
+        }
+    }
+    uris
+}
+
+fn uri(scheme: &str, place: &Listen, name: &str) -> String {
+    use std::os::unix::ffi::OsStrExt as _;
+    let name = percent(name.as_bytes(), b"");
+    match place {
+        Listen::Unix(path) => {
+            let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
+            format!("{scheme}+unix:///{name}?socket={}", percent(path.as_os_str().as_bytes(), b"/"))
+        }
+        Listen::Tcp { host, port } if host.contains(':') => format!("{scheme}://[{host}]:{port}/{name}"),
+        Listen::Tcp { host, port } => format!("{scheme}://{host}:{port}/{name}"),
+    }
+}
+
+/// Percent-encoded, but for letters, digits, what RFC 3986 leaves unreserved, and `also`.
+fn percent(bytes: &[u8], also: &[u8]) -> String {
+    let mut text = String::new();
+    for &byte in bytes {
+        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) || also.contains(&byte) {
+            text.push(byte.into());
+        } else {
+            let _ = write!(text, "%{byte:02X}");
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn uris_are_those_of_the_nbd_uri_specification() {
+        let unix = Listen::Unix("/run/a b?.sock".into());
+        assert_eq!(uri("nbd", &unix, ""), "nbd+unix:///?socket=/run/a%20b%3F.sock");
+        let tcp = |host: &str| Listen::Tcp { host: host.to_owned(), port: 10809 };
+        assert_eq!(uri("nbds", &tcp("::1"), "db/1"), "nbds://[::1]:10809/db%2F1");
+        assert_eq!(uri("nbd", &tcp("example.org"), "é"), "nbd://example.org:10809/%C3%A9");
+    }
+}

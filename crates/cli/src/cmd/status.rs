@@ -1,0 +1,164 @@
+//! `status`: what running servers do.
+
+use crate::cli::Status;
+use crate::control;
+use crate::places;
+use crate::report::{Code, Failure, Failures, note, plain, print, print_json, printable};
+use crate::size::Size;
+use serde_json::{Value, json};
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::io;
+use std::path::{Path, PathBuf};
+
+pub(super) fn run(args: &Status) -> Result<(), Failures> {
+    let servers = match &args.control {
+        Some(path) => vec![ask(path)?],
+        None => find_all(),
+    };
+    if args.json {
+        print_json(&json!({ "version": control::VERSION, "servers": servers }))?;
+        return Ok(());
+    }
+    if servers.is_empty() {
+        print("no server of this user runs\n")?;
+        return Ok(());
+    }
+    let texts: Vec<String> = servers.iter().map(describe).collect();
+    print(&texts.join("\n"))?;
+    Ok(())
+}
+
+fn ask(path: &Path) -> Result<Value, Failure> {
+    control::ask(path).map_err(|error| {
+        let what = format!("no server answers at {}", path.display());
+        let advice = match error.kind() {
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => "It may be busy or stopped (SIGSTOP); ask again.",
+            _ => "Check the path; `inlinecrypt status` without --control finds the servers of this user.",
+        };
+        let failure = Failure::of_io(what, &error, advice);
+        if failure.code == Code::Refused { failure } else { Failure { code: Code::File, ..failure } }
+    })
+}
+
+/// All servers of this user whose sockets are where they usually are. Sockets that a dead server left are passed over.
+fn find_all() -> Vec<Value> {
+    let mut paths = BTreeSet::new();
+    for directory in places::control_directories() {
+        let Ok(entries) = std::fs::read_dir(&directory) else { continue };
+        paths.extend(
+            entries
+                .filter_map(|entry| Some(entry.ok()?.path()))
+                .filter(|path| path.extension().is_some_and(|extension| extension == "sock")),
+        );
+    }
+    let mut servers = Vec::new();
+    for path in paths.into_iter().collect::<Vec<PathBuf>>() {
+        match control::ask(&path) {
+            Ok(server) => servers.push(server),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
+            Err(error) => note(format_args!("{}: {}", path.display(), plain(&error))),
+        }
+    }
+    servers
+}
+
+/// A server's report for people. Made from JSON: the server may be of another version.
+fn describe(server: &Value) -> String {
+    if let Some(error) = server["error"].as_str() {
+        return format!("a server answers: {}\n", printable(error));
+    }
+    let mut text = format!(
+        "server {}, version {}, {} connections{}\n",
+        number(&server["pid"]),
+        word(&server["program_version"]),
+        number(&server["connections"]["now"]),
+        if server["stopping"] == true { ", stopping" } else { "" },
+    );
+    for uri in list(&server["uris"]) {
+        let _ = writeln!(text, "  {}", word(uri));
+    }
+    text.push_str("volumes\n");
+    for volume in list(&server["volumes"]) {
+        let state = match volume["state"].as_str() {
+            Some("ok") | None => String::new(),
+            Some(state) => format!(", {}: {}", printable(state), word(&volume["reason"])),
+        };
+        let counters = &volume["counters"];
+        let _ = writeln!(
+            text,
+            "  {:<16} {}{}, {}, data unit {}, key {}, by {} {}{state}",
+            word(&volume["name"]),
+            Size(number(&volume["size_bytes"])),
+            if volume["read_only"] == true { " read-only" } else { "" },
+            word(&volume["mode"]),
+            number(&volume["data_unit_bytes"]),
+            word(&volume["key_id"]),
+            word(&volume["served_by"]),
+            word(&volume["engine"]),
+        );
+        let _ = writeln!(
+            text,
+            "    {} clients; reads {} ({}), writes {} ({}), flushes {}, trims {}, errors {}",
+            number(&counters["connections_now"]),
+            number(&counters["read"]["requests"]),
+            Size(number(&counters["read"]["bytes"])),
+            number(&counters["write"]["requests"]),
+            Size(number(&counters["write"]["bytes"])),
+            number(&counters["flush"]["requests"]),
+            number(&counters["trim"]["requests"]),
+            number(&counters["errors"]),
+        );
+    }
+    for engine in list(&server["engines"]) {
+        let keyslots = &engine["keyslots"];
+        let _ = writeln!(
+            text,
+            "{} {} ({}), {} keys{}",
+            word(&engine["role"]),
+            word(&engine["name"]),
+            word(&engine["spec"]),
+            number(&engine["keys_admitted"]),
+            if keyslots.is_null() {
+                ", no keyslots".to_owned()
+            } else {
+                format!(", {} waits, {} waiting", number(&keyslots["waits"]), number(&keyslots["waiting"]))
+            },
+        );
+        let used: Vec<&Value> =
+            list(&keyslots["slots"]).iter().filter(|slot| number(&slot["programs"]) > 0).collect();
+        if !used.is_empty() {
+            let _ = writeln!(text, "  slot  key                               users      hits  programs  evictions     waits");
+        }
+        for slot in &used {
+            let _ = writeln!(
+                text,
+                "  {:>4}  {:<32}  {:>5}  {:>8}  {:>8}  {:>9}  {:>8}",
+                number(&slot["slot"]),
+                slot["key_id"].as_str().map_or_else(|| "-".to_owned(), printable),
+                number(&slot["users"]),
+                number(&slot["hits"]),
+                number(&slot["programs"]),
+                number(&slot["evictions"]),
+                number(&slot["waits"]),
+            );
+        }
+        let unused = list(&keyslots["slots"]).len() - used.len();
+        if unused > 0 {
+            let _ = writeln!(text, "  {unused} keyslots never used");
+        }
+    }
+    text
+}
+
+fn number(value: &Value) -> u64 {
+    value.as_u64().unwrap_or(0)
+}
+
+fn word(value: &Value) -> String {
+    printable(value.as_str().unwrap_or("?"))
+}
+
+fn list(value: &Value) -> &[Value] {
+    value.as_array().map_or(&[], Vec::as_slice)
+}

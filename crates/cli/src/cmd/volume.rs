@@ -1,0 +1,166 @@
+//! `volume create | info`
+
+use crate::cli::{FallbackArg, VolumeCommand, VolumeCreate, VolumeInfo};
+use crate::create::NewVolume;
+use crate::files::{self, Medium, Secrecy, shell_word};
+use crate::host;
+use crate::keyfile::{KeySource, Wanted};
+use crate::places::beside;
+use crate::plan::{self, Description, Settings};
+use crate::report::{Failures, print, print_json};
+use crate::size::Size;
+use inlinecrypt_engine::inspect;
+use serde::Serialize;
+
+pub(super) fn run(command: VolumeCommand) -> Result<(), Failures> {
+    match command {
+        VolumeCommand::Create(args) => create(*args),
+        VolumeCommand::Info(args) => info(&args),
+    }
+}
+
+fn create(args: VolumeCreate) -> Result<(), Failures> {
+    let VolumeCreate { volume, size, mut key, layout, engine } = args;
+    if let Some(key) = &mut key {
+        key.take_stdin()?;
+    }
+    let new = NewVolume {
+        path: &volume,
+        size,
+        settings: Settings { key, ..Settings::with_layout(&layout) },
+        fallback: FallbackArg::Off,
+        engine: plan::engine_from(&engine)?,
+        name_engine: engine.engine.is_some() || engine.root.is_some(),
+    };
+    let made = new.make()?;
+    print(&format!(
+        "made {}: {}, {}, data unit {}\n  key          {} ({})\n  description  {}\nTo serve it: inlinecrypt serve {}\n",
+        volume.display(),
+        Size(made.layout.size_bytes()),
+        made.layout.mode(),
+        made.layout.data_unit_size(),
+        made.identifier,
+        made.key,
+        made.description.display(),
+        shell_word(&volume),
+    ))?;
+    Ok(())
+}
+
+#[derive(Serialize)]
+struct Info {
+    version: u32,
+    path: String,
+    len_bytes: u64,
+    /// `null` where it cannot be told, as for block devices.
+    allocated_bytes: Option<u64>,
+    /// Whether there is a description; without, all that follows is `null`.
+    described: bool,
+    description: Option<String>,
+    volume_bytes: Option<u64>,
+    unused_bytes: Option<u64>,
+    mode: Option<&'static str>,
+    data_unit_bytes: Option<u32>,
+    block_bytes: Option<u32>,
+    iv_offset_sectors: Option<u64>,
+    key_id: Option<String>,
+    key_type: Option<&'static str>,
+    key_file: Option<String>,
+    /// Which root opens the key.
+    root_id: Option<String>,
+}
+
+fn info(args: &VolumeInfo) -> Result<(), Failures> {
+    let VolumeInfo { volume, json } = args;
+    let medium = Medium::look(volume)?;
+    let description = match Description::find(volume) {
+        Ok(description) => description,
+        Err(failures) => return Failures::check(failures),
+    };
+    let mut info = Info {
+        version: 1,
+        path: volume.display().to_string(),
+        len_bytes: medium.len_bytes,
+        allocated_bytes: medium.allocated_bytes,
+        described: description.is_some(),
+        description: description.as_ref().map(|description| description.path.display().to_string()),
+        volume_bytes: None,
+        unused_bytes: None,
+        mode: None,
+        data_unit_bytes: None,
+        block_bytes: None,
+        iv_offset_sectors: None,
+        key_id: None,
+        key_type: None,
+        key_file: None,
+        root_id: None,
+    };
+    let sibling = beside(volume, ".key");
+    let mut key = files::exists(&sibling).then(|| KeySource::wrapped(sibling));
+    if let Some(Description { settings, .. }) = &description {
+        let layout = host::layout(&settings.layout(), medium.len_bytes, &volume.display().to_string())?;
+        info.volume_bytes = Some(layout.size_bytes());
+        info.unused_bytes = Some(medium.len_bytes - layout.size_bytes());
+        info.mode = Some(layout.mode().info().name);
+        info.data_unit_bytes = Some(layout.data_unit_size().bytes());
+        info.block_bytes = Some(layout.logical_block_bytes());
+        info.iv_offset_sectors = Some(layout.iv_offset_sectors());
+        info.key_id = settings.key_id.map(|id| id.to_string());
+        key = settings.key.clone().or(key);
+    }
+    if let Some(key) = &key {
+        info.key_file = key.path().map(|path| path.display().to_string());
+        info.key_type = Some(match key.wanted {
+            Wanted::Wrapped => "hardware-wrapped",
+            Wanted::Raw => "raw",
+        });
+        if let (Wanted::Wrapped, Some(path)) = (key.wanted, key.path()) {
+            // Only the header is looked at, and a key that is missing is no failure here.
+            let blob = files::read(path, "key file", Secrecy::Public, 4096).ok();
+            info.root_id = blob.and_then(|blob| inspect(&blob).ok()).map(|info| info.wrapped_by.to_string());
+        }
+    }
+    if *json {
+        print_json(&info)?;
+        return Ok(());
+    }
+    print(&describe(&info))?;
+    Ok(())
+}
+
+fn describe(info: &Info) -> String {
+    let mut rows = vec![("volume", info.path.clone()), ("file", Size(info.len_bytes).to_string())];
+    if let Some(bytes) = info.allocated_bytes {
+        rows.push(("allocated", Size(bytes).to_string()));
+    }
+    match (&info.description, info.mode) {
+        (Some(description), Some(mode)) => {
+            rows.push(("size", Size(info.volume_bytes.unwrap_or(0)).to_string()));
+            rows.push(("unused tail", Size(info.unused_bytes.unwrap_or(0)).to_string()));
+            rows.push(("mode", mode.to_owned()));
+            rows.push(("data unit", format!("{} bytes", info.data_unit_bytes.unwrap_or(0))));
+            rows.push(("logical block", format!("{} bytes", info.block_bytes.unwrap_or(0))));
+            rows.push(("IV offset", format!("{} sectors", info.iv_offset_sectors.unwrap_or(0))));
+            let unknown = || "not described".to_owned();
+            rows.push(("key", info.key_id.clone().unwrap_or_else(unknown)));
+            rows.push(("description", description.clone()));
+        }
+        _ => rows.push((
+            "description",
+            "none. The format has no header: size of data units, mode, IV offset and key cannot be known".to_owned(),
+        )),
+    }
+    if let (Some(form), Some(file)) = (info.key_type, &info.key_file) {
+        rows.push(("key file", format!("{file} ({form})")));
+    }
+    if info.key_type == Some("hardware-wrapped") {
+        let root = match &info.root_id {
+            Some(id) => format!("one with root {id}, for hardware-wrapped keys"),
+            None => "one for hardware-wrapped keys; its root is not known, as the key file cannot be read".to_owned(),
+        };
+        rows.push(("engine", root));
+    } else if info.key_type == Some("raw") {
+        rows.push(("engine", "any for raw keys; no root".to_owned()));
+    }
+    rows.into_iter().map(|(name, value)| format!("{name:<15}  {value}\n")).collect()
+}

@@ -1,0 +1,202 @@
+//! The control socket: how `status` asks a running server.
+//!
+//! One line of JSON comes in, one JSON document goes out, and the connection ends. Both sides are bounded in bytes and
+//! time, and each client has a thread of its own, of which there are few: who hangs holds up nobody.
+
+use inlinecrypt_core::error::Error;
+use inlinecrypt_io::export::CountersSnapshot;
+use inlinecrypt_io::listen::{Listen, ListenOptions, Listener, Stopper, Stream};
+use serde::{Deserialize, Serialize};
+use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::Duration;
+
+/// Version of requests and answers. Grows when a field changes its meaning or goes away; new fields do not count.
+pub(crate) const VERSION: u32 = 1;
+
+const REQUEST_BYTES_MAX: u64 = 1024;
+const ANSWER_BYTES_MAX: u64 = 64 << 20;
+/// How long either side waits for the other.
+const TIME_MAX: Duration = Duration::from_secs(2);
+/// Clients at once. One more is turned away.
+const CLIENTS_MAX: usize = 8;
+
+/// What a client asks.
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(tag = "request", rename_all = "snake_case", deny_unknown_fields)]
+enum Request {
+    /// What the server does.
+    Status,
+}
+
+/// What a server says about itself.
+#[derive(Debug, Serialize)]
+pub(crate) struct ServerReport {
+    pub(crate) version: u32,
+    pub(crate) program_version: &'static str,
+    pub(crate) pid: u32,
+    /// Seconds since the beginning of 1970.
+    pub(crate) started_at: u64,
+    pub(crate) stopping: bool,
+    pub(crate) uris: Vec<String>,
+    pub(crate) connections: ConnectionsReport,
+    pub(crate) volumes: Vec<VolumeReport>,
+    pub(crate) engines: Vec<EngineReport>,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct ConnectionsReport {
+    pub(crate) now: usize,
+    pub(crate) refused: u64,
+    pub(crate) handshakes_failed: u64,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct VolumeReport {
+    pub(crate) name: String,
+    pub(crate) path: String,
+    pub(crate) size_bytes: u64,
+    pub(crate) mode: &'static str,
+    pub(crate) data_unit_bytes: u32,
+    pub(crate) block_bytes: u32,
+    pub(crate) iv_offset_sectors: u64,
+    pub(crate) read_only: bool,
+    pub(crate) key_type: &'static str,
+    pub(crate) key_id: String,
+    pub(crate) engine: String,
+    /// `engine` or `fallback`.
+    pub(crate) served_by: &'static str,
+    /// `ok`, or `data_lost` once something could not be made stable.
+    pub(crate) state: &'static str,
+    /// Why, if not `ok`.
+    pub(crate) reason: Option<String>,
+    /// Requests that the backing failed.
+    pub(crate) backing_failures: u64,
+    pub(crate) counters: CountersSnapshot,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct EngineReport {
+    pub(crate) name: String,
+    pub(crate) spec: String,
+    /// `engine` or `fallback`.
+    pub(crate) role: &'static str,
+    pub(crate) root_id: Option<String>,
+    pub(crate) keys_admitted: usize,
+    /// `None` for an engine without keyslots.
+    pub(crate) keyslots: Option<KeyslotsReport>,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct KeyslotsReport {
+    pub(crate) waiting: usize,
+    pub(crate) waits: u64,
+    pub(crate) resets: u64,
+    pub(crate) slots: Vec<SlotReport>,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct SlotReport {
+    pub(crate) slot: usize,
+    pub(crate) key_id: Option<String>,
+    pub(crate) users: u32,
+    pub(crate) hits: u64,
+    pub(crate) programs: u64,
+    pub(crate) program_failures: u64,
+    pub(crate) evictions: u64,
+    pub(crate) waits: u64,
+}
+
+/// What answers; ends when dropped.
+#[derive(Debug)]
+pub(crate) struct ControlServer {
+    stopper: Stopper,
+    acceptor: Option<thread::JoinHandle<()>>,
+}
+
+impl ControlServer {
+    /// Answers at `path` with what `report` says then.
+    pub(crate) fn start(
+        path: &Path,
+        report: impl Fn() -> ServerReport + Send + Sync + 'static,
+    ) -> Result<Self, Error> {
+        let listener = Listener::bind(&Listen::Unix(path.to_owned()), ListenOptions { unix_mode: 0o600 })?;
+        let stopper = listener.stopper();
+        let report = Arc::new(report);
+        let clients = Arc::new(AtomicUsize::new(0));
+        let accept = move || loop {
+            match listener.accept() {
+                Ok(None) => return,
+                Err(error) => tracing::warn!("control socket: {}", error.chain()),
+                Ok(Some(stream)) => {
+                    if clients.fetch_add(1, Ordering::Relaxed) >= CLIENTS_MAX {
+                        clients.fetch_sub(1, Ordering::Relaxed);
+                        continue;
+                    }
+                    let (report, here) = (report.clone(), clients.clone());
+                    let talk = move || {
+                        if let Err(error) = answer(&stream, &*report) {
+                            tracing::debug!(%error, "control client");
+                        }
+                        here.fetch_sub(1, Ordering::Relaxed);
+                    };
+                    if thread::Builder::new().name("control".to_owned()).stack_size(256 << 10).spawn(talk).is_err() {
+                        clients.fetch_sub(1, Ordering::Relaxed);
+                    }
+                }
+            }
+        };
+        let acceptor = thread::Builder::new().name("control-accept".to_owned()).stack_size(256 << 10).spawn(accept);
+        match acceptor {
+            Ok(acceptor) => Ok(Self { stopper, acceptor: Some(acceptor) }),
+            Err(error) => Err(Error::new(
+                inlinecrypt_core::error::ErrorKind::OutOfMemory,
+                inlinecrypt_core::error::Op::Open,
+            )
+            .because(error)),
+        }
+    }
+}
+
+impl Drop for ControlServer {
+    fn drop(&mut self) {
+        self.stopper.stop();
+        // The listener goes with it, and the socket's name with that.
+        if let Some(acceptor) = self.acceptor.take() {
+            let _ = acceptor.join();
+        }
+    }
+}
+
+fn answer(stream: &Stream, report: &dyn Fn() -> ServerReport) -> io::Result<()> {
+    stream.set_read_timeout(Some(TIME_MAX))?;
+    stream.set_write_timeout(Some(TIME_MAX))?;
+    let mut line = String::new();
+    BufReader::new(stream.take(REQUEST_BYTES_MAX)).read_line(&mut line)?;
+    let answer = match serde_json::from_str(&line) {
+        Ok(Request::Status) => serde_json::to_vec(&report()),
+        Err(error) => serde_json::to_vec(&serde_json::json!({
+            "version": VERSION,
+            "error": format!("not a request: {error}"),
+        })),
+    };
+    let mut stream = stream;
+    stream.write_all(&answer?)
+}
+
+/// Asks the server at `path` what it does.
+pub(crate) fn ask(path: &Path) -> io::Result<serde_json::Value> {
+    let mut stream = UnixStream::connect(path)?;
+    stream.set_read_timeout(Some(TIME_MAX * 2))?;
+    stream.set_write_timeout(Some(TIME_MAX))?;
+    let mut request = serde_json::to_vec(&Request::Status)?;
+    request.push(b'\n');
+    stream.write_all(&request)?;
+    let mut answer = Vec::new();
+    stream.take(ANSWER_BYTES_MAX).read_to_end(&mut answer)?;
+    Ok(serde_json::from_slice(&answer)?)
+}

@@ -1,0 +1,212 @@
+//! New volumes: key, description and image.
+//!
+//! The image comes last and each file appears whole or not at all. So a crash leaves nothing that could be taken for a
+//! volume, and the next attempt uses the key and the description that are there already, if they fit. Nothing that
+//! exists is ever overwritten.
+
+use crate::cli::FallbackArg;
+use crate::files::{self, Staged, shell_word};
+use crate::host::{self, HostEngine};
+use crate::identifier::Identifier;
+use crate::keyfile::{KeySource, LoadedKey, Wanted};
+use crate::places::{beside, directory_of};
+use crate::plan::{Description, EnginePlan, Settings};
+use crate::report::{Code, Failure, Failures, note};
+use crate::size::Size;
+use inlinecrypt_core::volume::Layout;
+use inlinecrypt_engine::Root;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+
+/// A volume to be made.
+#[derive(Debug)]
+pub(crate) struct NewVolume<'a> {
+    pub(crate) path: &'a Path,
+    pub(crate) size: Size,
+    /// Layout and key that were asked for.
+    pub(crate) settings: Settings,
+    pub(crate) fallback: FallbackArg,
+    pub(crate) engine: EnginePlan,
+    /// Whether the description is to name the engine, because it is not the usual one.
+    pub(crate) name_engine: bool,
+}
+
+/// What was made.
+#[derive(Debug)]
+pub(crate) struct Made {
+    pub(crate) layout: Layout,
+    pub(crate) identifier: Identifier,
+    /// The file of a wrapped key beside the volume, if that is where it is.
+    pub(crate) key: KeySource,
+    pub(crate) description: PathBuf,
+}
+
+impl NewVolume<'_> {
+    pub(crate) fn make(&self) -> Result<Made, Failures> {
+        let Self { path, size, settings, fallback, engine, .. } = self;
+        let label = path.display().to_string();
+        self.check_names()?;
+        let layout = self.layout(&label)?;
+
+        let sibling = beside(path, ".key");
+        let source = settings.key.clone().unwrap_or_else(|| KeySource::wrapped(sibling.clone()));
+        let generate = settings.key.is_none() && !files::exists(&sibling);
+        if settings.key.is_none() && !generate {
+            note(format_args!("{} exists already and is used", sibling.display()));
+        }
+        let root = match source.wanted {
+            Wanted::Raw => None,
+            Wanted::Wrapped => Some(
+                Root::open_or_create(&engine.root).map_err(|error| Failure::of_file("cannot open the root", &error))?,
+            ),
+        };
+        let engine = HostEngine::start(engine, root.as_ref(), None)
+            .map_err(|error| Failure::of("cannot start the engine", &error))?;
+        let key = if generate {
+            LoadedKey::Wrapped(
+                engine.profile.generate().map_err(|error| Failure::of("cannot make a key", &error))?,
+            )
+        } else {
+            source.load()?
+        };
+        // Forced fallback is no property of the volume: that its key can be served at all is what counts here.
+        let fallback = if source.wanted == Wanted::Raw { *fallback } else { FallbackArg::Off };
+        let identifier = if fallback == FallbackArg::Off {
+            // The admission ends here: it is asked for again when the volume is served.
+            host::admit_key(&key, &source, &layout, fallback, &engine).map_err(|failure| failure.within(&label))?.1
+        } else {
+            key.check_length(layout.mode(), &source)?;
+            let form = key.form(&engine.profile, &source)?;
+            Identifier::of(&form, &engine.profile).map_err(|error| Failure::of(&source, &error))?
+        };
+
+        let description = self.check_description(&layout, identifier)?;
+        if let (true, LoadedKey::Wrapped(blob)) = (generate, &key) {
+            files::write_new(&sibling, "wrapped key", blob.as_bytes())?;
+        }
+        let description_path = Description::path_for(path);
+        if description == Existing::None {
+            let text = self.describe(&layout, identifier, &source);
+            files::write_new(&description_path, "description", text.as_bytes())?;
+        }
+        let staged = Staged::beside(path);
+        inlinecrypt_io::backing::create_file(staged.path(), size.0)
+            .map_err(|error| Failure::of_file(format!("cannot make {label}"), &error))?;
+        staged.publish("volume")?;
+        Ok(Made { layout, identifier, key: source, description: description_path })
+    }
+
+    fn check_names(&self) -> Result<(), Failure> {
+        let path = self.path;
+        if files::exists(path) {
+            return Err(Failure::new(
+                Code::Busy,
+                format!("{} exists already and was not touched", path.display()),
+                format!("Serve it without --create (inlinecrypt serve {}), or choose another name.", shell_word(path)),
+            ));
+        }
+        if path.file_name().is_none_or(|name| name.to_str().is_none()) {
+            return Err(Failure::new(
+                Code::Wrong,
+                format!("{} is not a name for a new volume: its description holds it as UTF-8", path.display()),
+                "Choose another name.",
+            ));
+        }
+        let directory = directory_of(path);
+        if !directory.as_os_str().is_empty() && !directory.is_dir() {
+            return Err(Failure::new(
+                Code::File,
+                format!("cannot make {}: {} is not a directory", path.display(), directory.display()),
+                format!("Make it first: mkdir -p {}", shell_word(directory)),
+            ));
+        }
+        Ok(())
+    }
+
+    fn layout(&self, label: &str) -> Result<Layout, Failure> {
+        let plan = self.settings.layout();
+        let (size, unit) = (self.size.0, u64::from(plan.data_unit.bytes()));
+        if size == 0 || size % unit != 0 {
+            let below = size / unit * unit;
+            let near = match below {
+                0 => format!("The least is {unit} bytes."),
+                _ => format!("Near it are {below} and {} bytes.", below.saturating_add(unit)),
+            };
+            return Err(Failure::new(
+                Code::Wrong,
+                format!("cannot make {label}: {size} bytes are not a multiple of the data unit, {unit} bytes"),
+                near,
+            ));
+        }
+        host::layout(&plan, size, label)
+    }
+
+    /// Whether the description that may be there already is the one that would be written.
+    fn check_description(&self, layout: &Layout, identifier: Identifier) -> Result<Existing, Failures> {
+        let path = Description::path_for(self.path);
+        let other = |why: String| {
+            Failures::from(Failure::new(
+                Code::Busy,
+                format!("{} exists already, and describes another volume: {why}", path.display()),
+                "It was left alone. Move it away if it is of no use any more, or choose another name.",
+            ))
+        };
+        let found = match Description::find(self.path) {
+            Ok(None) => return Ok(Existing::None),
+            Ok(Some(found)) => found.settings,
+            Err(failures) => {
+                let why = failures.into_iter().map(|failure| failure.what).collect::<Vec<_>>().join("; ");
+                return Err(other(why));
+            }
+        };
+        let described = (found.layout().mode, found.layout().data_unit, found.layout().iv_offset);
+        if described != (layout.mode(), layout.data_unit_size(), layout.iv_offset_sectors()) {
+            return Err(other("its layout differs".to_owned()));
+        }
+        if found.key_id != Some(identifier) {
+            return Err(other(format!("its key is not {identifier}")));
+        }
+        note(format_args!("{} exists already and is used", path.display()));
+        Ok(Existing::Same)
+    }
+
+    fn describe(&self, layout: &Layout, identifier: Identifier, key: &KeySource) -> String {
+        let string = |text: &str| toml::Value::String(text.to_owned()).to_string();
+        let directory = directory_of(self.path);
+        let name = self.path.file_name().unwrap_or_default().to_string_lossy();
+        let mut text = format!(
+            "# How inlinecrypt reads {}. The volume has no header, so nothing else says it: keep this file with it.\n",
+            name.escape_default()
+        );
+        if self.name_engine {
+            let EnginePlan { name: _, spec, root } = &self.engine;
+            let inlinecrypt_engine::RootSpec::File(root) = root;
+            let root = std::path::absolute(root).unwrap_or_else(|_| root.clone());
+            let _ = write!(
+                text,
+                "[[engine]]\nname = \"default\"\nspec = {}\nroot = {}\n\n",
+                string(&spec.to_string()),
+                string(&format!("file:{}", root.display()))
+            );
+        }
+        let _ = writeln!(text, "[[volume]]\npath = {}", string(&name));
+        if let Some(key) = key.described_from(directory).and_then(|key| key.into_string().ok()) {
+            let _ = writeln!(text, "key = {}", string(&key));
+        }
+        let _ = write!(
+            text,
+            "key_id = \"{identifier}\"\nmode = {}\ndata_unit = {}\nblock = {}\niv_offset = {}\n",
+            string(layout.mode().info().name),
+            layout.data_unit_size(),
+            layout.logical_block_bytes(),
+            layout.iv_offset_sectors(),
+        );
+        text
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Existing {
+    None,
+    Same,
+}

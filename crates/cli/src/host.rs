@@ -1,0 +1,287 @@
+//! From a plan to admitted keys: roots, engines, keys, layouts, admissions. Opens nothing for writing, so `check` and
+//! `serve` share it.
+
+use crate::cli::FallbackArg;
+use crate::files::Medium;
+use crate::identifier::Identifier;
+use crate::keyfile::{KeySource, LoadedKey, Wanted};
+use crate::plan::{EnginePlan, LayoutPlan, Plan, TlsPlan, VolumePlan};
+use crate::cli::TlsArg;
+use crate::report::{Code, Failure, note};
+use crate::size::Size;
+use inlinecrypt_core::admission::{Fallback, Reason};
+use inlinecrypt_core::config::{Hardware, InvalidKey};
+use inlinecrypt_core::disk::LARGE_BUFFER_BYTES;
+use inlinecrypt_core::error::Error;
+use inlinecrypt_core::key::{Key, KeyForm};
+use inlinecrypt_core::keyslot::Policy;
+use inlinecrypt_core::memory::MemoryPool;
+use inlinecrypt_core::profile::{Admission, CryptoProfile};
+use inlinecrypt_core::volume::Layout;
+use inlinecrypt_engine::{EngineSpec, Root, SoftwareSpec, WrappingKeyId};
+use inlinecrypt_io::export::nbd::{ClientCertificates, TlsFiles, TlsMode, TlsSetup};
+use std::sync::Arc;
+
+/// Large buffers of one engine: enough for as many requests in flight as matter, 20 MiB if all are ever touched.
+const LARGE_BUFFERS: usize = 64;
+
+/// Keyslots of the software fallback: what Linux gives its own (`blk_crypto_fallback_num_keyslots`).
+const FALLBACK_KEYSLOTS: u32 = 100;
+
+/// An engine that runs.
+#[derive(Debug)]
+pub(crate) struct HostEngine {
+    pub(crate) name: String,
+    pub(crate) spec: EngineSpec,
+    /// Of the root that wraps its keys, if it has one.
+    pub(crate) root: Option<WrappingKeyId>,
+    pub(crate) profile: Arc<CryptoProfile>,
+}
+
+impl HostEngine {
+    /// Starts the engine of `plan`, with `root` or for raw keys only.
+    pub(crate) fn start(
+        plan: &EnginePlan,
+        root: Option<&Root>,
+        fallback: Option<&Arc<CryptoProfile>>,
+    ) -> Result<Self, Error> {
+        let engine = inlinecrypt_engine::open(&plan.spec, root)?;
+        let pool = MemoryPool::new(LARGE_BUFFER_BYTES, LARGE_BUFFERS);
+        let mut profile = CryptoProfile::new(engine, pool, Policy::default())?;
+        if let Some(fallback) = fallback {
+            profile = profile.with_fallback(fallback.clone());
+        }
+        Ok(Self {
+            name: plan.name.clone(),
+            spec: plan.spec,
+            root: root.map(Root::id),
+            profile: Arc::new(profile),
+        })
+    }
+}
+
+/// A volume whose key is admitted.
+#[derive(Debug)]
+pub(crate) struct Ready {
+    pub(crate) plan: VolumePlan,
+    pub(crate) layout: Layout,
+    pub(crate) admission: Admission,
+    pub(crate) identifier: Identifier,
+    /// Bytes behind the last whole data unit.
+    pub(crate) unused_bytes: u64,
+}
+
+/// Everything but the backings.
+#[derive(Debug, Default)]
+pub(crate) struct Host {
+    pub(crate) engines: Vec<Option<HostEngine>>,
+    pub(crate) fallback: Option<Arc<CryptoProfile>>,
+    pub(crate) volumes: Vec<Ready>,
+}
+
+impl Host {
+    /// Starts the engines and admits the keys of all volumes. Every failure is reported; what failed is left out.
+    pub(crate) fn prepare(plan: &Plan) -> (Self, Vec<Failure>) {
+        let mut failures = Vec::new();
+        let mut host = Self::default();
+        if plan.volumes.iter().any(|volume| volume.fallback != FallbackArg::Off) {
+            match fallback() {
+                Ok(profile) => host.fallback = Some(profile),
+                Err(error) => failures.push(Failure::of("cannot start the software fallback", &error)),
+            }
+        }
+        for (index, engine) in plan.engines.iter().enumerate() {
+            let wants_root =
+                |volume: &VolumePlan| volume.engine == index && volume.key.wanted == Wanted::Wrapped;
+            let root = if plan.volumes.iter().any(wants_root) {
+                match Root::open(&engine.root) {
+                    Ok(root) => Some(root),
+                    Err(error) => {
+                        failures.push(Failure::of_file(format!("engine {}", engine.name), &error));
+                        host.engines.push(None);
+                        continue;
+                    }
+                }
+            } else {
+                None
+            };
+            match HostEngine::start(engine, root.as_ref(), host.fallback.as_ref()) {
+                Ok(engine) => host.engines.push(Some(engine)),
+                Err(error) => {
+                    failures.push(Failure::of(format!("cannot start engine {}", engine.name), &error));
+                    host.engines.push(None);
+                }
+            }
+        }
+        for volume in &plan.volumes {
+            // Looked at first: a missing volume is told even if its engine does not run.
+            let medium = match Medium::look(&volume.path) {
+                Ok(medium) => medium,
+                Err(failure) => {
+                    failures.push(relabel(failure, volume));
+                    continue;
+                }
+            };
+            let Some(engine) = &host.engines[volume.engine] else { continue };
+            match admit(volume, &medium, engine) {
+                Ok(ready) => host.volumes.push(ready),
+                Err(failure) => failures.push(failure),
+            }
+        }
+        (host, failures)
+    }
+
+    /// Says what cannot be known or will not be used, and is no failure.
+    pub(crate) fn tell_notes(&self) {
+        for (i, Ready { plan, layout, identifier, unused_bytes, .. }) in self.volumes.iter().enumerate() {
+            if plan.key_id.is_none() {
+                note(format_args!(
+                    "{} has no description, and the format has no header: whether key and layout are the right ones \
+                     cannot be known. With wrong ones, reads give noise and writes destroy data.",
+                    plan.label
+                ));
+            }
+            if *unused_bytes > 0 {
+                note(format_args!(
+                    "{}: its last {unused_bytes} bytes are not a whole data unit of {} and stay unused",
+                    plan.label,
+                    layout.data_unit_size()
+                ));
+            }
+            let same_key = |other: &&Ready| other.identifier == *identifier;
+            if let Some(other) = self.volumes[..i].iter().find(same_key) {
+                note(format_args!(
+                    "{} and {} have one key: where both have the same content at the same place, their ciphertext is \
+                     the same, too",
+                    other.plan.label, plan.label
+                ));
+            }
+        }
+    }
+}
+
+/// The label says more than the path alone, if it is longer.
+fn relabel(failure: Failure, volume: &VolumePlan) -> Failure {
+    let path = volume.path.display().to_string();
+    match failure.what.strip_prefix(&path) {
+        Some(rest) => Failure { what: format!("{}{rest}", volume.label), ..failure },
+        None => failure.within(&volume.label),
+    }
+}
+
+/// Software for raw keys that an engine does not serve.
+fn fallback() -> Result<Arc<CryptoProfile>, Error> {
+    let spec = EngineSpec::Software(SoftwareSpec { keyslots: FALLBACK_KEYSLOTS, ..SoftwareSpec::default() });
+    let engine = inlinecrypt_engine::open(&spec, None)?;
+    let pool = MemoryPool::new(LARGE_BUFFER_BYTES, LARGE_BUFFERS);
+    Ok(Arc::new(CryptoProfile::new(engine, pool, Policy::default())?))
+}
+
+fn admit(volume: &VolumePlan, medium: &Medium, engine: &HostEngine) -> Result<Ready, Failure> {
+    let label = &volume.label;
+    let layout = layout(&volume.layout, medium.len_bytes, label)?;
+    let key = volume.key.load().map_err(|failure| failure.within(label))?;
+    let (admission, identifier) =
+        admit_key(&key, &volume.key, &layout, volume.fallback, engine).map_err(|failure| failure.within(label))?;
+    if let Some(expected) = volume.key_id {
+        if expected != identifier {
+            return Err(Failure::new(
+                Code::Refused,
+                format!(
+                    "{label}: wrong key: {} has identifier {identifier}, and {} says {expected}",
+                    volume.key, volume.key_id_from
+                ),
+                "Give the key with that identifier. The format itself is headerless: with another key, reads would give \
+                 noise and writes destroy data.",
+            ));
+        }
+    }
+    let unused_bytes = medium.len_bytes - layout.size_bytes();
+    Ok(Ready { plan: volume.clone(), layout, admission, identifier, unused_bytes })
+}
+
+/// The layout of a volume on a backing of `backing_bytes`.
+pub(crate) fn layout(plan: &LayoutPlan, backing_bytes: u64, label: &str) -> Result<Layout, Failure> {
+    let LayoutPlan { mode, data_unit, block, iv_offset } = *plan;
+    if backing_bytes < u64::from(data_unit.bytes()) {
+        return Err(Failure::new(
+            Code::File,
+            format!("{label} has {}, which is not even one data unit of {data_unit}", Size(backing_bytes)),
+            "Check that it is the right file. An empty one can be removed and made anew with --create SIZE.",
+        ));
+    }
+    Layout::new(mode, data_unit, block, iv_offset, backing_bytes).map_err(|error| Failure::of(label, &error))
+}
+
+/// Admits a key for a layout: from here on it is served, or refused with its reason.
+pub(crate) fn admit_key(
+    key: &LoadedKey,
+    source: &KeySource,
+    layout: &Layout,
+    fallback: FallbackArg,
+    engine: &HostEngine,
+) -> Result<(Admission, Identifier), Failure> {
+    key.check_length(layout.mode(), source)?;
+    if fallback != FallbackArg::Off && matches!(key, LoadedKey::Wrapped(_)) {
+        if fallback == FallbackArg::Forced {
+            return Err(Failure::new(
+                Code::Wrong,
+                "software fallback is forced, and a hardware-wrapped key is never served by software",
+                "Leave --fallback out, or give a raw key (--key raw:FILE).",
+            ));
+        }
+        note(format_args!("{source} is hardware-wrapped: software never serves it, whatever --fallback says"));
+    }
+    let form = key.form(&engine.profile, source)?;
+    let identifier =
+        Identifier::of(&form, &engine.profile).map_err(|error| Failure::of(format!("{source} is refused"), &error))?;
+    let key = new_key(form, layout, fallback).map_err(|why| refused_key(source, why))?;
+    let policy = if fallback == FallbackArg::Off { Fallback::Off } else { Fallback::Allowed };
+    let admission = engine.profile.admit(key, policy).map_err(|refusal| {
+        let advice = match refusal.reason() {
+            Reason::FallbackOff(_) => "Choose what it can do (inlinecrypt engine info), or allow --fallback allowed.",
+            Reason::Rejected(_) => "Restore the key file from a copy, or name the root that wrapped it.",
+            _ => "Choose what it can do: inlinecrypt engine info",
+        };
+        let error = Error::from(refusal);
+        Failure::new(Code::of(error.kind()), error.chain(), advice)
+    })?;
+    Ok((admission, identifier))
+}
+
+fn new_key(form: KeyForm, layout: &Layout, fallback: FallbackArg) -> Result<Arc<Key>, InvalidKey> {
+    let hardware = if fallback == FallbackArg::Forced { Hardware::Forbidden } else { Hardware::Allowed };
+    Key::new(layout.mode(), layout.data_unit_size(), layout.dun_bytes(), form, hardware)
+}
+
+fn refused_key(source: &KeySource, why: InvalidKey) -> Failure {
+    let code = match why {
+        InvalidKey::EqualHalves | InvalidKey::KeySize { .. } => Code::Refused,
+        _ => Code::Wrong,
+    };
+    Failure::new(
+        code,
+        format!("{source} cannot be used: {why}"),
+        "Give another key, or another layout; a wrapped key is made with: inlinecrypt key generate --out FILE",
+    )
+}
+
+/// Reads and checks the certificates.
+pub(crate) fn tls(plan: &TlsPlan) -> Result<TlsMode, Failure> {
+    let TlsPlan { when, cert, key, client_ca, verify_client } = plan;
+    let (TlsArg::Required | TlsArg::Allowed, Some(cert), Some(key)) = (when, cert, key) else {
+        return Ok(TlsMode::Off);
+    };
+    let files = TlsFiles {
+        certificates: cert.clone(),
+        key: key.clone(),
+        client_authority: client_ca.clone(),
+        client_certificates: match (client_ca, verify_client) {
+            (None, _) => ClientCertificates::None,
+            (Some(_), false) => ClientCertificates::Optional,
+            (Some(_), true) => ClientCertificates::Required,
+        },
+    };
+    let setup = TlsSetup::load(&files).map_err(|error| Failure::of_file("TLS", &error))?;
+    Ok(if *when == TlsArg::Required { TlsMode::Required(setup) } else { TlsMode::Allowed(setup) })
+}

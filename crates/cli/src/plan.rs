@@ -1,0 +1,668 @@
+//! What is to be served: command line, config and descriptions put together, with every contradiction found.
+//!
+//! What a volume's description says about its layout and key cannot be overruled: the volume has no header, so a wrong
+//! value would be noticed by nobody until the data is gone.
+
+use crate::cli::{DiscardArg, EngineArgs, FallbackArg, LayoutArgs, Serve, TlsArg, TlsArgs, WORKERS_MAX};
+use crate::config::{ConfigFile, EngineTable, ListenTable, ServerTable, VolumeTable};
+use crate::files::{self, Medium};
+use crate::identifier::Identifier;
+use crate::keyfile::KeySource;
+use crate::places::{self, beside, directory_of, relative_to};
+use crate::report::{Code, Failure};
+use inlinecrypt_core::backing::Access;
+use inlinecrypt_core::config::{DataUnitSize, Mode};
+use inlinecrypt_core::volume::Discard;
+use inlinecrypt_engine::{EngineSpec, RootSpec};
+use inlinecrypt_io::backing::Caching;
+use inlinecrypt_io::listen::Listen;
+use std::fmt::Display;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use toml::Spanned;
+
+/// All that is to be served.
+#[derive(Debug)]
+pub(crate) struct Plan {
+    pub(crate) engines: Vec<EnginePlan>,
+    pub(crate) volumes: Vec<VolumePlan>,
+    pub(crate) listen: ListenPlan,
+    pub(crate) server: ServerPlan,
+}
+
+/// An engine to start.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct EnginePlan {
+    pub(crate) name: String,
+    pub(crate) spec: EngineSpec,
+    pub(crate) root: RootSpec,
+}
+
+/// A volume to serve.
+#[derive(Clone, Debug)]
+pub(crate) struct VolumePlan {
+    /// How messages call it: its path, and where it was asked for.
+    pub(crate) label: String,
+    /// The name of its export.
+    pub(crate) name: String,
+    pub(crate) path: PathBuf,
+    pub(crate) key: KeySource,
+    /// Which key it must be, if anything says so.
+    pub(crate) key_id: Option<Identifier>,
+    /// What says so.
+    pub(crate) key_id_from: String,
+    /// Index in [`Plan::engines`].
+    pub(crate) engine: usize,
+    pub(crate) layout: LayoutPlan,
+    pub(crate) access: Access,
+    pub(crate) fallback: FallbackArg,
+    pub(crate) discard: Discard,
+    pub(crate) caching: Caching,
+}
+
+/// How a volume lies on its backing, but for its size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct LayoutPlan {
+    pub(crate) mode: Mode,
+    pub(crate) data_unit: DataUnitSize,
+    pub(crate) block: Option<u32>,
+    pub(crate) iv_offset: u64,
+}
+
+/// Where clients come in.
+#[derive(Clone, Debug)]
+pub(crate) struct ListenPlan {
+    pub(crate) places: Vec<Listen>,
+    /// Whether anybody named them. If not, sockets handed over by the service manager replace them.
+    pub(crate) asked_for: bool,
+    pub(crate) tls: TlsPlan,
+}
+
+/// Whether and how TLS is used.
+#[derive(Clone, Debug)]
+pub(crate) struct TlsPlan {
+    pub(crate) when: TlsArg,
+    pub(crate) cert: Option<PathBuf>,
+    pub(crate) key: Option<PathBuf>,
+    pub(crate) client_ca: Option<PathBuf>,
+    pub(crate) verify_client: bool,
+}
+
+/// How the server behaves.
+#[derive(Clone, Debug)]
+pub(crate) struct ServerPlan {
+    pub(crate) control: ControlPlan,
+    pub(crate) workers: usize,
+    pub(crate) connections_max: Option<usize>,
+    pub(crate) stop_time_max: Duration,
+}
+
+/// Where `status` finds the server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum ControlPlan {
+    /// In the usual directory.
+    Default,
+    /// Here.
+    At(PathBuf),
+    /// Nowhere.
+    None,
+}
+
+impl ControlPlan {
+    fn parse(path: PathBuf) -> Self {
+        if path.as_os_str() == "none" { Self::None } else { Self::At(path) }
+    }
+}
+
+/// How long clients get to finish when the server stops.
+const STOP_TIME_MAX: Duration = Duration::from_secs(10);
+
+/// What somebody said about a volume; what nobody says has a default.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Settings {
+    pub(crate) name: Option<String>,
+    pub(crate) key: Option<KeySource>,
+    pub(crate) key_id: Option<Identifier>,
+    pub(crate) mode: Option<Mode>,
+    pub(crate) data_unit: Option<DataUnitSize>,
+    pub(crate) block: Option<u32>,
+    pub(crate) iv_offset: Option<u64>,
+    pub(crate) read_only: Option<bool>,
+    pub(crate) fallback: Option<FallbackArg>,
+    pub(crate) discard: Option<DiscardArg>,
+    pub(crate) direct: Option<bool>,
+}
+
+impl Settings {
+    pub(crate) fn with_layout(layout: &LayoutArgs) -> Self {
+        let LayoutArgs { mode, data_unit, block, iv_offset } = *layout;
+        Self { mode, data_unit, block, iv_offset, ..Self::default() }
+    }
+
+    fn from_table(table: &VolumeTable, base: &Path) -> Result<Self, String> {
+        fn parsed<T, E: Display>(what: &str, value: Option<Result<T, E>>) -> Result<Option<T>, String> {
+            value.transpose().map_err(|error| format!("{what}: {error}"))
+        }
+        fn choice<T: clap::ValueEnum>(text: &str) -> Result<T, String> {
+            T::from_str(text, false).map_err(|_| {
+                let known: Vec<_> = T::value_variants()
+                    .iter()
+                    .filter_map(|value| Some(value.to_possible_value()?.get_name().to_owned()))
+                    .collect();
+                format!("{text:?} is none of: {}", known.join(", "))
+            })
+        }
+        let block = table.block.map(|bytes| {
+            let fits = bytes.is_power_of_two() && (512..=65_536).contains(&bytes);
+            if fits { Ok(bytes) } else { Err(format!("{bytes} is no power of two from 512 to 65536")) }
+        });
+        Ok(Self {
+            name: table.name.clone(),
+            key: parsed("key", table.key.as_ref().map(|key| KeySource::parse(key.as_ref(), base)))?,
+            key_id: parsed("key_id", table.key_id.as_ref().map(|id| id.parse()))?,
+            mode: parsed("mode", table.mode.as_deref().map(crate::cli::parse_mode))?,
+            data_unit: parsed("data_unit", table.data_unit.map(|bytes| crate::cli::data_unit(bytes.into())))?,
+            block: parsed("block", block)?,
+            iv_offset: table.iv_offset,
+            read_only: table.read_only,
+            fallback: parsed("fallback", table.fallback.as_deref().map(choice))?,
+            discard: parsed("discard", table.discard.as_deref().map(choice))?,
+            direct: table.direct,
+        })
+    }
+
+    /// These, and what they leave open from the description. `Err` names what both say, and differently.
+    fn over(self, described: &Self) -> Result<Self, String> {
+        let mut conflicts = Vec::new();
+        let mut conflict = |what: &str, ours: Option<String>, theirs: Option<String>| {
+            if let (Some(ours), Some(theirs)) = (ours, theirs) {
+                if ours != theirs {
+                    conflicts.push(format!("{what} = {theirs}, and {ours} is asked for"));
+                }
+            }
+        };
+        fn text<T: ToString>(value: Option<T>) -> Option<String> {
+            value.map(|value| value.to_string())
+        }
+        conflict("mode", text(self.mode), text(described.mode));
+        conflict("data_unit", text(self.data_unit), text(described.data_unit));
+        conflict("iv_offset", text(self.iv_offset), text(described.iv_offset));
+        conflict("key_id", text(self.key_id), text(described.key_id));
+        if !conflicts.is_empty() {
+            return Err(conflicts.join("; "));
+        }
+        Ok(Self {
+            name: self.name.or_else(|| described.name.clone()),
+            key: self.key.or_else(|| described.key.clone()),
+            key_id: self.key_id.or(described.key_id),
+            mode: self.mode.or(described.mode),
+            data_unit: self.data_unit.or(described.data_unit),
+            block: self.block.or(described.block),
+            iv_offset: self.iv_offset.or(described.iv_offset),
+            read_only: self.read_only.or(described.read_only),
+            fallback: self.fallback.or(described.fallback),
+            discard: self.discard.or(described.discard),
+            direct: self.direct.or(described.direct),
+        })
+    }
+
+    pub(crate) fn layout(&self) -> LayoutPlan {
+        LayoutPlan {
+            mode: self.mode.unwrap_or(Mode::Aes256Xts),
+            data_unit: self.data_unit.unwrap_or(DataUnitSize::DEFAULT),
+            block: self.block,
+            iv_offset: self.iv_offset.unwrap_or(0),
+        }
+    }
+}
+
+/// What lies beside a volume and says how to read it.
+#[derive(Debug)]
+pub(crate) struct Description {
+    pub(crate) path: PathBuf,
+    pub(crate) settings: Settings,
+    engine: Option<EnginePlan>,
+}
+
+impl Description {
+    /// Where the description of `volume` is, if it has one.
+    pub(crate) fn path_for(volume: &Path) -> PathBuf {
+        beside(volume, ".toml")
+    }
+
+    /// The description of `volume`, if there is one.
+    pub(crate) fn find(volume: &Path) -> Result<Option<Self>, Vec<Failure>> {
+        let path = Self::path_for(volume);
+        if !files::exists(&path) {
+            return Ok(None);
+        }
+        let file = ConfigFile::read(&path)?;
+        let name = volume.file_name();
+        let describes = |table: &VolumeTable| {
+            table.path.as_ref().is_some_and(|path| Path::new(path).file_name() == name)
+        };
+        let [table] = &file.config.volume[..] else {
+            return Err(vec![Self::strange(&path, volume, "it has not exactly one [[volume]]")]);
+        };
+        if !describes(table.get_ref()) {
+            return Err(vec![Self::strange(&path, volume, "its path is that of another volume")]);
+        }
+        let place = file.place(table);
+        let base = directory_of(&path);
+        let settings = Settings::from_table(table.get_ref(), base).map_err(|why| vec![wrong(&place, &why)])?;
+        let mut failures = Vec::new();
+        let engine = match &file.config.engine[..] {
+            [] => None,
+            [engine, ..] => engine_plan(&file, engine, base, &mut failures),
+        };
+        if failures.is_empty() { Ok(Some(Self { path, settings, engine })) } else { Err(failures) }
+    }
+
+    fn strange(path: &Path, volume: &Path, why: &str) -> Failure {
+        Failure::new(
+            Code::File,
+            format!("{} is not the description of {}: {why}", path.display(), volume.display()),
+            "Correct it, or move it away and say everything with options.",
+        )
+    }
+}
+
+/// A value in a config that cannot be.
+fn wrong(place: &str, why: &str) -> Failure {
+    Failure::new(Code::Wrong, format!("{place}: {why}"), "Correct the line. `inlinecrypt serve --help` shows a config.")
+}
+
+/// The engine that command-line options ask for.
+pub(crate) fn engine_from(args: &EngineArgs) -> Result<EnginePlan, Failure> {
+    let root = match &args.root {
+        Some(root) => root.clone(),
+        None => places::default_root()?,
+    };
+    Ok(EnginePlan { name: "default".to_owned(), spec: args.engine.unwrap_or_default(), root })
+}
+
+fn engine_plan(
+    file: &ConfigFile,
+    table: &Spanned<EngineTable>,
+    base: &Path,
+    failures: &mut Vec<Failure>,
+) -> Option<EnginePlan> {
+    let place = file.place(table);
+    let EngineTable { name, spec, root } = table.get_ref();
+    let spec = spec.as_deref().map_or(Ok(EngineSpec::default()), str::parse);
+    let root = match root.as_deref().map(str::parse) {
+        None => places::default_root(),
+        Some(Ok(RootSpec::File(path))) => Ok(RootSpec::File(relative_to(base, &path))),
+        Some(Err(error)) => Err(Failure::of("root", &error)),
+    };
+    match (spec, root) {
+        (Ok(spec), Ok(root)) => Some(EnginePlan { name: name.clone(), spec, root }),
+        (spec, root) => {
+            failures.extend(spec.err().map(|error| Failure::of(format!("{place}: spec"), &error)));
+            failures.extend(root.err().map(|failure| failure.within(&place)));
+            None
+        }
+    }
+}
+
+/// A plan under construction.
+#[derive(Debug, Default)]
+struct Builder {
+    engines: Vec<EnginePlan>,
+    volumes: Vec<VolumePlan>,
+    failures: Vec<Failure>,
+}
+
+impl Builder {
+    /// The index of an engine that is the same but for its name, which is added if there is none.
+    fn engine(&mut self, engine: EnginePlan) -> usize {
+        let same = |other: &EnginePlan| (&other.spec, &other.root) == (&engine.spec, &engine.root);
+        self.engines.iter().position(same).unwrap_or_else(|| {
+            let mut engine = engine;
+            if self.engines.iter().any(|other| other.name == engine.name) {
+                engine.name = format!("{}-{}", engine.name, self.engines.len() + 1);
+            }
+            self.engines.push(engine);
+            self.engines.len() - 1
+        })
+    }
+
+    /// Adds a volume with what is asked for and what its description says.
+    fn volume(&mut self, label: String, path: &Path, asked: Settings, engine: Option<usize>) {
+        let description = match Description::find(path) {
+            Ok(description) => description,
+            Err(failures) => {
+                self.failures.extend(failures.into_iter().map(|failure| failure.within(&label)));
+                return;
+            }
+        };
+        let key_id_from = match (&asked.key_id, &description) {
+            (None, Some(description)) => description.path.display().to_string(),
+            _ => "the config".to_owned(),
+        };
+        let settings = match &description {
+            None => asked,
+            Some(description) => match asked.over(&description.settings) {
+                Ok(settings) => settings,
+                Err(conflict) => {
+                    self.failures.push(Failure::new(
+                        Code::Wrong,
+                        format!("{label}: its description {} says {conflict}", description.path.display()),
+                        "Leave that option out. If the description is wrong, correct it; with wrong values reads give \
+                         noise and writes destroy data.",
+                    ));
+                    return;
+                }
+            },
+        };
+        let engine = match (engine, description.as_ref().and_then(|description| description.engine.clone())) {
+            (Some(engine), _) => engine,
+            (None, Some(described)) => self.engine(described),
+            (None, None) => match engine_from(&EngineArgs::default()) {
+                Ok(default) => self.engine(default),
+                Err(failure) => return self.failures.push(failure),
+            },
+        };
+        let sibling = beside(path, ".key");
+        let key = match &settings.key {
+            Some(key) => key.clone(),
+            None if files::exists(&sibling) => KeySource::wrapped(sibling),
+            // That the volume itself is missing is the more useful message.
+            None if !files::exists(path) => KeySource::wrapped(sibling),
+            None => {
+                self.failures.push(Failure::new(
+                    Code::File,
+                    format!("{label} has no key: none is named, and {} does not exist", sibling.display()),
+                    "Name it with --key FILE (wrapped) or --key raw:FILE.",
+                ));
+                return;
+            }
+        };
+        let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        self.volumes.push(VolumePlan {
+            name: settings.name.clone().unwrap_or(stem),
+            path: path.to_owned(),
+            key,
+            key_id: settings.key_id,
+            key_id_from,
+            engine,
+            layout: settings.layout(),
+            access: if settings.read_only == Some(true) { Access::ReadOnly } else { Access::ReadWrite },
+            fallback: settings.fallback.unwrap_or(FallbackArg::Off),
+            discard: match settings.discard {
+                Some(DiscardArg::Off) => Discard::Off,
+                Some(DiscardArg::Pass) | None => Discard::Pass,
+            },
+            caching: if settings.direct == Some(true) { Caching::Direct } else { Caching::PageCache },
+            label,
+        });
+    }
+
+    /// What cannot be seen in one volume alone.
+    fn compare_volumes(&mut self) {
+        for (i, volume) in self.volumes.iter().enumerate() {
+            let earlier = &self.volumes[..i];
+            if let Some(other) = earlier.iter().find(|other| other.name == volume.name) {
+                self.failures.push(Failure::new(
+                    Code::Wrong,
+                    format!("{} and {} would both be export {:?}", other.label, volume.label, volume.name),
+                    "Give them names in a config: [[volume]] name = \"...\"",
+                ));
+            }
+            let identity = |volume: &VolumePlan| Medium::look(&volume.path).ok().map(|medium| medium.identity);
+            let Some(this) = identity(volume) else { continue };
+            if let Some(other) = earlier.iter().find(|other| identity(other) == Some(this)) {
+                self.failures.push(Failure::new(
+                    Code::Wrong,
+                    format!("{} and {} are one file", other.label, volume.label),
+                    "Serve it once; any number of clients may connect to one export.",
+                ));
+            }
+        }
+    }
+}
+
+impl Plan {
+    /// What `serve` is asked for.
+    pub(crate) fn for_serve(args: &Serve) -> Result<Self, Vec<Failure>> {
+        let mut plan = match &args.config {
+            Some(path) => Self::for_config(path)?,
+            None => Self::for_volumes(args)?,
+        };
+        let mut failures = Vec::new();
+        if !args.nbd.is_empty() {
+            plan.listen.places = args.nbd.clone();
+            plan.listen.asked_for = true;
+        }
+        plan.listen.tls = plan.listen.tls.with(&args.tls);
+        if let Some(control) = &args.control {
+            plan.server.control = ControlPlan::parse(control.clone());
+        }
+        plan.server.workers = args.workers.unwrap_or(plan.server.workers);
+        plan.listen.check(&mut failures);
+        if failures.is_empty() { Ok(plan) } else { Err(failures) }
+    }
+
+    fn for_volumes(args: &Serve) -> Result<Self, Vec<Failure>> {
+        let Serve { volumes, key, name, layout, engine, fallback, discard, read_only, direct, .. } = args;
+        let Some(first) = volumes.first() else {
+            return Err(vec![Failure::new(
+                Code::Wrong,
+                "nothing to serve: neither VOLUME nor --config is given",
+                "Name a volume, or make one: inlinecrypt serve --create 1GiB demo.img",
+            )]);
+        };
+        for (what, given) in [("--key", key.is_some()), ("--name", name.is_some())] {
+            if given && volumes.len() > 1 {
+                return Err(vec![Failure::new(
+                    Code::Wrong,
+                    format!("{what} is for one volume, and {} are named", volumes.len()),
+                    "Say it for each in a config (--config FILE), or in the descriptions beside the volumes.",
+                )]);
+            }
+        }
+        let mut builder = Builder::default();
+        let named = engine.engine.is_some() || engine.root.is_some();
+        let chosen = if named {
+            Some(builder.engine(engine_from(engine).map_err(|failure| vec![failure])?))
+        } else {
+            None
+        };
+        for path in volumes {
+            let asked = Settings {
+                name: name.clone(),
+                key: key.clone(),
+                read_only: read_only.then_some(true),
+                fallback: *fallback,
+                discard: *discard,
+                direct: direct.then_some(true),
+                ..Settings::with_layout(layout)
+            };
+            builder.volume(path.display().to_string(), path, asked, chosen);
+        }
+        let listen = ListenPlan::new(&ListenTable::default(), first, Path::new(""), &mut builder.failures);
+        Self::finish(builder, listen, ServerPlan::default())
+    }
+
+    /// What a config asks for.
+    pub(crate) fn for_config(path: &Path) -> Result<Self, Vec<Failure>> {
+        let file = ConfigFile::read(path)?;
+        let base = directory_of(path).to_owned();
+        let mut builder = Builder::default();
+        for table in &file.config.engine {
+            let Some(engine) = engine_plan(&file, table, &base, &mut builder.failures) else { continue };
+            if builder.engines.iter().any(|other| other.name == engine.name) {
+                let why = format!("there is an engine {:?} already", engine.name);
+                builder.failures.push(wrong(&file.place(table), &why));
+                continue;
+            }
+            builder.engines.push(engine);
+        }
+        let engines_fine = builder.failures.is_empty();
+        let declared = builder.engines.len();
+        let mut first = None;
+        for table in &file.config.volume {
+            let place = file.place(table);
+            let table = table.get_ref();
+            let Some(path) = &table.path else {
+                builder.failures.push(wrong(&place, "[[volume]] has no path"));
+                continue;
+            };
+            let path = relative_to(&base, Path::new(path));
+            first.get_or_insert_with(|| path.clone());
+            let engine = match &table.engine {
+                None => (declared > 0).then_some(0),
+                Some(name) => match builder.engines[..declared].iter().position(|engine| engine.name == *name) {
+                    Some(engine) => Some(engine),
+                    None => {
+                        // An engine that is there but wrong has its own message.
+                        if engines_fine {
+                            let known: Vec<&str> =
+                                builder.engines[..declared].iter().map(|engine| engine.name.as_str()).collect();
+                            let why = format!("no engine {name:?}; the engines are: {}", known.join(", "));
+                            builder.failures.push(wrong(&place, &why));
+                        }
+                        continue;
+                    }
+                },
+            };
+            match Settings::from_table(table, &base) {
+                Ok(asked) => builder.volume(format!("{place}: {}", path.display()), &path, asked, engine),
+                Err(why) => builder.failures.push(wrong(&place, &why)),
+            }
+        }
+        let Some(first) = first else {
+            builder.failures.push(wrong(&path.display().to_string(), "there is no [[volume]] in it"));
+            return Err(builder.failures);
+        };
+        let listen = ListenPlan::new(&file.config.listen, &first, &base, &mut builder.failures);
+        let server = ServerPlan::new(&file, &base, &mut builder.failures);
+        Self::finish(builder, listen, server)
+    }
+
+    fn finish(mut builder: Builder, listen: ListenPlan, server: ServerPlan) -> Result<Self, Vec<Failure>> {
+        builder.compare_volumes();
+        let Builder { engines, volumes, failures } = builder;
+        if failures.is_empty() { Ok(Self { engines, volumes, listen, server }) } else { Err(failures) }
+    }
+}
+
+impl ListenPlan {
+    fn new(table: &ListenTable, first: &Path, base: &Path, failures: &mut Vec<Failure>) -> Self {
+        let ListenTable { nbd, tls, tls_cert, tls_key, tls_client_ca, tls_verify_client } = table;
+        let mut places = Vec::new();
+        for text in nbd.iter().flatten() {
+            match text.parse() {
+                Ok(Listen::Unix(path)) => places.push(Listen::Unix(relative_to(base, &path))),
+                Ok(place) => places.push(place),
+                Err(error) => failures.push(Failure::of("[listen] nbd", &error)),
+            }
+        }
+        let asked_for = nbd.is_some();
+        if !asked_for {
+            places.push(Listen::Unix(beside(first, ".sock")));
+        }
+        let file = |path: &Option<String>| path.as_ref().map(|path| relative_to(base, Path::new(path)));
+        let mut plan = TlsPlan {
+            when: if tls_cert.is_some() { TlsArg::Required } else { TlsArg::Off },
+            cert: file(tls_cert),
+            key: file(tls_key),
+            client_ca: file(tls_client_ca),
+            verify_client: *tls_verify_client == Some(true),
+        };
+        match tls.as_deref() {
+            None => {}
+            Some("required") => plan.when = TlsArg::Required,
+            Some("allowed") => plan.when = TlsArg::Allowed,
+            Some("off") => plan.when = TlsArg::Off,
+            Some(other) => {
+                failures.push(wrong("[listen] tls", &format!("{other:?} is none of: required, allowed, off")));
+            }
+        }
+        Self { places, asked_for, tls: plan }
+    }
+
+    /// Finds listeners that get in each other's way, and TLS that lacks a file.
+    pub(crate) fn check(&self, failures: &mut Vec<Failure>) {
+        let absolute = |place: &Listen| match place {
+            Listen::Unix(path) => Listen::Unix(std::path::absolute(path).unwrap_or_else(|_| path.clone())),
+            Listen::Tcp { host, port } => Listen::Tcp { host: host.clone(), port: *port },
+        };
+        let places: Vec<Listen> = self.places.iter().map(absolute).collect();
+        for (i, place) in places.iter().enumerate() {
+            let any_port = matches!(place, Listen::Tcp { port: 0, .. });
+            if !any_port && places[..i].contains(place) {
+                failures.push(Failure::new(
+                    Code::Wrong,
+                    format!("two listeners on {place}"),
+                    "Name each place once; all exports are served on every one.",
+                ));
+            }
+        }
+        let TlsPlan { when, cert, key, client_ca, verify_client } = &self.tls;
+        let lacks = |what: &str, which: &str| {
+            Failure::new(Code::Wrong, format!("TLS lacks {what}"), format!("Name it with {which}, or use --tls off."))
+        };
+        if *when != TlsArg::Off {
+            if cert.is_none() {
+                failures.push(lacks("a certificate", "--tls-cert FILE"));
+            }
+            if key.is_none() {
+                failures.push(lacks("the certificate's key", "--tls-key FILE"));
+            }
+        }
+        if *verify_client && client_ca.is_none() {
+            failures.push(lacks("the authority that signs clients' certificates", "--tls-client-ca FILE"));
+        }
+    }
+}
+
+impl TlsPlan {
+    /// The same, where the command line says nothing else.
+    fn with(&self, args: &TlsArgs) -> Self {
+        let TlsArgs { tls, tls_cert, tls_key, tls_client_ca, tls_verify_client } = args;
+        let when = match (tls, tls_cert) {
+            (Some(when), _) => *when,
+            (None, Some(_)) => TlsArg::Required,
+            (None, None) => self.when,
+        };
+        Self {
+            when,
+            cert: tls_cert.clone().or_else(|| self.cert.clone()),
+            key: tls_key.clone().or_else(|| self.key.clone()),
+            client_ca: tls_client_ca.clone().or_else(|| self.client_ca.clone()),
+            verify_client: *tls_verify_client || self.verify_client,
+        }
+    }
+}
+
+impl Default for ServerPlan {
+    fn default() -> Self {
+        Self { control: ControlPlan::Default, workers: 0, connections_max: None, stop_time_max: STOP_TIME_MAX }
+    }
+}
+
+impl ServerPlan {
+    fn new(file: &ConfigFile, base: &Path, failures: &mut Vec<Failure>) -> Self {
+        let ServerTable { control, workers, connections_max, stop_seconds } = &file.config.server;
+        let workers = workers.unwrap_or(0);
+        if workers > WORKERS_MAX {
+            let why = format!("[server] workers = {workers}: a number from 0 to {WORKERS_MAX}");
+            failures.push(wrong(&file.path.display().to_string(), &why));
+        }
+        if *connections_max == Some(0) {
+            failures.push(wrong(&file.path.display().to_string(), "[server] connections_max = 0: nobody could connect"));
+        }
+        let control = match control.as_deref() {
+            None => ControlPlan::Default,
+            Some("none") => ControlPlan::None,
+            Some(path) => ControlPlan::At(relative_to(base, Path::new(path))),
+        };
+        Self {
+            control,
+            workers,
+            connections_max: *connections_max,
+            stop_time_max: stop_seconds.map_or(STOP_TIME_MAX, Duration::from_secs),
+        }
+    }
+}
