@@ -454,7 +454,10 @@ fn parse_block(text: &str) -> Result<u32, String> {
 }
 
 fn parse_workers(text: &str) -> Result<usize, String> {
-    text.parse().ok().filter(|&workers| workers <= WORKERS_MAX).ok_or_else(|| format!("a number from 0 to {WORKERS_MAX}"))
+    text.parse()
+        .ok()
+        .filter(|&workers| workers <= WORKERS_MAX)
+        .ok_or_else(|| format!("a number from 0 to {WORKERS_MAX}"))
 }
 
 /// More threads for one connection only wait for each other.

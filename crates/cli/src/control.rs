@@ -144,13 +144,19 @@ impl ControlServer {
                         }
                         here.fetch_sub(1, Ordering::Relaxed);
                     };
-                    if thread::Builder::new().name("control".to_owned()).stack_size(256 << 10).spawn(talk).is_err() {
+                    if thread::Builder::new()
+                        .name("control".to_owned())
+                        .stack_size(256 << 10)
+                        .spawn(talk)
+                        .is_err()
+                    {
                         clients.fetch_sub(1, Ordering::Relaxed);
                     }
                 }
             }
         };
-        let acceptor = thread::Builder::new().name("control-accept".to_owned()).stack_size(256 << 10).spawn(accept);
+        let acceptor =
+            thread::Builder::new().name("control-accept".to_owned()).stack_size(256 << 10).spawn(accept);
         match acceptor {
             Ok(acceptor) => Ok(Self { stopper, acceptor: Some(acceptor) }),
             Err(error) => Err(Error::new(

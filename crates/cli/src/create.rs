@@ -57,7 +57,8 @@ impl NewVolume<'_> {
         let root = match source.wanted {
             Wanted::Raw => None,
             Wanted::Wrapped => Some(
-                Root::open_or_create(&engine.root).map_err(|error| Failure::of_file("cannot open the root", &error))?,
+                Root::open_or_create(&engine.root)
+                    .map_err(|error| Failure::of_file("cannot open the root", &error))?,
             ),
         };
         let engine = HostEngine::start(engine, root.as_ref(), None)
@@ -73,7 +74,9 @@ impl NewVolume<'_> {
         let fallback = if source.wanted == Wanted::Raw { *fallback } else { FallbackArg::Off };
         let identifier = if fallback == FallbackArg::Off {
             // The admission ends here: it is asked for again when the volume is served.
-            host::admit_key(&key, &source, &layout, fallback, &engine).map_err(|failure| failure.within(&label))?.1
+            host::admit_key(&key, &source, &layout, fallback, &engine)
+                .map_err(|failure| failure.within(&label))?
+                .1
         } else {
             key.check_length(layout.mode(), &source)?;
             let form = key.form(&engine.profile, &source)?;
@@ -102,13 +105,19 @@ impl NewVolume<'_> {
             return Err(Failure::new(
                 Code::Busy,
                 format!("{} exists already and was not touched", path.display()),
-                format!("Serve it without --create (inlinecrypt serve {}), or choose another name.", shell_word(path)),
+                format!(
+                    "Serve it without --create (inlinecrypt serve {}), or choose another name.",
+                    shell_word(path)
+                ),
             ));
         }
         if path.file_name().is_none_or(|name| name.to_str().is_none()) {
             return Err(Failure::new(
                 Code::Wrong,
-                format!("{} is not a name for a new volume: its description holds it as UTF-8", path.display()),
+                format!(
+                    "{} is not a name for a new volume: its description holds it as UTF-8",
+                    path.display()
+                ),
                 "Choose another name.",
             ));
         }
@@ -134,7 +143,9 @@ impl NewVolume<'_> {
             };
             return Err(Failure::new(
                 Code::Wrong,
-                format!("cannot make {label}: {size} bytes are not a multiple of the data unit, {unit} bytes"),
+                format!(
+                    "cannot make {label}: {size} bytes are not a multiple of the data unit, {unit} bytes"
+                ),
                 near,
             ));
         }

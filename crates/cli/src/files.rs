@@ -19,7 +19,12 @@ pub(crate) enum Secrecy {
 }
 
 /// Reads at most `len_max` bytes. `what` is how messages call the file.
-pub(crate) fn read(path: &Path, what: &str, secrecy: Secrecy, len_max: usize) -> Result<Zeroizing<Vec<u8>>, Failure> {
+pub(crate) fn read(
+    path: &Path,
+    what: &str,
+    secrecy: Secrecy,
+    len_max: usize,
+) -> Result<Zeroizing<Vec<u8>>, Failure> {
     let name = format!("{what} {}", path.display());
     let refused = |errno: Errno| Failure::of_io(&name, &errno.into(), "Check the name.");
     // Not blocking: opening a fifo would wait for a writer. A pipe handed over as /dev/fd/N is open at both ends.
@@ -51,7 +56,11 @@ pub(crate) fn read_stdin(what: &str, len_max: usize) -> Result<Zeroizing<Vec<u8>
 }
 
 fn too_long(name: &str, len_max: usize) -> Failure {
-    Failure::new(Code::File, format!("{name} is longer than {len_max} bytes"), "Check that it is the right one.")
+    Failure::new(
+        Code::File,
+        format!("{name} is longer than {len_max} bytes"),
+        "Check that it is the right one.",
+    )
 }
 
 /// `None` if there is more.
@@ -89,7 +98,9 @@ pub(crate) fn shell_word(path: &Path) -> String {
 
 /// `text` as one word of a shell.
 pub(crate) fn quoted(text: &str) -> String {
-    if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"/._-+,:@%=".contains(&byte)) {
+    if !text.is_empty()
+        && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"/._-+,:@%=".contains(&byte))
+    {
         text.to_owned()
     } else {
         format!("'{}'", text.replace('\'', r"'\''"))
@@ -175,14 +186,17 @@ fn sync_directory(path: &Path) -> Result<(), Errno> {
 
 fn not_written(path: &Path, what: &str, error: &io::Error) -> Failure {
     let advice = match error.kind() {
-        io::ErrorKind::AlreadyExists => "It was left alone. Choose another name, or move it away first.".to_owned(),
+        io::ErrorKind::AlreadyExists => {
+            "It was left alone. Choose another name, or move it away first.".to_owned()
+        }
         io::ErrorKind::NotFound => "Make its directory first.".to_owned(),
         io::ErrorKind::PermissionDenied => "Choose a directory that you may write in.".to_owned(),
         _ => "Make room, or choose another place.".to_owned(),
     };
     let mut failure = Failure::of_io(format!("cannot write {what} {}", path.display()), error, advice);
     if error.kind() == io::ErrorKind::AlreadyExists {
-        failure.what = format!("cannot write {what} {}: something of that name exists already", path.display());
+        failure.what =
+            format!("cannot write {what} {}: something of that name exists already", path.display());
     }
     failure
 }

@@ -2,11 +2,11 @@
 //! `serve` share it.
 
 use crate::cli::FallbackArg;
+use crate::cli::TlsArg;
 use crate::files::Medium;
 use crate::identifier::Identifier;
 use crate::keyfile::{KeySource, LoadedKey, Wanted};
 use crate::plan::{EnginePlan, LayoutPlan, Plan, TlsPlan, VolumePlan};
-use crate::cli::TlsArg;
 use crate::report::{Code, Failure, note};
 use crate::size::Size;
 use inlinecrypt_core::admission::{Fallback, Reason};
@@ -181,8 +181,8 @@ fn admit(volume: &VolumePlan, medium: &Medium, engine: &HostEngine) -> Result<Re
     let label = &volume.label;
     let layout = layout(&volume.layout, medium.len_bytes, label)?;
     let key = volume.key.load().map_err(|failure| failure.within(label))?;
-    let (admission, identifier) =
-        admit_key(&key, &volume.key, &layout, volume.fallback, engine).map_err(|failure| failure.within(label))?;
+    let (admission, identifier) = admit_key(&key, &volume.key, &layout, volume.fallback, engine)
+        .map_err(|failure| failure.within(label))?;
     if let Some(expected) = volume.key_id {
         if expected != identifier {
             return Err(Failure::new(
@@ -230,16 +230,20 @@ pub(crate) fn admit_key(
                 "Leave --fallback out, or give a raw key (--key raw:FILE).",
             ));
         }
-        note(format_args!("{source} is hardware-wrapped: software never serves it, whatever --fallback says"));
+        note(format_args!(
+            "{source} is hardware-wrapped: software never serves it, whatever --fallback says"
+        ));
     }
     let form = key.form(&engine.profile, source)?;
-    let identifier =
-        Identifier::of(&form, &engine.profile).map_err(|error| Failure::of(format!("{source} is refused"), &error))?;
+    let identifier = Identifier::of(&form, &engine.profile)
+        .map_err(|error| Failure::of(format!("{source} is refused"), &error))?;
     let key = new_key(form, layout, fallback).map_err(|why| refused_key(source, why))?;
     let policy = if fallback == FallbackArg::Off { Fallback::Off } else { Fallback::Allowed };
     let admission = engine.profile.admit(key, policy).map_err(|refusal| {
         let advice = match refusal.reason() {
-            Reason::FallbackOff(_) => "Choose what it can do (inlinecrypt engine info), or allow --fallback allowed.",
+            Reason::FallbackOff(_) => {
+                "Choose what it can do (inlinecrypt engine info), or allow --fallback allowed."
+            }
             Reason::Rejected(_) => "Restore the key file from a copy, or name the root that wrapped it.",
             _ => "Choose what it can do: inlinecrypt engine info",
         };

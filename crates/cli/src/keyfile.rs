@@ -101,7 +101,8 @@ impl KeySource {
             Place::Stdin => Arc::new(files::read_stdin("key", KEY_FILE_BYTES_MAX)?),
             Place::Given(bytes) => bytes.clone(),
         };
-        let refused = |what: String, advice: String| Failure::new(Code::Refused, format!("{self} {what}"), advice);
+        let refused =
+            |what: String, advice: String| Failure::new(Code::Refused, format!("{self} {what}"), advice);
         if bytes.is_empty() {
             return Err(refused("is empty".into(), "Restore it from a copy, or name the right file.".into()));
         }
@@ -166,7 +167,10 @@ fn looks_like(bytes: &[u8]) -> String {
     match len {
         16 | 32 | 64 => format!("it looks like a raw key of {len} bytes"),
         _ if is_hex(bytes.trim_ascii_end()) => {
-            format!("it looks like a raw key in hexadecimal, {} bytes of it", bytes.trim_ascii_end().len() / 2)
+            format!(
+                "it looks like a raw key in hexadecimal, {} bytes of it",
+                bytes.trim_ascii_end().len() / 2
+            )
         }
         _ => format!("its {len} bytes do not begin as a wrapped key does"),
     }
@@ -209,6 +213,10 @@ impl LoadedKey {
         } else {
             "Give a key of that length, or the mode that it is for."
         };
-        Err(Failure::new(Code::Refused, format!("{name} has {len} bytes, and {mode} takes a raw key of {wanted}"), hint))
+        Err(Failure::new(
+            Code::Refused,
+            format!("{name} has {len} bytes, and {mode} takes a raw key of {wanted}"),
+            hint,
+        ))
     }
 }

@@ -51,6 +51,7 @@ fn main() -> ExitCode {
 
 /// What comes before anything else: no core dumps before the first key arrives, and a place for the log.
 fn prepare(arguments: &cli::Cli) -> Result<(), Failure> {
-    inlinecrypt_engine::harden_process().map_err(|error| Failure::of("cannot protect this process", &error))?;
+    inlinecrypt_engine::harden_process()
+        .map_err(|error| Failure::of("cannot protect this process", &error))?;
     report::start_log(arguments.verbose, arguments.log.as_deref())
 }

@@ -238,9 +238,8 @@ impl Description {
         }
         let file = ConfigFile::read(&path)?;
         let name = volume.file_name();
-        let describes = |table: &VolumeTable| {
-            table.path.as_ref().is_some_and(|path| Path::new(path).file_name() == name)
-        };
+        let describes =
+            |table: &VolumeTable| table.path.as_ref().is_some_and(|path| Path::new(path).file_name() == name);
         let [table] = &file.config.volume[..] else {
             return Err(vec![Self::strange(&path, volume, "it has not exactly one [[volume]]")]);
         };
@@ -249,7 +248,8 @@ impl Description {
         }
         let place = file.place(table);
         let base = directory_of(&path);
-        let settings = Settings::from_table(table.get_ref(), base).map_err(|why| vec![wrong(&place, &why)])?;
+        let settings =
+            Settings::from_table(table.get_ref(), base).map_err(|why| vec![wrong(&place, &why)])?;
         let mut failures = Vec::new();
         let engine = match &file.config.engine[..] {
             [] => None,
@@ -269,7 +269,11 @@ impl Description {
 
 /// A value in a config that cannot be.
 fn wrong(place: &str, why: &str) -> Failure {
-    Failure::new(Code::Wrong, format!("{place}: {why}"), "Correct the line. `inlinecrypt serve --help` shows a config.")
+    Failure::new(
+        Code::Wrong,
+        format!("{place}: {why}"),
+        "Correct the line. `inlinecrypt serve --help` shows a config.",
+    )
 }
 
 /// The engine that command-line options ask for.
@@ -409,7 +413,8 @@ impl Builder {
                     "Give them names in a config: [[volume]] name = \"...\"",
                 ));
             }
-            let identity = |volume: &VolumePlan| Medium::look(&volume.path).ok().map(|medium| medium.identity);
+            let identity =
+                |volume: &VolumePlan| Medium::look(&volume.path).ok().map(|medium| medium.identity);
             let Some(this) = identity(volume) else { continue };
             if let Some(other) = earlier.iter().find(|other| identity(other) == Some(this)) {
                 self.failures.push(Failure::new(
@@ -512,19 +517,24 @@ impl Plan {
             first.get_or_insert_with(|| path.clone());
             let engine = match &table.engine {
                 None => (declared > 0).then_some(0),
-                Some(name) => match builder.engines[..declared].iter().position(|engine| engine.name == *name) {
-                    Some(engine) => Some(engine),
-                    None => {
-                        // An engine that is there but wrong has its own message.
-                        if engines_fine {
-                            let known: Vec<&str> =
-                                builder.engines[..declared].iter().map(|engine| engine.name.as_str()).collect();
-                            let why = format!("no engine {name:?}; the engines are: {}", known.join(", "));
-                            builder.failures.push(wrong(&place, &why));
+                Some(name) => {
+                    match builder.engines[..declared].iter().position(|engine| engine.name == *name) {
+                        Some(engine) => Some(engine),
+                        None => {
+                            // An engine that is there but wrong has its own message.
+                            if engines_fine {
+                                let known: Vec<&str> = builder.engines[..declared]
+                                    .iter()
+                                    .map(|engine| engine.name.as_str())
+                                    .collect();
+                                let why =
+                                    format!("no engine {name:?}; the engines are: {}", known.join(", "));
+                                builder.failures.push(wrong(&place, &why));
+                            }
+                            continue;
                         }
-                        continue;
                     }
-                },
+                }
             };
             match Settings::from_table(table, &base) {
                 Ok(asked) => builder.volume(format!("{place}: {}", path.display()), &path, asked, engine),
@@ -576,7 +586,8 @@ impl ListenPlan {
             Some("allowed") => plan.when = TlsArg::Allowed,
             Some("off") => plan.when = TlsArg::Off,
             Some(other) => {
-                failures.push(wrong("[listen] tls", &format!("{other:?} is none of: required, allowed, off")));
+                failures
+                    .push(wrong("[listen] tls", &format!("{other:?} is none of: required, allowed, off")));
             }
         }
         Self { places, asked_for, tls: plan }
@@ -601,7 +612,11 @@ impl ListenPlan {
         }
         let TlsPlan { when, cert, key, client_ca, verify_client } = &self.tls;
         let lacks = |what: &str, which: &str| {
-            Failure::new(Code::Wrong, format!("TLS lacks {what}"), format!("Name it with {which}, or use --tls off."))
+            Failure::new(
+                Code::Wrong,
+                format!("TLS lacks {what}"),
+                format!("Name it with {which}, or use --tls off."),
+            )
         };
         if *when != TlsArg::Off {
             if cert.is_none() {
@@ -638,7 +653,12 @@ impl TlsPlan {
 
 impl Default for ServerPlan {
     fn default() -> Self {
-        Self { control: ControlPlan::Default, workers: 0, connections_max: None, stop_time_max: STOP_TIME_MAX }
+        Self {
+            control: ControlPlan::Default,
+            workers: 0,
+            connections_max: None,
+            stop_time_max: STOP_TIME_MAX,
+        }
     }
 }
 
@@ -651,7 +671,10 @@ impl ServerPlan {
             failures.push(wrong(&file.path.display().to_string(), &why));
         }
         if *connections_max == Some(0) {
-            failures.push(wrong(&file.path.display().to_string(), "[server] connections_max = 0: nobody could connect"));
+            failures.push(wrong(
+                &file.path.display().to_string(),
+                "[server] connections_max = 0: nobody could connect",
+            ));
         }
         let control = match control.as_deref() {
             None => ControlPlan::Default,

@@ -99,7 +99,9 @@ impl Failure {
         let code = match error.kind() {
             io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => Code::Refused,
             io::ErrorKind::OutOfMemory => Code::Memory,
-            io::ErrorKind::AlreadyExists | io::ErrorKind::AddrInUse | io::ErrorKind::ResourceBusy => Code::Busy,
+            io::ErrorKind::AlreadyExists | io::ErrorKind::AddrInUse | io::ErrorKind::ResourceBusy => {
+                Code::Busy
+            }
             _ => Code::File,
         };
         Self::new(code, format!("{what}: {}", plain(error)), advice)
@@ -215,7 +217,8 @@ pub(crate) fn print_bytes(bytes: &[u8]) -> Result<(), Failure> {
 
 /// A value as JSON on standard output.
 pub(crate) fn print_json(value: &impl serde::Serialize) -> Result<(), Failure> {
-    let text = serde_json::to_string_pretty(value).expect("our own types have string keys and no failing values");
+    let text =
+        serde_json::to_string_pretty(value).expect("our own types have string keys and no failing values");
     print(&format!("{text}\n"))
 }
 

@@ -13,8 +13,9 @@ impl FromStr for Size {
     fn from_str(text: &str) -> Result<Self, String> {
         let digits = text.bytes().take_while(u8::is_ascii_digit).count();
         let (number, unit) = text.split_at(digits);
-        let number: u64 =
-            number.parse().map_err(|_| "a size is a whole number and a unit: 4096, 64k, 512MiB, 1G".to_owned())?;
+        let number: u64 = number
+            .parse()
+            .map_err(|_| "a size is a whole number and a unit: 4096, 64k, 512MiB, 1G".to_owned())?;
         let unit = unit.trim_start();
         let shift = match unit.to_ascii_lowercase().as_str() {
             "" | "b" => 0,

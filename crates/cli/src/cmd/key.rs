@@ -23,8 +23,7 @@ pub(super) fn run(command: KeyCommand) -> Result<(), Failure> {
         KeyCommand::Generate(args) => {
             check_out(args.out.as_deref())?;
             let engine = open(&args.engine, Roots::MakeIfMissing)?;
-            let blob =
-                engine.profile.generate().map_err(|error| Failure::of("cannot make a key", &error))?;
+            let blob = engine.profile.generate().map_err(|error| Failure::of("cannot make a key", &error))?;
             finish_long_term(&blob, &engine, args.out.as_deref())
         }
         KeyCommand::Import(args) => import(&args),
@@ -54,15 +53,16 @@ fn import(args: &KeyTransform) -> Result<(), Failure> {
         };
         return Err(Failure::new(
             Code::Refused,
-            format!("cannot import: the raw key has {} bytes, and the engine wraps {MASTER_KEY_BYTES}", bytes.len()),
+            format!(
+                "cannot import: the raw key has {} bytes, and the engine wraps {MASTER_KEY_BYTES}",
+                bytes.len()
+            ),
             hint,
         ));
     }
     let engine = open(engine, Roots::MakeIfMissing)?;
-    let blob = engine
-        .profile
-        .import(&RawKey::new(&bytes))
-        .map_err(|error| Failure::of("cannot import", &error))?;
+    let blob =
+        engine.profile.import(&RawKey::new(&bytes)).map_err(|error| Failure::of("cannot import", &error))?;
     finish_long_term(&blob, &engine, out.as_deref())
 }
 
@@ -176,7 +176,8 @@ fn open(args: &EngineArgs, roots: Roots) -> Result<HostEngine, Failure> {
         Roots::MakeIfMissing => Root::open_or_create(&plan.root),
     }
     .map_err(|error| Failure::of_file("cannot open the root", &error))?;
-    HostEngine::start(&plan, Some(&root), None).map_err(|error| Failure::of("cannot start the engine", &error))
+    HostEngine::start(&plan, Some(&root), None)
+        .map_err(|error| Failure::of("cannot start the engine", &error))
 }
 
 /// Before anything is made: whether the result has a place.
@@ -210,7 +211,11 @@ fn write(blob: &[u8], out: Option<&Path>) -> Result<(), Failure> {
     }
 }
 
-fn finish_long_term(blob: &LongTermWrappedKey, engine: &HostEngine, out: Option<&Path>) -> Result<(), Failure> {
+fn finish_long_term(
+    blob: &LongTermWrappedKey,
+    engine: &HostEngine,
+    out: Option<&Path>,
+) -> Result<(), Failure> {
     // Proves that it opens before anybody relies on it.
     let identifier = engine
         .profile

@@ -7,9 +7,9 @@ use clap::CommandFactory as _;
 pub(super) fn run(args: &Man) -> Result<(), Failure> {
     let Some(directory) = &args.directory else {
         let mut page = Vec::new();
-        clap_mangen::Man::new(Cli::command())
-            .render(&mut page)
-            .map_err(|error| Failure::of_io("cannot render the manual page", &error, "Please report this."))?;
+        clap_mangen::Man::new(Cli::command()).render(&mut page).map_err(|error| {
+            Failure::of_io("cannot render the manual page", &error, "Please report this.")
+        })?;
         return print_bytes(&page);
     };
     std::fs::create_dir_all(directory)

@@ -9,7 +9,8 @@
 
 use crate::cli::{FallbackArg, Serve, TlsArg};
 use crate::control::{
-    self, ConnectionsReport, ControlServer, EngineReport, KeyslotsReport, ServerReport, SlotReport, VolumeReport,
+    self, ConnectionsReport, ControlServer, EngineReport, KeyslotsReport, ServerReport, SlotReport,
+    VolumeReport,
 };
 use crate::create::NewVolume;
 use crate::files::{self, quoted};
@@ -54,7 +55,8 @@ pub(super) fn run(mut args: Serve) -> Result<(), Failures> {
     if args.create.is_some() {
         create(&args)?;
     }
-    let plan = Plan::for_serve(&args).or_else(|failures| Failures::check(failures).map(|()| unreachable!("failed")))?;
+    let plan = Plan::for_serve(&args)
+        .or_else(|failures| Failures::check(failures).map(|()| unreachable!("failed")))?;
     let tls = host::tls(&plan.listen.tls)?;
     let (host, failures) = Host::prepare(&plan);
     Failures::check(failures)?;
@@ -220,7 +222,9 @@ fn default_control_path() -> Result<PathBuf, Failure> {
             Err(why) => failure = Some(why),
         }
     }
-    Err(failure.unwrap_or_else(|| Failure::new(Code::File, "no place for the control socket", "Name one with --control.")))
+    Err(failure.unwrap_or_else(|| {
+        Failure::new(Code::File, "no place for the control socket", "Name one with --control.")
+    }))
 }
 
 /// A volume that is served.
@@ -262,7 +266,12 @@ impl Running {
         let mut facts: Vec<EngineFacts> = engines
             .into_iter()
             .flatten()
-            .map(|HostEngine { name, spec, root, profile }| EngineFacts { name, spec: Some(spec), root, profile })
+            .map(|HostEngine { name, spec, root, profile }| EngineFacts {
+                name,
+                spec: Some(spec),
+                root,
+                profile,
+            })
             .collect();
         facts.extend(fallback.map(|profile| EngineFacts {
             name: "fallback".to_owned(),
@@ -383,7 +392,10 @@ impl Running {
                     .enumerate()
                     .map(|(slot, status)| SlotReport {
                         slot,
-                        key_id: status.key.and_then(|key| self.identifiers.get(&key)).map(ToString::to_string),
+                        key_id: status
+                            .key
+                            .and_then(|key| self.identifiers.get(&key))
+                            .map(ToString::to_string),
                         users: status.users,
                         hits: status.counters.hits,
                         programs: status.counters.programs,

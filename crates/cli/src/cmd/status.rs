@@ -33,7 +33,9 @@ fn ask(path: &Path) -> Result<Value, Failure> {
     control::ask(path).map_err(|error| {
         let what = format!("no server answers at {}", path.display());
         let advice = match error.kind() {
-            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => "It may be busy or stopped (SIGSTOP); ask again.",
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
+                "It may be busy or stopped (SIGSTOP); ask again."
+            }
             _ => "Check the path; `inlinecrypt status` without --control finds the servers of this user.",
         };
         let failure = Failure::of_io(what, &error, advice);
@@ -128,7 +130,10 @@ fn describe(server: &Value) -> String {
         let used: Vec<&Value> =
             list(&keyslots["slots"]).iter().filter(|slot| number(&slot["programs"]) > 0).collect();
         if !used.is_empty() {
-            let _ = writeln!(text, "  slot  key                               users      hits  programs  evictions     waits");
+            let _ = writeln!(
+                text,
+                "  slot  key                               users      hits  programs  evictions     waits"
+            );
         }
         for slot in &used {
             let _ = writeln!(

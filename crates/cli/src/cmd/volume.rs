@@ -147,7 +147,8 @@ fn describe(info: &Info) -> String {
         }
         _ => rows.push((
             "description",
-            "none. The format has no header: size of data units, mode, IV offset and key cannot be known".to_owned(),
+            "none. The format has no header: size of data units, mode, IV offset and key cannot be known"
+                .to_owned(),
         )),
     }
     if let (Some(form), Some(file)) = (info.key_type, &info.key_file) {
@@ -156,7 +157,8 @@ fn describe(info: &Info) -> String {
     if info.key_type == Some("hardware-wrapped") {
         let root = match &info.root_id {
             Some(id) => format!("one with root {id}, for hardware-wrapped keys"),
-            None => "one for hardware-wrapped keys; its root is not known, as the key file cannot be read".to_owned(),
+            None => "one for hardware-wrapped keys; its root is not known, as the key file cannot be read"
+                .to_owned(),
         };
         rows.push(("engine", root));
     } else if info.key_type == Some("raw") {
