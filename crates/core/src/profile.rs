@@ -3,20 +3,24 @@
 //! The life of a key: [`admit`](CryptoProfile::admit) checks and registers it; [`Admission::crypt`] uses it, programming
 //! it when need be; dropping the last [`Admission`] evicts it.
 
-use crate::admission::{AdmissionTable, Fallback, Reason, Refusal, ServedBy, decide};
+use crate::admission::{
+    Action, AdmissionTable, Applicant, Application, Hold, Mode, Reason, Refusal, ServedBy, Terms, Timestamp,
+    decide,
+};
 use crate::caps::Capabilities;
 use crate::config::KeyType;
 use crate::context::runs;
 use crate::engine::{Direction, Engine, KeyLadder, KeyRef};
 use crate::error::{Error, ErrorKind, Op};
 use crate::key::{
-    EphemeralWrappedKey, Key, KeyForm, LongTermWrappedKey, RAW_KEY_BYTES_MAX, RawKey, SoftwareSecret,
+    EphemeralWrappedKey, Key, KeyForm, KeyId, LongTermWrappedKey, RAW_KEY_BYTES_MAX, RawKey, SoftwareSecret,
     WRAPPED_KEY_BYTES_MAX,
 };
 use crate::keyslot::{Keyslots, KeyslotsStatus, Policy};
 use crate::memory::{Buffer, Memory, MemoryPool};
-use crate::sync::Mutex;
+use crate::sync::{Condvar, Mutex, MutexGuard, wait};
 use inlinecrypt_cipher::Dun;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
@@ -34,10 +38,20 @@ pub struct CryptoProfile {
     engine: Arc<dyn Engine>,
     /// `None` for an engine without keyslots.
     keyslots: Option<Keyslots>,
-    /// Protects the register of admitted keys. Held for a look-up only.
-    admissions: Mutex<AdmissionTable>,
+    /// Protects the register of admitted keys. Held for a look-up, and while the keyslots' lock is taken to tell them of
+    /// pins; never while the engine is called.
+    register: Mutex<Register>,
+    /// An applicant that waits for a switch may find its answer.
+    answered: Condvar,
     fallback: Option<Arc<CryptoProfile>>,
     pool: MemoryPool,
+}
+
+/// The admission table, and its answers on their way to the threads that asked.
+#[derive(Debug)]
+struct Register {
+    table: AdmissionTable,
+    answers: BTreeMap<Applicant, Result<ServedBy, Reason>>,
 }
 
 /// A profile at one moment, for status displays.
@@ -49,6 +63,10 @@ pub struct ProfileStatus {
     pub capabilities: Capabilities,
     /// Keys that are admitted.
     pub keys: usize,
+    /// Keys that have a keyslot reserved.
+    pub pinned: u32,
+    /// Which key types it serves.
+    pub mode: Mode,
     /// Its keyslots; `None` for an engine without.
     pub keyslots: Option<KeyslotsStatus>,
 }
@@ -66,7 +84,9 @@ impl CryptoProfile {
                 .detail("an engine has a key ladder exactly when it takes hardware-wrapped keys"));
         }
         let keyslots = (capabilities.keyslots > 0).then(|| Keyslots::new(engine.clone(), policy));
-        Ok(Self { engine, keyslots, admissions: Mutex::new(AdmissionTable::default()), fallback: None, pool })
+        let table = AdmissionTable::new(capabilities.keyslots, engine.exclusive().is_some());
+        let register = Mutex::new(Register { table, answers: BTreeMap::new() });
+        Ok(Self { engine, keyslots, register, answered: Condvar::new(), fallback: None, pool })
     }
 
     /// The same with a software fallback for raw keys that this engine cannot serve.
@@ -87,32 +107,115 @@ impl CryptoProfile {
         self.engine.capabilities()
     }
 
-    /// Checks `key` and registers it, as one step: from now on I/O with it is served, whatever else happens
-    /// (`blk_crypto_start_using_key`).
+    /// Checks `key` and reserves what it needs, as one step: from now on I/O with it is served, whatever else happens
+    /// (`blk_crypto_start_using_key`, and more).
+    ///
+    /// On an engine that serves raw or wrapped keys only, the first admission decides which, and succeeds once the engine
+    /// has been switched. On the fallback a pin is not needed and reserves nothing.
     ///
     /// # Errors
     ///
-    /// The refusal, with its reason. Nothing is registered then.
+    /// The refusal, with its reason. Nothing is reserved then.
     ///
     /// # Blocking
     ///
-    /// May wait for the engine. Not for the data path.
-    pub fn admit(self: &Arc<Self>, key: Arc<Key>, fallback: Fallback) -> Result<Admission, Refusal> {
+    /// May wait for the engine, and for a switch that somebody else has begun. Not for the data path.
+    pub fn admit(self: &Arc<Self>, key: Arc<Key>, terms: impl Into<Terms>) -> Result<Admission, Refusal> {
+        let Terms { fallback: policy, hold, label, now } = terms.into();
         let refuse = |reason| Refusal::new(self.name(), reason);
         let software = self.fallback.as_ref().map(|fallback| fallback.capabilities());
-        let served_by = decide(key.config(), self.capabilities(), software, fallback).map_err(refuse)?;
-        let profile = match served_by {
-            ServedBy::Engine => self.clone(),
-            ServedBy::Fallback => self.fallback.clone().expect("decided for a fallback that is there"),
-        };
-        if let KeyForm::Wrapped(blob) = key.form() {
-            // The engine opens the blob now, so that a bad one is refused here and not at the first write.
-            let secret =
-                profile.derive_software_secret(blob).map_err(|error| refuse(Reason::Rejected(error)))?;
-            drop(secret);
+        let config = key.config();
+        let mut served_by = decide(config, self.capabilities(), software, policy).map_err(refuse)?;
+        if served_by == ServedBy::Engine {
+            if let KeyForm::Wrapped(blob) = key.form() {
+                // The engine opens the blob now, so that a bad one is refused here and not at the first write.
+                let secret =
+                    self.derive_software_secret(blob).map_err(|error| refuse(Reason::Rejected(error)))?;
+                drop(secret);
+            }
+            let fallback_ready = config.key_type() == KeyType::Raw
+                && decide(config, &Capabilities::NONE, software, policy).is_ok();
+            let (id, key_type) = (key.id(), config.key_type());
+            let application = Application { key: id, key_type, hold, fallback_ready, label, now };
+            served_by = self.ask(|table, actions| table.apply(application, actions)).map_err(refuse)?;
+            if served_by == ServedBy::Engine {
+                self.update_pin(id);
+            }
         }
-        profile.admissions.lock().enter(key.id());
-        Ok(Admission { profile, key, served_by })
+        if served_by == ServedBy::Fallback {
+            let fallback = self.fallback.as_ref().expect("decided for a fallback that is there");
+            return fallback.admit_alone(key).map_err(refuse);
+        }
+        Ok(Admission { profile: self.clone(), key, hold, served_by })
+    }
+
+    /// Decides ahead of any key which type an exclusive engine serves. On any other engine this does nothing.
+    ///
+    /// # Errors
+    ///
+    /// The refusal, if it serves the other type already or the switch fails.
+    ///
+    /// # Blocking
+    ///
+    /// Waits for the engine.
+    pub fn declare(&self, key_type: KeyType, now: Timestamp) -> Result<(), Refusal> {
+        let answer = self.ask(|table, actions| table.declare(key_type, now, actions));
+        answer.map(drop).map_err(|reason| Refusal::new(self.name(), reason))
+    }
+
+    /// What a fallback does with a key that has been decided for it.
+    fn admit_alone(self: &Arc<Self>, key: Arc<Key>) -> Result<Admission, Reason> {
+        let (id, key_type) = (key.id(), key.config().key_type());
+        let (hold, label, now) = (Hold::Register, String::new(), Timestamp::default());
+        let application = Application { key: id, key_type, hold, fallback_ready: false, label, now };
+        self.ask(|table, actions| table.apply(application, actions))?;
+        Ok(Admission { profile: self.clone(), key, hold, served_by: ServedBy::Fallback })
+    }
+
+    /// Puts a question to the admission table, and carries out what it wants done until the answer is there.
+    fn ask(
+        &self,
+        question: impl FnOnce(&mut AdmissionTable, &mut Vec<Action>) -> Applicant,
+    ) -> Result<ServedBy, Reason> {
+        let mut register = self.register.lock();
+        let mut actions = Vec::new();
+        let me = question(&mut register.table, &mut actions);
+        loop {
+            let commit = register.deliver(actions, &self.answered);
+            actions = Vec::new();
+            if let Some(key_type) = commit {
+                (register, actions) = self.switch(register, key_type);
+                continue;
+            }
+            if let Some(answer) = register.answers.remove(&me) {
+                return answer;
+            }
+            register = wait(&self.answered, register);
+        }
+    }
+
+    /// Tells the keyslots whether `key` is pinned. The register is locked meanwhile, so that no two such messages overtake
+    /// each other and the number of pins that is admitted is the number that the keyslots see.
+    fn update_pin(&self, key: KeyId) {
+        let register = self.register.lock();
+        if let Some(keyslots) = &self.keyslots {
+            keyslots.set_pinned(key, register.table.is_pinned(key));
+        }
+    }
+
+    fn switch<'a>(
+        &'a self,
+        register: MutexGuard<'a, Register>,
+        key_type: KeyType,
+    ) -> (MutexGuard<'a, Register>, Vec<Action>) {
+        drop(register);
+        let exclusive = self.engine.exclusive().expect("only exclusive engines are switched");
+        // Why it failed is the engine's to log; whoever asks learns that it is poisoned.
+        let ok = exclusive.commit(key_type).is_ok();
+        let mut register = self.register.lock();
+        let mut actions = Vec::new();
+        register.table.switched(ok, &mut actions);
+        (register, actions)
     }
 
     /// Wraps a raw key for storage.
@@ -164,20 +267,40 @@ impl CryptoProfile {
         self.ladder(Op::DeriveSecret)?.derive_software_secret(ephemeral)
     }
 
-    /// Tells the framework that the engine has lost its keyslots. They are programmed again before this returns.
-    pub fn reset(&self) {
+    /// Resets the engine, if that can be done to it, and programs every key again that was in a keyslot.
+    ///
+    /// Also to be called when the engine has lost its keyslots by itself: it is safe at any time.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::EngineFailed`] if the engine does not come back.
+    ///
+    /// # Blocking
+    ///
+    /// Waits while the engine programs.
+    pub fn reset(&self) -> Result<(), Error> {
+        if let Some(lifecycle) = self.engine.lifecycle() {
+            lifecycle.reset()?;
+        }
         if let Some(keyslots) = &self.keyslots {
             keyslots.reset();
         }
+        Ok(())
     }
 
     /// The profile at this moment.
     #[must_use]
     pub fn status(&self) -> ProfileStatus {
+        let register = self.register.lock();
+        let (keys, pinned, mode) =
+            (register.table.len(), register.table.pinned(), register.table.mode().clone());
+        drop(register);
         ProfileStatus {
             engine: self.name().to_owned(),
             capabilities: self.capabilities().clone(),
-            keys: self.admissions.lock().len(),
+            keys,
+            pinned,
+            mode,
             keyslots: self.keyslots.as_ref().map(Keyslots::status),
         }
     }
@@ -209,6 +332,24 @@ impl CryptoProfile {
     }
 }
 
+impl Register {
+    /// Files the answers, wakes who waits for one, and returns the switch that the engine is to make.
+    fn deliver(&mut self, actions: Vec<Action>, answered: &Condvar) -> Option<KeyType> {
+        let mut commit = None;
+        for action in actions {
+            match action {
+                Action::Commit { key_type, .. } => commit = Some(key_type),
+                Action::Admit { applicant, served_by } => drop(self.answers.insert(applicant, Ok(served_by))),
+                Action::Refuse { applicant, reason } => drop(self.answers.insert(applicant, Err(reason))),
+            }
+        }
+        if !self.answers.is_empty() {
+            answered.notify_all();
+        }
+        commit
+    }
+}
+
 /// The right to do I/O with a key: what was admitted is served until this is dropped.
 ///
 /// Dropping the last admission of a key evicts it. A failure of the engine to evict is its own; the key is forgotten.
@@ -216,6 +357,7 @@ impl CryptoProfile {
 pub struct Admission {
     profile: Arc<CryptoProfile>,
     key: Arc<Key>,
+    hold: Hold,
     served_by: ServedBy,
 }
 
@@ -310,7 +452,15 @@ impl fmt::Debug for Admission {
 
 impl Drop for Admission {
     fn drop(&mut self) {
-        if self.profile.admissions.lock().leave(self.key.id()) {
+        let last = {
+            let mut register = self.profile.register.lock();
+            let last = register.table.leave(self.key.id(), self.hold);
+            if let (Hold::Pin, Some(keyslots)) = (self.hold, &self.profile.keyslots) {
+                keyslots.set_pinned(self.key.id(), register.table.is_pinned(self.key.id()));
+            }
+            last
+        };
+        if last {
             // No request is in flight, since each borrows an admission. If the engine fails, the key is forgotten.
             let _ = self.profile.evict(&self.key);
         }

@@ -14,6 +14,7 @@ enum Step {
     Release(usize),
     Lost(usize),
     Evict(u64),
+    Pin(u64, bool),
     Reset,
     /// The engine finishes what it was asked for.
     Engine(Programmed),
@@ -25,6 +26,7 @@ fn step() -> impl Strategy<Value = Step> {
         6 => any::<usize>().prop_map(Step::Release),
         1 => any::<usize>().prop_map(Step::Lost),
         1 => (0u64..6).prop_map(Step::Evict),
+        1 => (0u64..6, any::<bool>()).prop_map(|(key, pin)| Step::Pin(key, pin)),
         1 => Just(Step::Reset),
         6 => prop_oneof![
             6 => Just(Programmed::Done),
@@ -60,6 +62,7 @@ struct World {
     granted: Vec<(KeyId, Grant)>,
     waiting: BTreeMap<Ticket, Waiting>,
     evicting: BTreeMap<Ticket, KeyId>,
+    pinned: BTreeSet<KeyId>,
     failed: usize,
 }
 
@@ -74,6 +77,7 @@ impl World {
             granted: Vec::new(),
             waiting: BTreeMap::new(),
             evicting: BTreeMap::new(),
+            pinned: BTreeSet::new(),
             failed: 0,
         }
     }
@@ -120,6 +124,9 @@ impl World {
                     for (user, _) in users {
                         assert_eq!((*user, by), (key, None), "a keyslot in use only gets its own key back");
                     }
+                    let displaced = self.engine[slot.0 as usize];
+                    let by_another = displaced.is_some_and(|displaced| displaced != key);
+                    assert!(!(by_another && self.pinned.contains(&displaced.unwrap())), "a pinned key stays");
                     if let Some(by) = by {
                         let head = self.waiting.get_mut(&by).expect("it waits");
                         assert_eq!(head.key, key);
@@ -205,6 +212,15 @@ impl World {
                 // What the shell does: the ticket is known before the actions are carried out.
                 let ticket = self.table.evict(key(number), &mut actions);
                 self.evicting.insert(ticket, key(number));
+                self.carry_out(actions);
+            }
+            Step::Pin(number, pin) => {
+                if pin && (self.pinned.len() + 1 < self.engine.len()) {
+                    self.pinned.insert(key(number));
+                } else {
+                    self.pinned.remove(&key(number));
+                }
+                self.table.set_pinned(key(number), self.pinned.contains(&key(number)), &mut actions);
                 self.carry_out(actions);
             }
             Step::Reset => {

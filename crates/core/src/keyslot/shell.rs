@@ -207,6 +207,16 @@ impl Keyslots {
         }
     }
 
+    /// Whether `key`, once it has a keyslot, keeps it against others. The caller sees to it that one keyslot stays free
+    /// ([`AdmissionTable`](crate::admission::AdmissionTable)).
+    pub fn set_pinned(&self, key: KeyId, pinned: bool) {
+        let mut state = self.state.lock();
+        let mut actions = Vec::new();
+        state.table.set_pinned(key, pinned, &mut actions);
+        // Nothing that nobody waits for can begin here: that happens after a reset, and then the engine is busy.
+        state.deliver(actions);
+    }
+
     /// The engine has lost the content of all keyslots: programs every key again that was in one.
     ///
     /// A key that cannot be programmed again is forgotten; the next request for it programs it anew, or says why not.

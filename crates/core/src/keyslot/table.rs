@@ -19,6 +19,7 @@
 //!   mapping (upstream has this hole: facts 3.9);
 //! - the engine has at most one program or evict to do at a time, and never for a keyslot in use, except to put the
 //!   same key back after a reset;
+//! - a pinned key is displaced by nobody, and at least one keyslot holds no pinned key;
 //! - a granted keyslot holds the asked key until it is released or the engine reports it lost;
 //! - a waiter is granted after at most as many others as waited before it, plus `bypass_max`.
 
@@ -26,7 +27,7 @@ use super::lru::LruList;
 use super::policy::Policy;
 use crate::engine::SlotIndex;
 use crate::key::KeyId;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// Who waits: unique in a table, in order of arrival.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -193,6 +194,8 @@ pub struct KeyslotTable {
     empty: LruList,
     idle: LruList,
     waiters: VecDeque<Waiter>,
+    /// Keys that are not displaced. Fewer than there are keyslots: admission sees to that.
+    pinned: BTreeSet<KeyId>,
     /// Evictions that wait for the engine to be free.
     evictions: BTreeMap<Ticket, KeyId>,
     /// The keyslot for which the engine has something to do.
@@ -220,6 +223,7 @@ impl KeyslotTable {
             empty,
             idle: LruList::new(count),
             waiters: VecDeque::new(),
+            pinned: BTreeSet::new(),
             evictions: BTreeMap::new(),
             engine_at: None,
             last_ticket: 0,
@@ -289,6 +293,20 @@ impl KeyslotTable {
         self.evictions.insert(ticket, key);
         self.advance(actions);
         ticket
+    }
+
+    /// Whether `key`, once it has a keyslot, keeps it against others.
+    ///
+    /// # Panics
+    ///
+    /// If no keyslot would be left to the others: whoever admits pins must not let that happen.
+    pub fn set_pinned(&mut self, key: KeyId, pinned: bool, actions: &mut Vec<Action>) {
+        if pinned {
+            self.pinned.insert(key);
+            assert!(self.pinned.len() < self.slots.len(), "one keyslot stays free");
+        } else if self.pinned.remove(&key) {
+            self.advance(actions);
+        }
     }
 
     /// The engine has carried out [`Action::Program`].
@@ -559,9 +577,17 @@ impl KeyslotTable {
         false
     }
 
+    /// The idle keyslot to take the key from: used longest ago, and not pinned.
+    fn victim(&self) -> Option<u32> {
+        self.idle.iter().find(|&index| match self.slots[index as usize].fill {
+            Fill::Ready { key } => !self.pinned.contains(&key),
+            _ => unreachable!("an idle keyslot is ready"),
+        })
+    }
+
     /// Programs the key of the waiter at the head into an empty keyslot, else into the idle one used longest ago.
     fn program_for_head(&mut self, actions: &mut Vec<Action>) {
-        let Some(index) = self.empty.front().or(self.idle.front()) else { return };
+        let Some(index) = self.empty.front().or_else(|| self.victim()) else { return };
         let Some(head) = self.waiters.pop_front() else { return };
         self.empty.remove(index);
         self.idle.remove(index);

@@ -219,7 +219,7 @@ fn a_lost_keyslot_is_programmed_again_without_an_error() {
     engine.lose_keyslots();
     assert_eq!(read(&volume, 0, 4096, &mut buffer).unwrap(), [7; 4096]);
     engine.lose_keyslots();
-    profile.reset();
+    profile.reset().unwrap();
     assert_eq!(read(&volume, 0, 4096, &mut buffer).unwrap(), [7; 4096]);
 }
 
