@@ -551,9 +551,9 @@ mod tests {
     fn application(key: u64, pin: bool, fallback: bool) -> Application {
         Application {
             key: KeyId::for_simulation(key),
-            key_type: type_of(key % 2 == 0),
+            key_type: type_of(key.is_multiple_of(2)),
             hold: if pin { Hold::Pin } else { Hold::Register },
-            fallback_ready: fallback && key % 2 == 0,
+            fallback_ready: fallback && key.is_multiple_of(2),
             label: format!("volume {key}"),
             now: Timestamp(key),
         }

@@ -464,7 +464,7 @@ impl KeyslotTable {
         assert!(self.waiters.iter().all(|waiter| waiter.bypassed <= self.policy.bypass_max));
         if self.engine_at.is_none() && !self.waiters.is_empty() {
             assert!(
-                idle.is_empty() && empty.is_empty(),
+                self.victim().is_none() && empty.is_empty(),
                 "nobody waits while a keyslot and the engine are free"
             );
         }
