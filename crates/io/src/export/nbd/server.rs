@@ -235,11 +235,11 @@ impl NbdServer {
         }
         let mut result = Ok(Stopped { cut_off, abandoned });
         for export in inner.exports.all() {
-            if export.disk().geometry().access == Access::ReadWrite {
-                if let Err(error) = export.disk().flush() {
-                    tracing::error!(export = export.name(), "last flush: {}", error.chain());
-                    result = result.and(Err(error));
-                }
+            if export.disk().geometry().access == Access::ReadWrite
+                && let Err(error) = export.disk().flush()
+            {
+                tracing::error!(export = export.name(), "last flush: {}", error.chain());
+                result = result.and(Err(error));
             }
         }
         result
@@ -384,8 +384,8 @@ impl Inner {
         };
         let mut handshake = Handshake::new(&self.exports, &self.stopping, client, state);
         match (haggle(&mut handshake, &mut inbox, &mut timed)?, setup) {
-            (Next::Transmit(terms), _) => return Ok(Shaken::Plain(inbox, terms)),
-            (Next::Close(why), _) => return Ok(Shaken::Closed(why)),
+            (Next::Transmit(terms), _) => Ok(Shaken::Plain(inbox, terms)),
+            (Next::Close(why), _) => Ok(Shaken::Closed(why)),
             (Next::Option, _) | (Next::StartTls, None) => {
                 unreachable!("haggling goes on until it leads somewhere")
             }

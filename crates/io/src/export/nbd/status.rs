@@ -2,10 +2,9 @@
 
 use inlinecrypt_core::error::{Errno, Error};
 
-/// An error that the protocol knows.
+/// An error that the protocol knows, in its spelling.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
-#[expect(clippy::upper_case_acronyms, reason = "the protocol's spelling")]
 pub enum NbdError {
     /// Not permitted: the export is read-only.
     EPERM = 1,
