@@ -462,3 +462,70 @@ fn parse_workers(text: &str) -> Result<usize, String> {
 
 /// More threads for one connection only wait for each other.
 pub(crate) const WORKERS_MAX: usize = 64;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::{Command, CommandFactory as _};
+
+    fn for_each(command: &Command, path: &str, visit: &mut dyn FnMut(&Command, &str)) {
+        visit(command, path);
+        for inner in command.get_subcommands() {
+            for_each(inner, &format!("{path} {}", inner.get_name()), visit);
+        }
+    }
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    /// Whoever copies an example gets what it says.
+    #[test]
+    fn every_example_in_the_help_parses() {
+        let mut examples = 0;
+        for_each(&Cli::command(), "", &mut |command, path| {
+            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            assert!(
+                help.contains("Examples:") || command.has_subcommands() || path.contains("help"),
+                "{path} has no examples"
+            );
+            for line in help.lines().filter_map(|line| line.strip_prefix("  inlinecrypt ")) {
+                // Comments stand behind several blanks; redirections are the shell's.
+                let line = line.split("   ").next().unwrap_or_default();
+                let line = line.split(['<', '>', '|']).next().unwrap_or_default();
+                let words = std::iter::once("inlinecrypt").chain(line.split_whitespace());
+                if let Err(error) = Cli::try_parse_from(words) {
+                    panic!("{path}: {line}: {error}");
+                }
+                examples += 1;
+            }
+        });
+        assert!(examples >= 20, "only {examples} examples were found");
+    }
+
+    #[test]
+    fn the_config_in_the_help_is_one() {
+        let (_, config) = SERVE_EXAMPLES.split_once("A config:\n").expect("it is there");
+        let text = config.replace("# key_id, mode,", "").replace("# tls,", "").replace("# control,", "");
+        let text: String = text
+            .lines()
+            .filter(|line| line.contains(['[', '=']) && !line.contains(", fallback"))
+            .map(|line| format!("{line}\n"))
+            .collect();
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("c.toml");
+        std::fs::write(&path, &text).unwrap();
+        let file =
+            crate::config::ConfigFile::read(&path).unwrap_or_else(|failures| panic!("{failures:?}\n{text}"));
+        assert_eq!(file.config.volume.len(), 1);
+        assert_eq!(file.config.engine.len(), 1);
+        assert_eq!(file.config.listen.nbd.as_deref(), Some(&["unix:db.sock".to_owned()][..]));
+    }
+
+    #[test]
+    fn usage_says_units_and_exit_codes() {
+        let help = Cli::command().render_long_help().to_string();
+        assert!(help.contains(EXIT_CODES));
+    }
+}

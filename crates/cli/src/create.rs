@@ -93,7 +93,7 @@ impl NewVolume<'_> {
             files::write_new(&description_path, "description", text.as_bytes())?;
         }
         let staged = Staged::beside(path);
-        inlinecrypt_io::backing::create_file(staged.path(), size.0)
+        inlinecrypt_io::backing::create_file(staged.temporary(), size.0)
             .map_err(|error| Failure::of_file(format!("cannot make {label}"), &error))?;
         staged.publish("volume")?;
         Ok(Made { layout, identifier, key: source, description: description_path })

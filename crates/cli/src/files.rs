@@ -118,7 +118,7 @@ pub(crate) fn write_new(path: &Path, what: &str, bytes: &[u8]) -> Result<(), Fai
     let write = || -> io::Result<()> {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NOFOLLOW;
         let owner_only = Mode::RUSR | Mode::WUSR;
-        let file = rustix::fs::open(staged.path(), flags, owner_only)?;
+        let file = rustix::fs::open(staged.temporary(), flags, owner_only)?;
         let mut file = File::from(file);
         file.write_all(bytes)?;
         file.sync_all()
@@ -147,7 +147,8 @@ impl Staged {
         Self { temporary, path: path.to_owned() }
     }
 
-    pub(crate) fn path(&self) -> &Path {
+    /// Where it is to be written.
+    pub(crate) fn temporary(&self) -> &Path {
         &self.temporary
     }
 

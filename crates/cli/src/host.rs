@@ -183,18 +183,16 @@ fn admit(volume: &VolumePlan, medium: &Medium, engine: &HostEngine) -> Result<Re
     let key = volume.key.load().map_err(|failure| failure.within(label))?;
     let (admission, identifier) = admit_key(&key, &volume.key, &layout, volume.fallback, engine)
         .map_err(|failure| failure.within(label))?;
-    if let Some(expected) = volume.key_id {
-        if expected != identifier {
-            return Err(Failure::new(
-                Code::Refused,
-                format!(
-                    "{label}: wrong key: {} has identifier {identifier}, and {} says {expected}",
-                    volume.key, volume.key_id_from
-                ),
-                "Give the key with that identifier. The format itself is headerless: with another key, reads would give \
-                 noise and writes destroy data.",
-            ));
-        }
+    if let Some(expected) = volume.key_id.filter(|expected| *expected != identifier) {
+        return Err(Failure::new(
+            Code::Refused,
+            format!(
+                "{label}: wrong key: {} has identifier {identifier}, and {} says {expected}",
+                volume.key, volume.key_id_from
+            ),
+            "Give the key with that identifier. The format itself is headerless: with another key, reads would give \
+             noise and writes destroy data.",
+        ));
     }
     let unused_bytes = medium.len_bytes - layout.size_bytes();
     Ok(Ready { plan: volume.clone(), layout, admission, identifier, unused_bytes })

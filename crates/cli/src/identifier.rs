@@ -37,8 +37,8 @@ impl FromStr for Identifier {
         }
         let mut bytes = [0; 16];
         for (byte, digits) in bytes.iter_mut().zip(text.as_bytes().chunks(2)) {
-            let digits = str::from_utf8(digits).map_err(|_| refused())?;
-            *byte = u8::from_str_radix(digits, 16).map_err(|_| refused())?;
+            let digits = str::from_utf8(digits).map_err(|_why| refused())?;
+            *byte = u8::from_str_radix(digits, 16).map_err(|_why| refused())?;
         }
         Ok(Self(bytes))
     }

@@ -144,7 +144,7 @@ impl Settings {
             value.transpose().map_err(|error| format!("{what}: {error}"))
         }
         fn choice<T: clap::ValueEnum>(text: &str) -> Result<T, String> {
-            T::from_str(text, false).map_err(|_| {
+            T::from_str(text, false).map_err(|_why| {
                 let known: Vec<_> = T::value_variants()
                     .iter()
                     .filter_map(|value| Some(value.to_possible_value()?.get_name().to_owned()))
@@ -175,10 +175,10 @@ impl Settings {
     fn over(self, described: &Self) -> Result<Self, String> {
         let mut conflicts = Vec::new();
         let mut conflict = |what: &str, ours: Option<String>, theirs: Option<String>| {
-            if let (Some(ours), Some(theirs)) = (ours, theirs) {
-                if ours != theirs {
-                    conflicts.push(format!("{what} = {theirs}, and {ours} is asked for"));
-                }
+            if let (Some(ours), Some(theirs)) = (ours, theirs)
+                && ours != theirs
+            {
+                conflicts.push(format!("{what} = {theirs}, and {ours} is asked for"));
             }
         };
         fn text<T: ToString>(value: Option<T>) -> Option<String> {

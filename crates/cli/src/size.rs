@@ -15,7 +15,7 @@ impl FromStr for Size {
         let (number, unit) = text.split_at(digits);
         let number: u64 = number
             .parse()
-            .map_err(|_| "a size is a whole number and a unit: 4096, 64k, 512MiB, 1G".to_owned())?;
+            .map_err(|_why| "a size is a whole number and a unit: 4096, 64k, 512MiB, 1G".to_owned())?;
         let unit = unit.trim_start();
         let shift = match unit.to_ascii_lowercase().as_str() {
             "" | "b" => 0,

@@ -30,10 +30,10 @@ impl Watched {
     }
 
     fn note<T>(&self, result: Result<T, Error>) -> Result<T, Error> {
-        if let Err(error) = &result {
-            if error.kind() != ErrorKind::Unsupported {
-                self.failures.fetch_add(1, Ordering::Relaxed);
-            }
+        if let Err(error) = &result
+            && error.kind() != ErrorKind::Unsupported
+        {
+            self.failures.fetch_add(1, Ordering::Relaxed);
         }
         result
     }

@@ -24,6 +24,7 @@ use crate::watch::Watched;
 use inlinecrypt_core::admission::ServedBy;
 use inlinecrypt_core::backing::Access;
 use inlinecrypt_core::config::KeyType;
+use inlinecrypt_core::disk::Disk as _;
 use inlinecrypt_core::key::KeyId;
 use inlinecrypt_core::profile::CryptoProfile;
 use inlinecrypt_core::volume::{Discard, Volume};
@@ -317,9 +318,13 @@ impl Running {
         for uri in &self.uris {
             let _ = writeln!(text, "  {uri}");
         }
-        if let Some(uri) = self.uris.first() {
+        if let (Some(uri), Some(first)) = (self.uris.first(), self.volumes.first()) {
             let uri = quoted(uri);
-            let _ = write!(text, "try next\n  nbdinfo {uri}\n  qemu-img convert -n -O raw disk.img {uri}\n");
+            let copy = match first.volume.geometry().access {
+                Access::ReadOnly => format!("nbdcopy {uri} FILE"),
+                Access::ReadWrite => format!("nbdcopy FILE {uri}"),
+            };
+            let _ = write!(text, "try next\n  nbdinfo {uri}\n  {copy}\n");
         }
         text
     }
@@ -422,9 +427,6 @@ impl Served {
         let backing = Arc::new(Watched::new(backing));
         let volume = Volume::new(layout, admission, backing.clone(), plan.access, plan.discard)
             .map_err(|error| Failure::of(format!("cannot serve {}", plan.label), &error))?;
-        if volume_is_read_only(&plan.access) {
-            tracing::info!(volume = plan.name, "read-only");
-        }
         Ok(Self {
             volume: Arc::new(volume),
             backing,
@@ -434,10 +436,6 @@ impl Served {
             identifier,
         })
     }
-}
-
-fn volume_is_read_only(access: &Access) -> bool {
-    *access == Access::ReadOnly
 }
 
 /// Every volume at every listener, as clients write it. A single volume is the default export, so its name is left out.
