@@ -1,0 +1,24 @@
+//! The command as the world meets it: the real program, real clients, the kernel's own filesystem, and trouble.
+//!
+//! ```text
+//!   clients       qemu-img, nbdcopy, nbdinfo, fio, TLS
+//!   filesystem    ext4 over a loop device over nbdfuse over a served volume
+//!   dm_crypt      volumes that Linux wrote
+//!   many_volumes  more keys than keyslots, all at once
+//!   kill          kill -9 during writes
+//!   trouble       full, shortened and read-only disks; signals; rude clients; service managers
+//!   others_bugs   what went wrong elsewhere
+//!     rig         places, servers, what was logged
+//!     load        random requests, and whether the answers are right
+//! ```
+//!
+//! A test whose program or privilege is missing says `SKIPPED`; with `INLINECRYPT_REQUIRE_TOOLS=1` it fails. Timings never
+//! decide: what is waited for has a minute, and is done in a fraction of it.
+
+mod clients;
+mod dm_crypt;
+mod filesystem;
+mod kill;
+mod load;
+mod many_volumes;
+mod rig;
