@@ -1,4 +1,4 @@
-//! Exports: the front doors by which clients reach a [`Disk`](inlinecrypt_core::disk::Disk).
+//! Exports: the front doors by which clients reach a [`Disk`].
 //!
 //! An export knows nothing of keys and engines. It parses what clients say, bounds it, hands whole pieces to the disk,
 //! and turns the disk's errors into its protocol's numbers. What clients send never reaches an assertion.

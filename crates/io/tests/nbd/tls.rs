@@ -4,8 +4,9 @@ use super::{PATIENCE, Rig, eventually};
 use inlinecrypt_core::error::ErrorKind;
 use inlinecrypt_io::export::nbd::{ClientCertificates, ServerOptions, TlsFiles, TlsMode, TlsSetup};
 use inlinecrypt_io::export::ram::RamDisk;
+use inlinecrypt_io::listen::{Listen, ListenOptions, Listener};
 use inlinecrypt_testkit::nbd::{NbdError, cmd, opt};
-use inlinecrypt_testkit::{Client, pattern, temp_dir};
+use inlinecrypt_testkit::{Client, pattern, require_tool, temp_dir};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use rustls::pki_types::{PrivateKeyDer, ServerName};
 use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
@@ -14,6 +15,7 @@ use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -266,6 +268,28 @@ fn stopping_ends_tls_connections_properly() {
     assert_eq!(rig.server.stop(PATIENCE).unwrap().cut_off, 0);
     // With TLS's goodbye: a clean end, no error.
     assert_eq!(client.stream().read(&mut [0; 1]).unwrap(), 0);
+}
+
+#[test]
+fn a_real_client_comes_in_by_tls() {
+    let Some(nbdinfo) = require_tool("nbdinfo") else { return };
+    let pki = Pki::new();
+    let rig = pki.rig(TlsMode::Required, ClientCertificates::Required, 0);
+    let tcp = Listen::Tcp { host: "localhost".to_owned(), port: 0 };
+    let tcp = Listener::bind(&tcp, ListenOptions::default()).unwrap();
+    let Listen::Tcp { port, .. } = tcp.place() else { panic!("a TCP port was asked for") };
+    rig.server.listen(tcp).unwrap();
+    // The names that libnbd looks for.
+    let (certificate, key) = pki.sign("client");
+    fs::copy(pki.path("ca.pem"), pki.path("ca-cert.pem")).unwrap();
+    fs::write(pki.path("client-cert.pem"), certificate).unwrap();
+    fs::write(pki.path("client-key.pem"), key).unwrap();
+    let folder = pki.folder.path().display();
+    let uri = format!("nbds://localhost:{port}/disk?tls-certificates={folder}");
+    let output = Command::new(nbdinfo).arg(&uri).output().unwrap();
+    let (text, errors) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{text}{errors}");
+    assert!(text.contains("with TLS") && text.contains("export-size: 16777216"), "{text}");
 }
 
 #[test]

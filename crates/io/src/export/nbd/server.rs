@@ -351,6 +351,10 @@ impl Inner {
         if let Err(error) = socket.set_nodelay() {
             tracing::debug!(connection = id, %error, "no TCP_NODELAY");
         }
+        // A client whose machine died says nothing ever again; the system finds out. No effect on Unix sockets.
+        if let Err(error) = rustix::net::sockopt::set_socket_keepalive(socket, true) {
+            tracing::debug!(connection = id, %error, "no keepalive");
+        }
         let deadline = Instant::now() + self.options.handshake_time_max;
         let timed = Timed { socket, deadline: Some(deadline) };
         match self.shake_hands(timed) {
