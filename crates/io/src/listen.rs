@@ -23,9 +23,10 @@ use std::fs;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::{SocketAddr as UnixAddr, UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -738,7 +739,7 @@ impl Write for Stream {
 ///
 /// [`Backing`](ErrorKind::Backing) if there is one and it cannot be reached; serving goes on all the same.
 pub fn notify_ready() -> Result<(), Error> {
-    notify(sd_notify::NotifyState::Ready)
+    notify("READY=1\n")
 }
 
 /// Tells the service manager that we are stopping. Does nothing without one.
@@ -747,11 +748,21 @@ pub fn notify_ready() -> Result<(), Error> {
 ///
 /// As [`notify_ready`].
 pub fn notify_stopping() -> Result<(), Error> {
-    notify(sd_notify::NotifyState::Stopping)
+    notify("STOPPING=1\n")
 }
 
-fn notify(state: sd_notify::NotifyState<'_>) -> Result<(), Error> {
-    sd_notify::notify(&[state]).map_err(|error| {
+fn notify(message: &str) -> Result<(), Error> {
+    let Some(name) = std::env::var_os("NOTIFY_SOCKET") else { return Ok(()) };
+    let tell = || -> io::Result<()> {
+        let socket = UnixDatagram::unbound()?;
+        match name.as_bytes().strip_prefix(b"@") {
+            // `sd_notify(3)`: it stands for the NUL of a name in the abstract namespace.
+            Some(name) => socket.connect_addr(&UnixAddr::from_abstract_name(name)?)?,
+            None => socket.connect(&name)?,
+        }
+        socket.send(message.as_bytes()).map(drop)
+    };
+    tell().map_err(|error| {
         Error::new(ErrorKind::Backing, Op::Open)
             .detail("the service manager cannot be reached")
             .because(error)
