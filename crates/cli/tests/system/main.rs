@@ -22,3 +22,4 @@ mod kill;
 mod load;
 mod many_volumes;
 mod rig;
+mod trouble;
