@@ -65,6 +65,35 @@ pub struct Span {
 }
 
 impl Span {
+    /// The piece of a request at `offset`, at most `len` bytes long, on a disk of data units of `unit_bytes`: shortened
+    /// so that its memory fits `buffer_bytes` and it does not cross a multiple of [`CHUNK_BYTES`].
+    ///
+    /// # Panics
+    ///
+    /// If `len` is 0, `unit_bytes` not a power of two up to 64 KiB, or `buffer_bytes` less than [`SMALL_BUFFER_BYTES`].
+    #[must_use]
+    pub fn cut(unit_bytes: u32, offset: u64, len: u64, buffer_bytes: usize) -> Self {
+        assert!(len > 0 && buffer_bytes >= SMALL_BUFFER_BYTES, "promised by the caller");
+        assert!(unit_bytes.is_power_of_two() && unit_bytes as usize <= SCRATCH_BYTES, "promised by the disk");
+        let unit = u64::from(unit_bytes);
+        let floor = |at: u64| at & !(unit - 1);
+        let units_start = floor(offset);
+        // Whole data units that fit beside the scratch room of one.
+        let room = floor(buffer_bytes as u64 - unit);
+        let chunk_end = (offset / CHUNK_BYTES as u64 + 1) * CHUNK_BYTES as u64;
+        let end = offset.saturating_add(len).min(chunk_end).min(units_start + room);
+        let units_end = end.next_multiple_of(unit);
+        let partial = offset != units_start || end != units_end;
+        let small = |bytes: u64| usize::try_from(bytes).expect("at most a chunk and a data unit");
+        Self {
+            offset,
+            head: small(offset - units_start),
+            len: small(end - offset),
+            units_len: small(units_end - units_start),
+            scratch_len: if partial { small(unit) } else { 0 },
+        }
+    }
+
     /// How many bytes of memory the piece takes.
     #[must_use]
     pub fn buffer_bytes(&self) -> usize {

@@ -23,6 +23,7 @@ pub mod config;
 pub mod context;
 pub mod disk;
 pub mod engine;
+pub mod env;
 pub mod error;
 pub mod key;
 pub mod keyslot;

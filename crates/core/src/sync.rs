@@ -35,3 +35,13 @@ impl<T> Mutex<T> {
 pub(crate) fn wait<'a, T>(condvar: &Condvar, guard: MutexGuard<'a, T>) -> MutexGuard<'a, T> {
     condvar.wait(guard).unwrap_or_else(PoisonError::into_inner)
 }
+
+/// Waits for `condvar` for so long at the most, in nanoseconds, letting go of the lock meanwhile.
+pub(crate) fn wait_timeout<'a, T>(
+    condvar: &Condvar,
+    guard: MutexGuard<'a, T>,
+    nanoseconds: u64,
+) -> MutexGuard<'a, T> {
+    let duration = std::time::Duration::from_nanos(nanoseconds);
+    condvar.wait_timeout(guard, duration).unwrap_or_else(PoisonError::into_inner).0
+}

@@ -25,7 +25,7 @@
 
 use crate::backing::{Access, Backing, Durability, Extent};
 use crate::config::{CryptoConfig, DataUnitSize, Mode};
-use crate::disk::{CHUNK_BYTES, Disk, Geometry, SMALL_BUFFER_BYTES, Span, Unaligned, Zeroing};
+use crate::disk::{Disk, Geometry, Span, Unaligned, Zeroing};
 use crate::engine::Direction;
 use crate::error::{Error, ErrorKind, Op};
 use crate::memory::Buffer;
@@ -336,23 +336,7 @@ impl Disk for Volume {
     }
 
     fn span(&self, offset: u64, len: u64, buffer_bytes: usize) -> Span {
-        assert!(len > 0 && buffer_bytes >= SMALL_BUFFER_BYTES, "promised by the caller");
-        let unit = self.unit_bytes();
-        let units_start = self.unit_floor(offset);
-        // Whole data units that fit beside the scratch room of one.
-        let room = self.unit_floor(buffer_bytes as u64 - unit);
-        let chunk_end = (offset / CHUNK_BYTES as u64 + 1) * CHUNK_BYTES as u64;
-        let end = offset.saturating_add(len).min(chunk_end).min(units_start + room);
-        let units_end = end.next_multiple_of(unit);
-        let partial = offset != units_start || end != units_end;
-        let small = |bytes: u64| usize::try_from(bytes).expect("at most a chunk and a data unit");
-        Span {
-            offset,
-            head: small(offset - units_start),
-            len: small(end - offset),
-            units_len: small(units_end - units_start),
-            scratch_len: if partial { small(unit) } else { 0 },
-        }
+        Span::cut(self.layout.data_unit_size.bytes(), offset, len, buffer_bytes)
     }
 
     fn check(&self, offset: u64, len: u64, access: Access) -> Result<(), Error> {

@@ -12,7 +12,9 @@ pub mod table;
 mod loom_tests;
 #[cfg(all(test, not(loom)))]
 mod model_tests;
+#[cfg(all(test, not(loom)))]
+mod quantum_tests;
 
-pub use policy::Policy;
+pub use policy::{Order, Policy, Priority};
 pub use shell::{KeyslotGuard, Keyslots, KeyslotsStatus};
 pub use table::{EvictOutcome, KeyslotTable, SlotCounters, SlotStatus};

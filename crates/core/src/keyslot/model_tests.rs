@@ -142,6 +142,7 @@ impl World {
                     assert_eq!(self.evicting[&by], key);
                     self.todo = Some(action);
                 }
+                Action::WakeAt { .. } => unreachable!("nobody has told the time"),
                 Action::Grant { ticket, grant } => {
                     let waiting = self.waiting.remove(&ticket).expect("it waits");
                     self.grant(waiting.key, grant, Some(ticket));
@@ -261,7 +262,7 @@ proptest! {
         program_retries in 0u32..3,
         steps in proptest::collection::vec(step(), 0..120),
     ) {
-        let mut world = World::new(slots, Policy { bypass_max, program_retries });
+        let mut world = World::new(slots, Policy { bypass_max, program_retries, ..Policy::default() });
         for step in steps {
             world.apply(step);
         }

@@ -3,12 +3,13 @@
 //! A thread that waits has a mailbox; whoever causes an action for it puts the action there and wakes that thread alone.
 //! Programs are carried out by the thread that needs them, so that a request that is merely done never pays for others.
 
-use super::policy::Policy;
+use super::policy::{Policy, Priority};
 use super::table::{Acquired, Action, EvictOutcome, Grant, KeyslotTable, Programmed, SlotStatus, Ticket};
 use crate::engine::{Engine, SlotIndex};
+use crate::env::{Clock, StoppedClock};
 use crate::error::{Error, ErrorKind, Op};
 use crate::key::{Key, KeyId};
-use crate::sync::{Condvar, Mutex, MutexGuard, wait};
+use crate::sync::{Condvar, Mutex, MutexGuard, wait, wait_timeout};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
@@ -17,6 +18,7 @@ use std::sync::Arc;
 #[derive(Debug)]
 pub struct Keyslots {
     engine: Arc<dyn Engine>,
+    clock: Arc<dyn Clock>,
     state: Mutex<State>,
 }
 
@@ -46,6 +48,8 @@ enum Letter {
     Granted(Grant),
     Program(SlotIndex),
     Failed(Error),
+    /// Come back at this time.
+    WakeAt(u64),
     Evict(SlotIndex),
     Evicted(EvictOutcome),
 }
@@ -115,7 +119,13 @@ impl Keyslots {
             waits: 0,
             resets: 0,
         };
-        Self { engine, state: Mutex::new(state) }
+        Self { engine, clock: Arc::new(StoppedClock), state: Mutex::new(state) }
+    }
+
+    /// The same with a clock: without, keys have no quanta.
+    #[must_use]
+    pub fn with_clock(self, clock: Arc<dyn Clock>) -> Self {
+        Self { clock, ..self }
     }
 
     /// Takes a keyslot that holds `key`, programming one if need be.
@@ -130,6 +140,7 @@ impl Keyslots {
     /// thread must not hold a keyslot while it asks for another, nor call this from inside the engine.
     pub fn acquire(&self, key: &Arc<Key>) -> Result<KeyslotGuard<'_>, Error> {
         let mut state = self.state.lock();
+        self.tell_time(&mut state, Some(key.id()));
         let mut actions = Vec::new();
         let ticket = match state.table.acquire(key.id(), &mut actions) {
             Acquired::Granted(grant) => return Ok(KeyslotGuard { keyslots: self, grant }),
@@ -138,10 +149,15 @@ impl Keyslots {
         state.waits += 1;
         let wake = state.open_mailbox(ticket);
         state.deliver(actions);
+        let mut wake_at = None;
         loop {
             state = self.program_orphans(state);
             match state.collect(ticket) {
-                None => state = wait(&wake, state),
+                None => match wake_at {
+                    None => state = wait(&wake, state),
+                    Some(at_ns) => state = self.wait_until(&wake, state, at_ns, &mut wake_at),
+                },
+                Some(Letter::WakeAt(at_ns)) => wake_at = Some(at_ns),
                 Some(Letter::Granted(grant)) => {
                     state.mailboxes.remove(&ticket);
                     return Ok(KeyslotGuard { keyslots: self, grant });
@@ -245,8 +261,47 @@ impl Keyslots {
         }
     }
 
+    /// How long a request for `key` would wait by and large, in nanoseconds.
+    #[must_use]
+    pub fn expected_wait_ns(&self, key: KeyId) -> u64 {
+        self.state.lock().table.expected_wait_ns(key)
+    }
+
+    /// How urgent the requests of `key` are.
+    pub fn set_priority(&self, key: KeyId, priority: Priority) {
+        self.state.lock().table.set_priority(key, priority);
+    }
+
+    /// Only when it makes a difference: asking a clock is not free, and most requests find their key and nobody waiting.
+    fn tell_time(&self, state: &mut State, key: Option<KeyId>) {
+        if state.table.needs_time(key) {
+            state.table.at(self.clock.now_ns());
+        }
+    }
+
+    /// Sleeps until woken or until the time has come, which it then tells the table.
+    fn wait_until<'a>(
+        &'a self,
+        wake: &Condvar,
+        state: MutexGuard<'a, State>,
+        at_ns: u64,
+        wake_at: &mut Option<u64>,
+    ) -> MutexGuard<'a, State> {
+        let left_ns = at_ns.saturating_sub(self.clock.now_ns());
+        let mut state = if left_ns > 0 { wait_timeout(wake, state, left_ns) } else { state };
+        let now_ns = self.clock.now_ns();
+        if now_ns >= at_ns {
+            *wake_at = None;
+            let mut actions = Vec::new();
+            state.table.at(now_ns).tick(&mut actions);
+            state.deliver(actions);
+        }
+        state
+    }
+
     fn release(&self, grant: Grant) {
         let mut state = self.state.lock();
+        self.tell_time(&mut state, None);
         let mut actions = Vec::new();
         state.table.release(grant, &mut actions);
         state.deliver(actions);
@@ -259,9 +314,12 @@ impl Keyslots {
         slot: SlotIndex,
         key: &Key,
     ) -> MutexGuard<'a, State> {
+        let mut state = state;
+        state.table.engine_begins(self.clock.now_ns());
         drop(state);
         let result = self.engine.program(slot, key);
         let mut state = self.state.lock();
+        state.table.at(self.clock.now_ns());
         let outcome = match &result {
             Ok(()) => Programmed::Done,
             Err(error) if error.kind() == ErrorKind::KeyRejected => Programmed::Rejected,
@@ -313,6 +371,7 @@ impl State {
                     self.orphans.push((slot, key));
                     continue;
                 }
+                Action::WakeAt { ticket, at_ns } => (ticket, Letter::WakeAt(at_ns)),
                 Action::Evict { slot, by, .. } => (by, Letter::Evict(slot)),
                 Action::Evicted { ticket, outcome } => (ticket, Letter::Evicted(outcome)),
                 Action::Fail { ticket } => {
@@ -324,7 +383,7 @@ impl State {
                 }
             };
             let mailbox = self.mailboxes.get_mut(&ticket).expect("who is named waits");
-            assert!(mailbox.letter.is_none(), "one letter at a time");
+            assert!(matches!(mailbox.letter, None | Some(Letter::WakeAt(_))), "one letter at a time");
             mailbox.letter = Some(letter);
             mailbox.wake.notify_one();
         }

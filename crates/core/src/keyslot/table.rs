@@ -21,10 +21,27 @@
 //!   same key back after a reset;
 //! - a pinned key is displaced by nobody, and at least one keyslot holds no pinned key;
 //! - a granted keyslot holds the asked key until it is released or the engine reports it lost;
-//! - a waiter is granted after at most as many others as waited before it, plus `bypass_max`.
+//! - a waiter is granted after at most as many others as waited before it, plus `bypass_max`, plus what the quanta of the
+//!   keys in the keyslots let pass.
+//!
+//! # How long a request waits
+//!
+//! Time is told with [`KeyslotTable::at`]; a table that is never told any has no quanta. Let `p` be the time of a program
+//! with its retries, `q` the quantum, `h` the longest that one request holds a keyslot, `b` the bypass bound. A keyslot
+//! that holds a key nobody pinned can be taken from it at the latest `q` after it was programmed, when the requests granted
+//! until then are done (`h`), and those that the bypass let pass (at most `b * h`). Programs come one after the other. So
+//! the `n`th waiter for a key of its own (no key waits twice: waiters for one key are granted together, `bypass_max`
+//! permitting) on `s` keyslots that are not pinned is granted within
+//!
+//! ```text
+//!     ceil(n / s) * (q + (b + 1) * h) + n * p
+//! ```
+//!
+//! and while all of `s` are busy, programs take at most the policy's share of the time, since each is followed by its
+//! quantum on that keyslot.
 
 use super::lru::LruList;
-use super::policy::Policy;
+use super::policy::{Order, Policy, Priority};
 use crate::engine::SlotIndex;
 use crate::key::KeyId;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -63,6 +80,14 @@ pub enum Action {
         key: KeyId,
         /// The request that it is for.
         by: Option<Ticket>,
+    },
+    /// Tell the table the time ([`KeyslotTable::tick`]) at `at_ns`, unless something else happens to `ticket` before. It
+    /// replaces what was asked before.
+    WakeAt {
+        /// The request at the head, which has most to gain.
+        ticket: Ticket,
+        /// When, in the nanoseconds of [`KeyslotTable::at`].
+        at_ns: u64,
     },
     /// Evict `key` from `slot`, then report [`KeyslotTable::evicted`].
     Evict {
@@ -148,6 +173,10 @@ struct Slot {
     fill: Fill,
     users: u32,
     filling: u64,
+    /// Until when its key keeps it while it has requests, in nanoseconds.
+    quantum_end_ns: u64,
+    /// Since when it is idle, in nanoseconds.
+    idle_since_ns: u64,
 }
 
 /// What happened in one keyslot since the start. Counters only grow.
@@ -196,12 +225,23 @@ pub struct KeyslotTable {
     waiters: VecDeque<Waiter>,
     /// Keys that are not displaced. Fewer than there are keyslots: admission sees to that.
     pinned: BTreeSet<KeyId>,
+    /// Keys that are not of normal priority.
+    priorities: BTreeMap<KeyId, Priority>,
     /// Evictions that wait for the engine to be free.
     evictions: BTreeMap<Ticket, KeyId>,
     /// The keyslot for which the engine has something to do.
     engine_at: Option<u32>,
     last_ticket: u64,
     last_filling: u64,
+    now_ns: u64,
+    /// When the engine was given what it is doing.
+    engine_since_ns: u64,
+    /// How long a program takes: the average, the last ones counting most.
+    program_ns: u64,
+    /// What was last asked for with [`Action::WakeAt`].
+    wake: Option<(Ticket, u64)>,
+    /// Whom the upstream policy's race favours next.
+    race: u64,
 }
 
 impl KeyslotTable {
@@ -213,32 +253,64 @@ impl KeyslotTable {
     #[must_use]
     pub fn new(count: u32, policy: Policy) -> Self {
         assert!(count > 0, "an engine without keyslots needs no table");
+        let slot = Slot { fill: Fill::Empty, users: 0, filling: 0, quantum_end_ns: 0, idle_since_ns: 0 };
         let mut empty = LruList::new(count);
         (0..count).for_each(|slot| empty.push_back(slot));
         Self {
             policy,
-            slots: vec![Slot { fill: Fill::Empty, users: 0, filling: 0 }; count as usize],
+            slots: vec![slot; count as usize],
             counters: vec![SlotCounters::default(); count as usize],
             by_key: BTreeMap::new(),
             empty,
             idle: LruList::new(count),
             waiters: VecDeque::new(),
             pinned: BTreeSet::new(),
+            priorities: BTreeMap::new(),
             evictions: BTreeMap::new(),
             engine_at: None,
             last_ticket: 0,
             last_filling: 0,
+            now_ns: 0,
+            engine_since_ns: 0,
+            program_ns: 0,
+            wake: None,
+            race: 0,
         }
+    }
+
+    /// Tells the time, in nanoseconds since some fixed moment, before an event. Time that goes back is ignored.
+    pub fn at(&mut self, now_ns: u64) -> &mut Self {
+        self.now_ns = self.now_ns.max(now_ns);
+        self
+    }
+
+    /// Whoever carries out a program begins with it now: what came before was a thread being woken, and does not count
+    /// as the engine's time.
+    pub fn engine_begins(&mut self, now_ns: u64) {
+        self.at(now_ns);
+        self.engine_since_ns = self.now_ns;
+    }
+
+    /// Nothing happened but time.
+    pub fn tick(&mut self, actions: &mut Vec<Action>) {
+        self.wake = None;
+        self.advance(actions);
+    }
+
+    /// Whether the time makes a difference to the next event: if somebody waits, or is about to, for `key`.
+    #[must_use]
+    pub fn needs_time(&self, key: Option<KeyId>) -> bool {
+        !self.waiters.is_empty() || key.is_some_and(|key| self.ready_slot(key).is_none())
     }
 
     /// A request wants a keyslot that holds `key`.
     ///
     /// Granted at once if the key is there and nobody has been passed too often; else queued.
     pub fn acquire(&mut self, key: KeyId, actions: &mut Vec<Action>) -> Acquired {
-        let nobody_passed_too_often =
-            self.waiters.front().is_none_or(|head| head.bypassed < self.policy.bypass_max);
-        if let Some(slot) = self.ready_slot(key).filter(|_| nobody_passed_too_often) {
-            self.waiters.iter_mut().for_each(|passed| passed.bypassed += 1);
+        if let Some(slot) = self.ready_slot(key).filter(|&slot| self.may_pass(slot)) {
+            if !self.is_within_quantum(slot) {
+                self.count_bypass(self.waiters.len());
+            }
             self.counters[slot as usize].hits += 1;
             return Acquired::Granted(self.grant(slot));
         }
@@ -260,6 +332,7 @@ impl KeyslotTable {
         if slot.users > 0 {
             return;
         }
+        slot.idle_since_ns = self.now_ns;
         match slot.fill {
             Fill::Ready { .. } => self.idle.push_back(index),
             Fill::Lost { .. } => self.make_empty(index),
@@ -309,6 +382,34 @@ impl KeyslotTable {
         }
     }
 
+    /// How urgent the requests of `key` are.
+    pub fn set_priority(&mut self, key: KeyId, priority: Priority) {
+        match priority {
+            Priority::Normal => self.priorities.remove(&key),
+            Priority::Low | Priority::High => self.priorities.insert(key, priority),
+        };
+    }
+
+    /// How long a request for `key` would wait by and large, in nanoseconds, judged by those that wait now and by how
+    /// long programs take: the bound of the module's documentation, without what cannot be known.
+    #[must_use]
+    pub fn expected_wait_ns(&self, key: KeyId) -> u64 {
+        if self.ready_slot(key).is_some() && self.waiters.is_empty() {
+            return 0;
+        }
+        let keys: BTreeSet<_> =
+            self.waiters.iter().map(|waiter| waiter.key).filter(|&other| other != key).collect();
+        let ahead = keys.len() as u64;
+        let free = self.empty.front().is_some() || self.idle.front().is_some();
+        if ahead == 0 && free {
+            return self.program_ns;
+        }
+        let keyslots = (self.slots.len() - self.pinned.len()).max(1) as u64;
+        let rounds = (ahead + 1).div_ceil(keyslots);
+        let quantum = self.policy.quantum_ns(self.program_ns);
+        rounds.saturating_mul(quantum).saturating_add((ahead + 1).saturating_mul(self.program_ns))
+    }
+
     /// The engine has carried out [`Action::Program`].
     ///
     /// # Panics
@@ -328,7 +429,14 @@ impl KeyslotTable {
         match outcome {
             Programmed::Done if again => self.start_program(index, key, by, attempts, actions),
             Programmed::Done => {
-                self.slots[index as usize].fill = Fill::Ready { key };
+                let took_ns = self.now_ns - self.engine_since_ns;
+                self.program_ns =
+                    if self.program_ns == 0 { took_ns } else { (7 * self.program_ns + took_ns) / 8 };
+                let quantum_ns = self.policy.quantum_ns(self.program_ns);
+                let slot = &mut self.slots[index as usize];
+                slot.fill = Fill::Ready { key };
+                slot.quantum_end_ns = self.now_ns.saturating_add(quantum_ns);
+                slot.idle_since_ns = self.now_ns;
                 self.by_key.insert(key, index);
                 match by {
                     Some(ticket) => {
@@ -464,7 +572,7 @@ impl KeyslotTable {
         assert!(self.waiters.iter().all(|waiter| waiter.bypassed <= self.policy.bypass_max));
         if self.engine_at.is_none() && !self.waiters.is_empty() {
             assert!(
-                self.victim().is_none() && empty.is_empty(),
+                (self.victim().is_none() || self.wake.is_some()) && empty.is_empty(),
                 "nobody waits while a keyslot and the engine are free"
             );
         }
@@ -505,6 +613,7 @@ impl KeyslotTable {
         slot.filling = self.last_filling;
         slot.fill = Fill::Programming { key, by, attempts, again: false };
         self.engine_at = Some(index);
+        self.engine_since_ns = self.now_ns;
         actions.push(Action::Program { slot: SlotIndex(index), key, by });
     }
 
@@ -537,22 +646,47 @@ impl KeyslotTable {
     fn grant_waiters(&mut self, actions: &mut Vec<Action>) {
         let mut next = 0;
         while let Some(waiter) = self.waiters.get(next) {
-            let allowed = next == 0 || self.waiters[0].bypassed < self.policy.bypass_max;
-            if !allowed {
-                return;
-            }
-            let Some(index) = self.ready_slot(waiter.key) else {
+            let ready = self.ready_slot(waiter.key);
+            let Some(index) = ready.filter(|&index| next == 0 || self.may_pass(index)) else {
                 next += 1;
                 continue;
             };
             let waiter = self.waiters.remove(next).expect("just looked at");
-            self.waiters.iter_mut().take(next).for_each(|passed| passed.bypassed += 1);
+            if !self.is_within_quantum(index) {
+                self.count_bypass(next);
+            }
             let counters = &mut self.counters[index as usize];
             counters.hits += 1;
             counters.waits += 1;
             let grant = self.grant(index);
             actions.push(Action::Grant { ticket: waiter.ticket, grant });
         }
+    }
+
+    /// The first `count` waiters are passed by one that came later.
+    fn count_bypass(&mut self, count: usize) {
+        self.waiters
+            .iter_mut()
+            .take(count)
+            .for_each(|passed| passed.bypassed = passed.bypassed.saturating_add(1));
+    }
+
+    /// Whether a request for the key in this keyslot may be granted before those that wait.
+    fn may_pass(&self, index: u32) -> bool {
+        let patient = |head: &Waiter| head.bypassed < self.policy.bypass_max;
+        self.waiters.front().is_none_or(patient) || self.is_within_quantum(index)
+    }
+
+    fn is_within_quantum(&self, index: u32) -> bool {
+        self.now_ns < self.slots[index as usize].quantum_end_ns
+    }
+
+    /// Until when an idle keyslot is kept for its key's next request, if it is.
+    fn kept_until(&self, index: u32) -> Option<u64> {
+        let slot = &self.slots[index as usize];
+        let patience_ns = slot.idle_since_ns.saturating_add(self.program_ns);
+        let until = slot.quantum_end_ns.min(patience_ns);
+        (self.program_ns >= self.policy.anticipation_min_ns && self.now_ns < until).then_some(until)
     }
 
     /// Whether the engine has something to do for it.
@@ -577,18 +711,57 @@ impl KeyslotTable {
         false
     }
 
-    /// The idle keyslot to take the key from: used longest ago, and not pinned.
+    /// The idle keyslot to take the key from: not pinned, not kept, of the lowest priority, used longest ago.
     fn victim(&self) -> Option<u32> {
-        self.idle.iter().find(|&index| match self.slots[index as usize].fill {
-            Fill::Ready { key } => !self.pinned.contains(&key),
+        let free = self.displaceable().filter(|&(index, _)| self.kept_until(index).is_none());
+        free.min_by_key(|&(_, priority)| priority).map(|(index, _)| index)
+    }
+
+    /// Idle keyslots whose key is not pinned, used longest ago first, with the key's priority.
+    fn displaceable(&self) -> impl Iterator<Item = (u32, Priority)> + '_ {
+        self.idle.iter().filter_map(|index| match self.slots[index as usize].fill {
+            Fill::Ready { key } => (!self.pinned.contains(&key)).then(|| (index, self.priority(key))),
             _ => unreachable!("an idle keyslot is ready"),
         })
     }
 
-    /// Programs the key of the waiter at the head into an empty keyslot, else into the idle one used longest ago.
+    fn priority(&self, key: KeyId) -> Priority {
+        self.priorities.get(&key).copied().unwrap_or_default()
+    }
+
+    /// Which waiter goes next.
+    fn pick(&mut self) -> usize {
+        if self.policy.order == Order::Upstream {
+            // Whoever gets the lock: as good as random, and repeatable (the constants are Knuth's MMIX).
+            self.race =
+                self.race.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            let waiting = self.waiters.len() as u64;
+            return usize::try_from((self.race >> 33) % waiting).expect("less than a length");
+        }
+        let patient = self.waiters[0].bypassed < self.policy.bypass_max;
+        if self.priorities.is_empty() || !patient {
+            return 0;
+        }
+        let most_urgent =
+            self.waiters.iter().enumerate().rev().max_by_key(|(_, waiter)| self.priority(waiter.key));
+        most_urgent.map_or(0, |(place, _)| place)
+    }
+
+    /// Programs the key of the waiter that goes next into an empty keyslot, else into the victim.
     fn program_for_head(&mut self, actions: &mut Vec<Action>) {
-        let Some(index) = self.empty.front().or_else(|| self.victim()) else { return };
-        let Some(head) = self.waiters.pop_front() else { return };
+        let Some(first) = self.waiters.front().map(|head| head.ticket) else { return };
+        let Some(index) = self.empty.front().or_else(|| self.victim()) else {
+            let kept = self.displaceable().filter_map(|(index, _)| self.kept_until(index)).min();
+            let wake = kept.map(|at_ns| (first, at_ns));
+            if wake.is_some() && wake != self.wake {
+                actions.extend(wake.map(|(ticket, at_ns)| Action::WakeAt { ticket, at_ns }));
+            }
+            self.wake = wake;
+            return;
+        };
+        let place = self.pick();
+        let head = self.waiters.remove(place).expect("one that waits");
+        self.count_bypass(place);
         self.empty.remove(index);
         self.idle.remove(index);
         // Forget the displaced key first: whatever becomes of the program, it is not there any more.
