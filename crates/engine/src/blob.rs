@@ -21,6 +21,7 @@
 //! - No raw key has 72 bytes, so neither can be taken for the other by length; and a raw key has the magic by chance
 //!   once in 2^96.
 
+use crate::ice;
 use inlinecrypt_cipher::kdf::counter_mode_cmac;
 use inlinecrypt_cipher::wrap;
 use inlinecrypt_core::error::{Error, ErrorKind, Op};
@@ -54,14 +55,14 @@ pub enum Form {
 }
 
 impl Form {
-    const fn byte(self) -> u8 {
+    pub(crate) const fn byte(self) -> u8 {
         match self {
             Self::LongTerm => 1,
             Self::Ephemeral => 2,
         }
     }
 
-    const fn from_byte(byte: u8) -> Option<Self> {
+    pub(crate) const fn from_byte(byte: u8) -> Option<Self> {
         match byte {
             1 => Some(Self::LongTerm),
             2 => Some(Self::Ephemeral),
@@ -99,6 +100,10 @@ impl fmt::Display for Form {
 pub struct WrappingKeyId([u8; 8]);
 
 impl WrappingKeyId {
+    pub(crate) const fn from_bytes(bytes: [u8; 8]) -> Self {
+        Self(bytes)
+    }
+
     /// The bytes.
     #[must_use]
     pub const fn to_bytes(self) -> [u8; 8] {
@@ -123,13 +128,17 @@ pub struct BlobInfo {
     pub wrapped_by: WrappingKeyId,
 }
 
-/// Reads a wrapped key's header. Proves nothing: only the engine that opens it does.
+/// Reads a wrapped key's header. Proves nothing: only the engine that opens it does. Blobs of ICE with HWKM v2 have such
+/// a header, too; those of HWKM v1 have none.
 ///
 /// # Errors
 ///
 /// A [`BlobError`], but never [`OtherForm`](BlobError::OtherForm), [`OtherKey`](BlobError::OtherKey) or
 /// [`Unauthentic`](BlobError::Unauthentic).
 pub fn inspect(blob: &[u8]) -> Result<BlobInfo, BlobError> {
+    if let Some((form, wrapped_by)) = ice::blob::parse_v2(blob) {
+        return Ok(BlobInfo { version: ice::blob::V2_VERSION, form, wrapped_by });
+    }
     Header::parse(blob).map(|(header, _sealed)| BlobInfo {
         version: VERSION,
         form: header.form,
@@ -139,7 +148,7 @@ pub fn inspect(blob: &[u8]) -> Result<BlobInfo, BlobError> {
 
 /// Whether `bytes` begin as a wrapped key does, whatever its version and however damaged the rest: which form it is.
 ///
-/// For telling files of raw and of wrapped keys apart.
+/// For telling files of raw and of wrapped keys apart. Knows this format, and both of the [ICE engine](crate::ice::blob).
 ///
 /// ```
 /// use inlinecrypt_engine::looks_like_wrapped_key;
@@ -148,6 +157,9 @@ pub fn inspect(blob: &[u8]) -> Result<BlobInfo, BlobError> {
 /// ```
 #[must_use]
 pub fn looks_like_wrapped_key(bytes: &[u8]) -> Option<Form> {
+    if let Some(form) = ice::blob::looks_like_v1(bytes) {
+        return Some(form);
+    }
     let rest = bytes.strip_prefix(&MAGIC)?;
     Form::from_byte(*rest.get(1)?)
 }

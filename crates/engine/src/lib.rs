@@ -9,8 +9,10 @@
 //!          open(spec, root) <-----------------'
 //!            |
 //!            v
-//!          dyn Engine   software (later: ice, isolated)
-//!            `- dyn KeyLadder   import, generate, prepare, derive software secret
+//!          dyn Engine   software, ice (later: isolated); verify wraps any of them
+//!            |- dyn KeyLadder   import, generate, prepare, derive software secret
+//!            |- dyn Exclusive   raw or wrapped keys, decided once: ice with a key manager
+//!            `- dyn Lifecycle   reset, suspend, resume: ice
 //! ```
 //!
 //! - An engine opened without a root takes raw keys only, and says so in its capabilities.
@@ -20,23 +22,27 @@
 //! To add an engine: its file, a variant of [`EngineSpec`], and its arm in [`open`]; the compiler points at the rest.
 //!
 //! Start reading at [`software`], the smallest complete engine; then [`blob`] for the format of wrapped keys, and
-//! [`root`] for where their wrapping key lives.
+//! [`root`] for where their wrapping key lives; then [`ice`], the model of hardware.
 
 #![forbid(unsafe_code)]
 
 pub mod blob;
 pub mod hardening;
+pub mod ice;
 mod ladder;
 mod random;
 pub mod root;
 pub mod software;
 mod spec;
+pub mod verify;
 
 pub use blob::{BlobError, BlobInfo, Form, WrappingKeyId, inspect, looks_like_wrapped_key};
 pub use hardening::harden_process;
+pub use ice::{Chance, Faults, IceEngine, IceSpec, IceVariant};
 pub use inlinecrypt_cipher::kdf::KdfVariant;
 pub use root::{Root, RootSpec};
 pub use spec::{EngineSpec, SoftwareSpec};
+pub use verify::{Sample, Verified};
 
 use inlinecrypt_core::engine::Engine;
 use inlinecrypt_core::error::Error;
@@ -44,11 +50,12 @@ use std::sync::Arc;
 
 /// Starts the engine that `spec` describes: the registry of engines.
 ///
-/// With a `root` it serves hardware-wrapped keys besides raw ones; without, raw keys only.
+/// With a `root` it serves hardware-wrapped keys besides raw ones, if it ever does; without, raw keys only.
 ///
 /// # Errors
 ///
-/// [`EngineFailed`](inlinecrypt_core::error::ErrorKind::EngineFailed) if the system gives no randomness.
+/// [`EngineFailed`](inlinecrypt_core::error::ErrorKind::EngineFailed) if the system gives no randomness, or the engine fails
+/// its self test.
 ///
 /// # Examples
 ///
@@ -64,5 +71,12 @@ use std::sync::Arc;
 pub fn open(spec: &EngineSpec, root: Option<&Root>) -> Result<Arc<dyn Engine>, Error> {
     match spec {
         EngineSpec::Software(software) => Ok(Arc::new(software::SoftwareEngine::new(*software, root)?)),
+        EngineSpec::Ice(ice) => {
+            let engine = Arc::new(ice::IceEngine::new(*ice, root)?);
+            Ok(match ice.verify {
+                Some(sample) => Arc::new(Verified::with_opener(engine.clone(), sample, engine)),
+                None => engine,
+            })
+        }
     }
 }

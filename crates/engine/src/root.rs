@@ -117,6 +117,8 @@ impl FromStr for RootSpec {
 /// ```
 pub struct Root {
     wrapper: Arc<Wrapper>,
+    /// What a chip-unique key is made from, for engines that model a chip.
+    chip: Box<Zeroizing<[u8; 32]>>,
     spec: RootSpec,
 }
 
@@ -233,8 +235,16 @@ impl Root {
         self.wrapper.clone()
     }
 
+    /// The key of the chip for which this root stands.
+    pub(crate) fn chip_key(&self) -> &[u8; 32] {
+        &self.chip
+    }
+
     fn from_secret(secret: &[u8; 32], spec: RootSpec) -> Self {
-        Self { wrapper: Arc::new(Wrapper::derive(secret, Form::LongTerm)), spec }
+        let mut chip = Box::new(Zeroizing::new([0; 32]));
+        // Part of the format of ICE blobs: a change makes every stored one unreadable.
+        counter_mode_cmac(secret, b"inlinecrypt v1 chip-unique key\0\0\0\x01\0", &mut **chip);
+        Self { wrapper: Arc::new(Wrapper::derive(secret, Form::LongTerm)), chip, spec }
     }
 
     /// A new root, or `None` if something has this name. What has the name is on the disk then, whoever made it.
@@ -270,7 +280,7 @@ impl Root {
 
 impl fmt::Debug for Root {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { wrapper, spec } = self;
+        let Self { wrapper, chip: _, spec } = self;
         write!(f, "Root({}, {spec})", wrapper.id())
     }
 }

@@ -1,5 +1,7 @@
 //! Which engine, and how: the text that people write.
 
+use crate::ice::{IceSpec, IceVariant};
+use crate::verify::Sample;
 use inlinecrypt_cipher::kdf::KdfVariant;
 use inlinecrypt_core::error::{Error, ErrorKind, Op};
 use std::fmt;
@@ -21,11 +23,17 @@ use std::str::FromStr;
 pub enum EngineSpec {
     /// The cipher in this process.
     Software(SoftwareSpec),
+    /// The model of a storage controller with its key manager and secure world.
+    Ice(IceSpec),
 }
 
 impl EngineSpec {
     /// What can be written, for help texts: one line per engine.
-    pub const HELP: &str = "software[:OPTION,...], options slots=0..65536 and kdf=v1|legacykdf|rearranged";
+    pub const HELP: &str = "software[:OPTION,...], options slots=0..65536 and kdf=v1|legacykdf|rearranged\n\
+        ice:raw|hwkm-v1|hwkm-v2|next[,OPTION,...], options slots=1..256, dun=8|4, units=512+...+65536, \
+        program-latency=TIME, kdf=v1|legacykdf|rearranged, faults=FAULT+..., seed=N and verify=N|all";
+    /// Every engine's name.
+    const NAMES: &str = "software, ice";
 
     /// The specs that every test of engines in general iterates.
     #[must_use]
@@ -40,6 +48,24 @@ impl EngineSpec {
             // The key comes with every request.
             software(0, KdfVariant::V1),
         ]
+        .into_iter()
+        .chain(Self::ice_for_tests())
+        .collect()
+    }
+
+    /// Each variant as it is shipped, and one odd one of each generation.
+    fn ice_for_tests() -> impl Iterator<Item = Self> {
+        let shipped = IceVariant::ALL.map(IceSpec::new);
+        let verified = Some(Sample::ALL);
+        let odd = [
+            // As in eMMC, with few sizes.
+            IceSpec { keyslots: 1, dun_bytes: 4, unit_mask: 0b1001, ..IceSpec::new(IceVariant::Raw) },
+            IceSpec { kdf: KdfVariant::LegacyKdf, keyslots: 4, ..IceSpec::new(IceVariant::HwkmV1) },
+            IceSpec { kdf: KdfVariant::Rearranged, keyslots: 2, ..IceSpec::new(IceVariant::HwkmV2) },
+            // Everything compared with software.
+            IceSpec { keyslots: IceSpec::KEYSLOTS_MAX, verify: verified, ..IceSpec::new(IceVariant::Next) },
+        ];
+        shipped.into_iter().chain(odd).map(Self::Ice)
     }
 
     /// How the engine derives inline encryption keys and software secrets.
@@ -47,6 +73,7 @@ impl EngineSpec {
     pub fn kdf(&self) -> KdfVariant {
         match self {
             Self::Software(software) => software.kdf,
+            Self::Ice(ice) => ice.kdf,
         }
     }
 }
@@ -61,6 +88,7 @@ impl fmt::Display for EngineSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Software(software) => software.fmt(f),
+            Self::Ice(ice) => ice.fmt(f),
         }
     }
 }
@@ -73,7 +101,8 @@ impl FromStr for EngineSpec {
         let options = Options { spec: text, options };
         match name {
             SoftwareSpec::NAME => SoftwareSpec::parse(&options).map(Self::Software),
-            _ => Err(options.error(format!("no engine {name:?}; the engines are: {}", SoftwareSpec::NAME))),
+            IceSpec::NAME => IceSpec::parse(&options).map(Self::Ice),
+            _ => Err(options.error(format!("no engine {name:?}; the engines are: {}", Self::NAMES))),
         }
     }
 }
@@ -102,7 +131,7 @@ impl SoftwareSpec {
             let (name, value) = option?;
             let repeated = match name {
                 "slots" => keyslots.replace(Self::parse_keyslots(options, value)?).is_some(),
-                "kdf" => kdf.replace(Self::parse_kdf(options, value)?).is_some(),
+                "kdf" => kdf.replace(options.kdf(value)?).is_some(),
                 _ => return Err(options.error(format!("no option {name:?}; the options are: slots, kdf"))),
             };
             if repeated {
@@ -122,13 +151,6 @@ impl SoftwareSpec {
             .ok_or_else(|| {
                 options.error(format!("slots={value:?}: not a number from 0 to {}", Self::KEYSLOTS_MAX))
             })
-    }
-
-    fn parse_kdf(options: &Options<'_>, value: &str) -> Result<KdfVariant, Error> {
-        KdfVariant::from_name(value).ok_or_else(|| {
-            let known = KdfVariant::ALL.map(KdfVariant::name).join(", ");
-            options.error(format!("kdf={value:?}: the key derivations are: {known}"))
-        })
     }
 }
 
@@ -157,13 +179,32 @@ impl fmt::Display for SoftwareSpec {
 }
 
 /// What stands behind the colon, and the whole text for messages.
-struct Options<'s> {
+#[derive(Clone, Copy)]
+pub(crate) struct Options<'s> {
     spec: &'s str,
     options: Option<&'s str>,
 }
 
 impl<'s> Options<'s> {
-    fn iter(&self) -> impl Iterator<Item = Result<(&'s str, &'s str), Error>> {
+    /// What stands first, and the options behind it.
+    pub(crate) fn split_first(self) -> (&'s str, Self) {
+        let Self { spec, options } = self;
+        let (first, rest) = match options.unwrap_or_default().split_once(',') {
+            Some((first, rest)) => (first, Some(rest)),
+            None => (options.unwrap_or_default(), None),
+        };
+        (first, Self { spec, options: rest })
+    }
+
+    /// The key derivation of this name.
+    pub(crate) fn kdf(&self, value: &str) -> Result<KdfVariant, Error> {
+        KdfVariant::from_name(value).ok_or_else(|| {
+            let known = KdfVariant::ALL.map(KdfVariant::name).join(", ");
+            self.error(format!("kdf={value:?}: the key derivations are: {known}"))
+        })
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = Result<(&'s str, &'s str), Error>> {
         self.options.into_iter().flat_map(|options| options.split(',')).map(|option| {
             option.split_once('=').ok_or_else(|| {
                 self.error(format!("{option:?} is not OPTION=VALUE, several separated by commas"))
@@ -171,7 +212,7 @@ impl<'s> Options<'s> {
         })
     }
 
-    fn error(&self, why: String) -> Error {
+    pub(crate) fn error(&self, why: String) -> Error {
         Error::new(ErrorKind::Invalid, Op::Open).detail(format!("engine {:?}: {why}", self.spec))
     }
 }
@@ -197,7 +238,7 @@ mod tests {
     fn what_is_not_known_is_refused_with_a_list_of_what_is() {
         for (text, expected) in [
             ("", "no engine \"\"; the engines are: software"),
-            ("ice", "no engine \"ice\"; the engines are: software"),
+            ("tpm", "no engine \"tpm\"; the engines are: software, ice"),
             ("Software", "the engines are: software"),
             ("software:", "\"\" is not OPTION=VALUE"),
             ("software:slots", "\"slots\" is not OPTION=VALUE"),
@@ -221,8 +262,11 @@ mod tests {
     #[test]
     fn the_bounds_of_the_number_of_keyslots_are_accepted() {
         for slots in [0, 1, 65_536] {
-            let EngineSpec::Software(spec) = format!("software:slots={slots}").parse().unwrap();
-            assert_eq!(spec.keyslots, slots);
+            let spec: EngineSpec = format!("software:slots={slots}").parse().unwrap();
+            assert_eq!(
+                spec,
+                EngineSpec::Software(SoftwareSpec { keyslots: slots, ..SoftwareSpec::default() })
+            );
         }
     }
 
@@ -231,6 +275,9 @@ mod tests {
         assert!(EngineSpec::HELP.starts_with(SoftwareSpec::NAME));
         assert!(EngineSpec::HELP.contains(&KdfVariant::ALL.map(KdfVariant::name).join("|")));
         assert!(EngineSpec::HELP.contains(&format!("0..{}", SoftwareSpec::KEYSLOTS_MAX)));
+        assert!(EngineSpec::HELP.ends_with(IceSpec::HELP));
+        assert!(IceSpec::HELP.contains(&IceVariant::ALL.map(IceVariant::name).join("|")));
+        assert_eq!(EngineSpec::NAMES, [SoftwareSpec::NAME, IceSpec::NAME].join(", "));
     }
 
     proptest! {
