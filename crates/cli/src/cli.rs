@@ -84,12 +84,16 @@ pub(crate) struct LayoutArgs {
 #[derive(Args, Clone, Debug, Default)]
 #[command(next_help_heading = "Engine")]
 pub(crate) struct EngineArgs {
-    /// Engine that encrypts: software[:slots=0..65536][,kdf=v1|legacykdf|rearranged] [default: software]
-    #[arg(long, value_name = "SPEC", value_parser = parse_core::<EngineSpec>)]
+    /// Engine that encrypts
+    #[arg(long, value_name = "SPEC", value_parser = parse_core::<EngineSpec>, help = engine_help())]
     pub(crate) engine: Option<EngineSpec>,
     /// File of the root, which wraps keys for storage [default: root.key in the home described in `inlinecrypt --help`]
     #[arg(long, value_name = "PATH", value_parser = parse_core::<RootSpec>)]
     pub(crate) root: Option<RootSpec>,
+}
+
+fn engine_help() -> String {
+    format!("Engine that encrypts [default: {}]. One of:\n{}", EngineSpec::default(), EngineSpec::HELP)
 }
 
 const SERVE_EXAMPLES: &str = "\

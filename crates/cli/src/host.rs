@@ -1,15 +1,14 @@
 //! From a plan to admitted keys: roots, engines, keys, layouts, admissions. Opens nothing for writing, so `check` and
 //! `serve` share it.
 
-use crate::cli::FallbackArg;
-use crate::cli::TlsArg;
+use crate::cli::{FallbackArg, TlsArg};
 use crate::files::Medium;
 use crate::identifier::Identifier;
 use crate::keyfile::{KeySource, LoadedKey, Wanted};
 use crate::plan::{EnginePlan, LayoutPlan, Plan, TlsPlan, VolumePlan};
 use crate::report::{Code, Failure, note};
 use crate::size::Size;
-use inlinecrypt_core::admission::{Fallback, Reason};
+use inlinecrypt_core::admission::{Fallback, Hold, Reason, Terms, Timestamp};
 use inlinecrypt_core::config::{Hardware, InvalidKey};
 use inlinecrypt_core::disk::LARGE_BUFFER_BYTES;
 use inlinecrypt_core::error::Error;
@@ -21,6 +20,7 @@ use inlinecrypt_core::volume::Layout;
 use inlinecrypt_engine::{EngineSpec, Root, SoftwareSpec, WrappingKeyId};
 use inlinecrypt_io::export::nbd::{ClientCertificates, TlsFiles, TlsMode, TlsSetup};
 use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Large buffers of one engine: enough for as many requests in flight as matter, 20 MiB if all are ever touched.
 const LARGE_BUFFERS: usize = 64;
@@ -181,7 +181,7 @@ fn admit(volume: &VolumePlan, medium: &Medium, engine: &HostEngine) -> Result<Re
     let label = &volume.label;
     let layout = layout(&volume.layout, medium.len_bytes, label)?;
     let key = volume.key.load().map_err(|failure| failure.within(label))?;
-    let (admission, identifier) = admit_key(&key, &volume.key, &layout, volume.fallback, engine)
+    let (admission, identifier) = admit_key(&key, &volume.key, &layout, volume.fallback, engine, label)
         .map_err(|failure| failure.within(label))?;
     if let Some(expected) = volume.key_id.filter(|expected| *expected != identifier) {
         return Err(Failure::new(
@@ -218,6 +218,7 @@ pub(crate) fn admit_key(
     layout: &Layout,
     fallback: FallbackArg,
     engine: &HostEngine,
+    label: &str,
 ) -> Result<(Admission, Identifier), Failure> {
     key.check_length(layout.mode(), source)?;
     if fallback != FallbackArg::Off && matches!(key, LoadedKey::Wrapped(_)) {
@@ -236,8 +237,13 @@ pub(crate) fn admit_key(
     let identifier = Identifier::of(&form, &engine.profile)
         .map_err(|error| Failure::of(format!("{source} is refused"), &error))?;
     let key = new_key(form, layout, fallback).map_err(|why| refused_key(source, why))?;
-    let policy = if fallback == FallbackArg::Off { Fallback::Off } else { Fallback::Allowed };
-    let admission = engine.profile.admit(key, policy).map_err(|refusal| {
+    let terms = Terms {
+        fallback: if fallback == FallbackArg::Off { Fallback::Off } else { Fallback::Allowed },
+        hold: Hold::Register,
+        label: label.to_owned(),
+        now: Timestamp(seconds_now()),
+    };
+    let admission = engine.profile.admit(key, terms).map_err(|refusal| {
         let advice = match refusal.reason() {
             Reason::FallbackOff(_) => {
                 "Choose what it can do (inlinecrypt engine info), or allow --fallback allowed."
@@ -249,6 +255,11 @@ pub(crate) fn admit_key(
         Failure::new(Code::of(error.kind()), error.chain(), advice)
     })?;
     Ok((admission, identifier))
+}
+
+/// Seconds since the beginning of 1970.
+pub(crate) fn seconds_now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
 }
 
 fn new_key(form: KeyForm, layout: &Layout, fallback: FallbackArg) -> Result<Arc<Key>, InvalidKey> {

@@ -78,9 +78,11 @@ impl Failure {
     /// An error of the crates below, met while doing `what`. Their messages carry advice behind the last semicolon.
     pub(crate) fn of(what: impl Display, error: &Error) -> Self {
         let text = error.chain();
+        // That something was opened, and that it is an argument, is plain from what a person wrote.
+        let text = text.strip_prefix("open: invalid argument: ").unwrap_or(&text);
         let (why, advice) = match text.split_once("; ") {
             Some((why, advice)) => (why.to_owned(), sentence(advice)),
-            None => (text, default_advice(error.kind()).to_owned()),
+            None => (text.to_owned(), default_advice(error.kind()).to_owned()),
         };
         Self::new(Code::of(error.kind()), format!("{what}: {why}"), advice)
     }

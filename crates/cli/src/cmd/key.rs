@@ -8,7 +8,6 @@ use crate::plan;
 use crate::report::{Code, Failure, print, print_bytes, print_json};
 use inlinecrypt_core::error::ErrorKind;
 use inlinecrypt_core::key::{KeyForm, LongTermWrappedKey, RawKey};
-use inlinecrypt_engine::blob::MASTER_KEY_BYTES;
 use inlinecrypt_engine::{Form, Root, inspect, looks_like_wrapped_key};
 use serde::Serialize;
 use std::io::{self, IsTerminal as _, Write as _};
@@ -43,26 +42,22 @@ fn import(args: &KeyTransform) -> Result<(), Failure> {
             "Use it as it is: inlinecrypt serve --key FILE",
         ));
     }
-    if bytes.len() != MASTER_KEY_BYTES {
-        let hint = if bytes.len() == MASTER_KEY_BYTES + 1 && bytes.ends_with(b"\n") {
+    let engine = open(engine, Roots::MakeIfMissing)?;
+    let blob = engine.profile.import(&RawKey::new(&bytes)).map_err(|error| {
+        let failure = Failure::of("cannot import", &error);
+        if error.kind() != ErrorKind::Invalid {
+            return failure;
+        }
+        // What is wrong is the key, and mostly how it was written.
+        let hint = if bytes.ends_with(b"\n") {
             "It ends in a line feed, which is not part of a key: write it without."
-        } else if !bytes.is_empty() && bytes.trim_ascii_end().iter().all(u8::is_ascii_hexdigit) {
+        } else if !bytes.is_empty() && bytes.iter().all(u8::is_ascii_hexdigit) {
             "It looks like hexadecimal: write the bytes themselves (xxd -r -p)."
         } else {
             "Give a raw key of that length. Keys for the cipher itself are used with: serve --key raw:FILE"
         };
-        return Err(Failure::new(
-            Code::Refused,
-            format!(
-                "cannot import: the raw key has {} bytes, and the engine wraps {MASTER_KEY_BYTES}",
-                bytes.len()
-            ),
-            hint,
-        ));
-    }
-    let engine = open(engine, Roots::MakeIfMissing)?;
-    let blob =
-        engine.profile.import(&RawKey::new(&bytes)).map_err(|error| Failure::of("cannot import", &error))?;
+        Failure { code: Code::Refused, ..failure.advise(hint) }
+    })?;
     finish_long_term(&blob, &engine, out.as_deref())
 }
 

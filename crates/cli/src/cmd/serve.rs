@@ -41,7 +41,6 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 pub(super) fn run(mut args: Serve) -> Result<(), Failures> {
     // First, so that a signal at any moment is an orderly stop.
@@ -297,7 +296,7 @@ impl Running {
         let server = NbdServer::new(exports, options).map_err(|error| Failure::of("cannot serve", &error))?;
         let identifiers =
             volumes.iter().map(|served| (served.volume.admission().key().id(), served.identifier)).collect();
-        let started_at = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
+        let started_at = host::seconds_now();
         Ok(Self { server, volumes, engines: facts, identifiers, uris: Vec::new(), started_at })
     }
 

@@ -1,0 +1,23 @@
+//! The command as a person meets it: what it makes, what it says, and how it refuses.
+//!
+//! ```text
+//!   main_job      one command, and the next
+//!   volumes       bad sizes, files, layouts; descriptions
+//!   keys          bad keys and roots; the ladder
+//!   configs       configs, and `check`
+//!   control       `status`
+//!   stopping      signals, sockets, service managers
+//!   pages         help, manual pages, completions
+//!     place       a home of its own for each test, and the command in it
+//! ```
+//!
+//! System tests with real clients are in `tests/system`.
+
+mod configs;
+mod control;
+mod keys;
+mod main_job;
+mod pages;
+mod place;
+mod stopping;
+mod volumes;
