@@ -1,19 +1,13 @@
 //! A disk in memory, without encryption: for trying exports, and for tests, where it fails and dawdles on demand.
 
-use inlinecrypt_core::admission::Fallback;
 use inlinecrypt_core::backing::{Access, Durability, Extent};
-use inlinecrypt_core::config::{DataUnitSize, Hardware, Mode};
 use inlinecrypt_core::disk::{CHUNK_BYTES, Disk, Geometry, LARGE_BUFFER_BYTES, Span, Unaligned, Zeroing};
 use inlinecrypt_core::error::{Error, ErrorKind, Op};
-use inlinecrypt_core::key::{Key, KeyForm, RawKey};
-use inlinecrypt_core::keyslot::Policy;
 use inlinecrypt_core::memory::{Buffer, HeapSource, MemoryPool};
-use inlinecrypt_core::profile::CryptoProfile;
-use inlinecrypt_core::testing::{FakeEngine, MemBacking};
-use inlinecrypt_core::volume::{Discard, Layout, SECTOR_BYTES, Volume};
+use inlinecrypt_core::volume::SECTOR_BYTES;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Mutex, PoisonError, RwLock};
 use std::thread;
 use std::time::Duration;
 
@@ -24,8 +18,6 @@ pub struct RamDisk {
     /// Pieces never cross a chunk, so one lock each suffices.
     chunks: Vec<RwLock<Option<Box<[u8]>>>>,
     pool: MemoryPool,
-    /// Knows how to cut requests; its content does not matter.
-    cutter: Volume,
     has_faults: AtomicBool,
     faults: Mutex<Faults>,
     flushes: AtomicU64,
@@ -71,7 +63,6 @@ impl RamDisk {
             geometry,
             chunks: (0..chunks).map(|_| RwLock::new(None)).collect(),
             pool: MemoryPool::new(LARGE_BUFFER_BYTES, 8),
-            cutter: cutter().expect("the fake engine admits every raw key"),
             has_faults: AtomicBool::new(false),
             faults: Mutex::default(),
             flushes: AtomicU64::new(0),
@@ -166,27 +157,6 @@ impl RamDisk {
     }
 }
 
-/// A volume of 512-byte data units, whose spans are those of a disk in memory: payload first, nothing around it but at
-/// unaligned edges.
-fn cutter() -> Result<Volume, Error> {
-    let unit = DataUnitSize::from_bytes(SECTOR_BYTES)
-        .ok_or_else(|| Error::new(ErrorKind::Bug, Op::Open).detail("512 is a data unit size"))?;
-    let layout = Layout::new(Mode::Aes256Xts, unit, None, 0, SECTOR_BYTES.into())?;
-    let bytes: Vec<u8> = (0..64).collect();
-    let key = Key::new(
-        Mode::Aes256Xts,
-        unit,
-        layout.dun_bytes(),
-        KeyForm::Raw(RawKey::new(&bytes)),
-        Hardware::Allowed,
-    )?;
-    let engine = Arc::new(FakeEngine::with_keyslots(1));
-    let profile = Arc::new(CryptoProfile::new(engine, MemoryPool::new(0, 0), Policy::default())?);
-    let admission = profile.admit(key, Fallback::Off)?;
-    let backing = Arc::new(MemBacking::new(512, SECTOR_BYTES));
-    Volume::new(layout, admission, backing, Access::ReadWrite, Discard::Off)
-}
-
 impl Disk for RamDisk {
     fn geometry(&self) -> Geometry {
         self.geometry
@@ -201,7 +171,8 @@ impl Disk for RamDisk {
     }
 
     fn span(&self, offset: u64, len: u64, buffer_bytes: usize) -> Span {
-        self.cutter.span(offset, len, buffer_bytes)
+        // Payload first: in units of one byte there are no edges.
+        Span::cut(1, offset, len, buffer_bytes)
     }
 
     fn check(&self, offset: u64, len: u64, access: Access) -> Result<(), Error> {
