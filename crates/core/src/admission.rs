@@ -24,6 +24,7 @@ use crate::caps::{Capabilities, Unsupported};
 use crate::config::{CryptoConfig, KeyType};
 use crate::error::{Error, ErrorKind, Op};
 use crate::key::KeyId;
+use crate::keyslot::Priority;
 use std::collections::BTreeMap;
 use std::fmt;
 
@@ -114,6 +115,13 @@ pub struct Terms {
     pub fallback: Fallback,
     /// What it needs.
     pub hold: Hold,
+    /// How urgent its requests are.
+    pub priority: Priority,
+    /// Whether it is programmed right away, waiting for a keyslot if need be, and not by its first request.
+    pub preprogram: bool,
+    /// A raw key's request goes to the software fallback, if that is allowed, when it would wait longer than this for a
+    /// keyslot, in nanoseconds.
+    pub spill_after_ns: Option<u64>,
     /// Who asks, for messages: a volume's name.
     pub label: String,
     /// When.
@@ -123,7 +131,15 @@ pub struct Terms {
 impl From<Fallback> for Terms {
     /// Registers a key for nobody in particular.
     fn from(fallback: Fallback) -> Self {
-        Self { fallback, hold: Hold::Register, label: "another key".to_owned(), now: Timestamp::default() }
+        Self {
+            fallback,
+            hold: Hold::Register,
+            priority: Priority::Normal,
+            preprogram: false,
+            spill_after_ns: None,
+            label: "another key".to_owned(),
+            now: Timestamp::default(),
+        }
     }
 }
 

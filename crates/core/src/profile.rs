@@ -1,7 +1,7 @@
 //! Crypto profiles: an engine with its capabilities, keyslots and admissions, and perhaps a software fallback.
 //!
-//! The life of a key: [`admit`](CryptoProfile::admit) checks and registers it; [`Admission::crypt`] uses it, programming
-//! it when need be; dropping the last [`Admission`] evicts it.
+//! The life of a key: [`admit`](CryptoProfile::admit) checks and registers it; [`Admission::begin`] uses it for a
+//! request, programming it when need be; dropping the last [`Admission`] evicts it.
 
 use crate::admission::{
     Action, AdmissionTable, Applicant, Application, Hold, Mode, Reason, Refusal, ServedBy, Terms, Timestamp,
@@ -10,13 +10,14 @@ use crate::admission::{
 use crate::caps::Capabilities;
 use crate::config::KeyType;
 use crate::context::runs;
-use crate::engine::{Direction, Engine, KeyLadder, KeyRef};
+use crate::engine::{Direction, Engine, KeyLadder, KeyRef, SlotHold};
+use crate::env::Clock;
 use crate::error::{Error, ErrorKind, Op};
 use crate::key::{
     EphemeralWrappedKey, Key, KeyForm, KeyId, LongTermWrappedKey, RAW_KEY_BYTES_MAX, RawKey, SoftwareSecret,
     WRAPPED_KEY_BYTES_MAX,
 };
-use crate::keyslot::{Keyslots, KeyslotsStatus, Policy};
+use crate::keyslot::{KeyslotGuard, Keyslots, KeyslotsStatus, Policy};
 use crate::memory::{Buffer, Memory, MemoryPool};
 use crate::sync::{Condvar, Mutex, MutexGuard, wait};
 use inlinecrypt_cipher::Dun;
@@ -24,6 +25,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Least bytes of a raw key to import (the `BLKCRYPTOIMPORTKEY` ioctl's bound).
 const IMPORT_BYTES_MIN: usize = 16;
@@ -45,6 +47,8 @@ pub struct CryptoProfile {
     answered: Condvar,
     fallback: Option<Arc<CryptoProfile>>,
     pool: MemoryPool,
+    /// Requests that went to the fallback since a keyslot would have taken too long.
+    spills: AtomicU64,
 }
 
 /// The admission table, and its answers on their way to the threads that asked.
@@ -65,6 +69,8 @@ pub struct ProfileStatus {
     pub keys: usize,
     /// Keys that have a keyslot reserved.
     pub pinned: u32,
+    /// Requests that went to the fallback since a keyslot would have taken too long.
+    pub spills: u64,
     /// Which key types it serves.
     pub mode: Mode,
     /// Its keyslots; `None` for an engine without.
@@ -86,13 +92,27 @@ impl CryptoProfile {
         let keyslots = (capabilities.keyslots > 0).then(|| Keyslots::new(engine.clone(), policy));
         let table = AdmissionTable::new(capabilities.keyslots, engine.exclusive().is_some());
         let register = Mutex::new(Register { table, answers: BTreeMap::new() });
-        Ok(Self { engine, keyslots, register, answered: Condvar::new(), fallback: None, pool })
+        Ok(Self {
+            engine,
+            keyslots,
+            register,
+            answered: Condvar::new(),
+            fallback: None,
+            pool,
+            spills: AtomicU64::new(0),
+        })
     }
 
     /// The same with a software fallback for raw keys that this engine cannot serve.
     #[must_use]
     pub fn with_fallback(self, fallback: Arc<Self>) -> Self {
         Self { fallback: Some(fallback), ..self }
+    }
+
+    /// The same with a clock: without, keys have no quanta on their keyslots.
+    #[must_use]
+    pub fn with_clock(self, clock: Arc<dyn Clock>) -> Self {
+        Self { keyslots: self.keyslots.map(|keyslots| keyslots.with_clock(clock)), ..self }
     }
 
     /// The engine's name.
@@ -121,11 +141,13 @@ impl CryptoProfile {
     ///
     /// May wait for the engine, and for a switch that somebody else has begun. Not for the data path.
     pub fn admit(self: &Arc<Self>, key: Arc<Key>, terms: impl Into<Terms>) -> Result<Admission, Refusal> {
-        let Terms { fallback: policy, hold, label, now } = terms.into();
+        let Terms { fallback: policy, hold, priority, preprogram, spill_after_ns, label, now } = terms.into();
         let refuse = |reason| Refusal::new(self.name(), reason);
         let software = self.fallback.as_ref().map(|fallback| fallback.capabilities());
         let config = key.config();
         let mut served_by = decide(config, self.capabilities(), software, policy).map_err(refuse)?;
+        let software_may = config.key_type() == KeyType::Raw
+            && decide(config, &Capabilities::NONE, software, policy).is_ok();
         if served_by == ServedBy::Engine {
             if let KeyForm::Wrapped(blob) = key.form() {
                 // The engine opens the blob now, so that a bad one is refused here and not at the first write.
@@ -133,9 +155,7 @@ impl CryptoProfile {
                     self.derive_software_secret(blob).map_err(|error| refuse(Reason::Rejected(error)))?;
                 drop(secret);
             }
-            let fallback_ready = config.key_type() == KeyType::Raw
-                && decide(config, &Capabilities::NONE, software, policy).is_ok();
-            let (id, key_type) = (key.id(), config.key_type());
+            let (id, key_type, fallback_ready) = (key.id(), config.key_type(), software_may);
             let application = Application { key: id, key_type, hold, fallback_ready, label, now };
             served_by = self.ask(|table, actions| table.apply(application, actions)).map_err(refuse)?;
             if served_by == ServedBy::Engine {
@@ -146,7 +166,19 @@ impl CryptoProfile {
             let fallback = self.fallback.as_ref().expect("decided for a fallback that is there");
             return fallback.admit_alone(key).map_err(refuse);
         }
-        Ok(Admission { profile: self.clone(), key, hold, served_by })
+        let mut admission = Admission { profile: self.clone(), key, hold, served_by, spill: None };
+        if let Some(keyslots) = &self.keyslots {
+            keyslots.set_priority(admission.key.id(), priority);
+            if preprogram {
+                // If it fails, the first request tries again and says why.
+                drop(keyslots.acquire(&admission.key));
+            }
+        }
+        if let (Some(after_ns), Some(fallback), true) = (spill_after_ns, &self.fallback, software_may) {
+            let by = fallback.admit_alone(admission.key.clone()).map_err(refuse)?;
+            admission.spill = Some(Spill { after_ns, by: Box::new(by) });
+        }
+        Ok(admission)
     }
 
     /// Decides ahead of any key which type an exclusive engine serves. On any other engine this does nothing.
@@ -169,7 +201,7 @@ impl CryptoProfile {
         let (hold, label, now) = (Hold::Register, String::new(), Timestamp::default());
         let application = Application { key: id, key_type, hold, fallback_ready: false, label, now };
         self.ask(|table, actions| table.apply(application, actions))?;
-        Ok(Admission { profile: self.clone(), key, hold, served_by: ServedBy::Fallback })
+        Ok(Admission { profile: self.clone(), key, hold, served_by: ServedBy::Fallback, spill: None })
     }
 
     /// Puts a question to the admission table, and carries out what it wants done until the answer is there.
@@ -300,6 +332,7 @@ impl CryptoProfile {
             capabilities: self.capabilities().clone(),
             keys,
             pinned,
+            spills: self.spills.load(Ordering::Relaxed),
             mode,
             keyslots: self.keyslots.as_ref().map(Keyslots::status),
         }
@@ -359,6 +392,13 @@ pub struct Admission {
     key: Arc<Key>,
     hold: Hold,
     served_by: ServedBy,
+    spill: Option<Spill>,
+}
+
+/// Where requests go that would wait too long for a keyslot.
+struct Spill {
+    after_ns: u64,
+    by: Box<Admission>,
 }
 
 impl Admission {
@@ -395,6 +435,60 @@ impl Admission {
         MemoryPool::private(self.profile.engine.memory(), len_bytes)
     }
 
+    /// Begins a request. Engines that sit on the way to the disk need the keyslot from now until the request is done;
+    /// others take it while they compute.
+    ///
+    /// # Errors
+    ///
+    /// What the engine said when it could not program the key.
+    ///
+    /// # Blocking
+    ///
+    /// May wait for a keyslot, and while the engine programs. A thread has one request at a time.
+    pub fn begin(&self) -> Result<Request<'_>, Error> {
+        let Some(keyslots) = &self.profile.keyslots else {
+            return Ok(Request { admission: self, guard: None });
+        };
+        if let Some(Spill { after_ns, by }) = &self.spill
+            && keyslots.expected_wait_ns(self.key.id()) > *after_ns
+        {
+            // Relaxed: a counter for people.
+            self.profile.spills.fetch_add(1, Ordering::Relaxed);
+            return by.begin();
+        }
+        let guard = match self.profile.engine.slot_hold() {
+            SlotHold::WhileComputing => None,
+            SlotHold::WholeRequest => Some(keyslots.acquire(&self.key)?),
+        };
+        Ok(Request { admission: self, guard })
+    }
+
+    /// Encrypts or decrypts as a request of its own: [`begin`](Self::begin) and [`Request::crypt`].
+    ///
+    /// # Errors
+    ///
+    /// Theirs.
+    pub fn crypt(
+        &self,
+        direction: Direction,
+        first: Dun,
+        memory: &mut dyn Memory,
+        range: Range<usize>,
+    ) -> Result<(), Error> {
+        self.begin()?.crypt(direction, first, memory, range)
+    }
+}
+
+/// A request under way: what it encrypts and decrypts goes through one engine.
+#[derive(Debug)]
+#[must_use = "the keyslot is given back when the request is dropped"]
+pub struct Request<'a> {
+    admission: &'a Admission,
+    /// The keyslot, where the engine needs it for the whole request.
+    guard: Option<KeyslotGuard<'a>>,
+}
+
+impl Request<'_> {
     /// Encrypts or decrypts `range` of `memory` in place. Data unit `i` has DUN `first + i`, which wraps at the width
     /// that the key has.
     ///
@@ -405,15 +499,15 @@ impl Admission {
     ///
     /// # Blocking
     ///
-    /// Waits for a keyslot, and while the engine programs and computes.
+    /// May wait for a keyslot, and while the engine programs and computes.
     pub fn crypt(
-        &self,
+        &mut self,
         direction: Direction,
         first: Dun,
         memory: &mut dyn Memory,
         range: Range<usize>,
     ) -> Result<(), Error> {
-        for run in runs(self.key.config(), first, range.len())? {
+        for run in runs(self.admission.key.config(), first, range.len())? {
             let bytes = range.start + run.bytes.start..range.start + run.bytes.end;
             self.crypt_run(direction, run.first, memory, bytes)?;
         }
@@ -421,22 +515,30 @@ impl Admission {
     }
 
     fn crypt_run(
-        &self,
+        &mut self,
         direction: Direction,
         first: Dun,
         memory: &mut dyn Memory,
         range: Range<usize>,
     ) -> Result<(), Error> {
-        let engine = &*self.profile.engine;
-        let Some(keyslots) = &self.profile.keyslots else {
-            return engine.crypt(KeyRef::Inline(&self.key), direction, first, memory, range);
+        let Admission { profile, key, .. } = self.admission;
+        let engine = &*profile.engine;
+        let Some(keyslots) = &profile.keyslots else {
+            return engine.crypt(KeyRef::Inline(key), direction, first, memory, range);
         };
+        let whole_request = self.guard.is_some();
         for _ in 0..LOSSES_MAX {
-            let guard = keyslots.acquire(&self.key)?;
+            let guard = match self.guard.take() {
+                Some(guard) => guard,
+                None => keyslots.acquire(key)?,
+            };
             match engine.crypt(KeyRef::Slot(guard.slot()), direction, first, memory, range.clone()) {
                 // The engine was reset, say. Nothing was touched, so ask for the key's keyslot again.
                 Err(error) if error.kind() == ErrorKind::NoKey => guard.lost(),
-                result => return result,
+                result => {
+                    self.guard = whole_request.then_some(guard);
+                    return result;
+                }
             }
         }
         Err(Error::new(ErrorKind::EngineFailed, Op::Crypt)

@@ -3,7 +3,7 @@
 use crate::backing::{Access, Backing, BackingFacts, Durability, Extent};
 use crate::caps::{Capabilities, KeyTypes, UnitMask};
 use crate::config::Mode;
-use crate::engine::{Direction, Engine, KeyLadder, KeyRef, SlotIndex};
+use crate::engine::{Direction, Engine, KeyLadder, KeyRef, SlotHold, SlotIndex};
 use crate::error::{Error, ErrorKind, Op};
 use crate::key::{Key, KeyForm};
 use crate::memory::{HeapSource, Memory, MemorySource};
@@ -11,6 +11,7 @@ use inlinecrypt_cipher::{Dun, UnitCipher};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError, RwLock};
+use std::time::Duration;
 
 /// The smallest engine: raw keys, all modes, and faults on demand.
 #[derive(Debug)]
@@ -18,6 +19,8 @@ pub struct FakeEngine {
     capabilities: Capabilities,
     slots: Vec<RwLock<Option<Held>>>,
     failures: AtomicU32,
+    slot_hold: SlotHold,
+    program_time: Duration,
 }
 
 #[derive(Debug)]
@@ -42,7 +45,25 @@ impl FakeEngine {
     #[must_use]
     pub fn with_capabilities(capabilities: Capabilities) -> Self {
         let slots = (0..capabilities.keyslots).map(|_| RwLock::new(None)).collect();
-        Self { capabilities, slots, failures: AtomicU32::new(0) }
+        Self {
+            capabilities,
+            slots,
+            failures: AtomicU32::new(0),
+            slot_hold: SlotHold::WhileComputing,
+            program_time: Duration::ZERO,
+        }
+    }
+
+    /// The same, needing its keyslots for whole requests.
+    #[must_use]
+    pub fn on_the_way_to_the_disk(self) -> Self {
+        Self { slot_hold: SlotHold::WholeRequest, ..self }
+    }
+
+    /// The same, taking so long to program.
+    #[must_use]
+    pub fn with_program_time(self, program_time: Duration) -> Self {
+        Self { program_time, ..self }
     }
 
     /// Makes the next `count` programs fail.
@@ -93,6 +114,7 @@ impl Engine for FakeEngine {
     fn program(&self, slot: SlotIndex, key: &Key) -> Result<(), Error> {
         let mut held = self.slots[slot.0 as usize].write().unwrap_or_else(PoisonError::into_inner);
         *held = None;
+        std::thread::sleep(self.program_time);
         let less = |failures: u32| failures.checked_sub(1);
         if self.failures.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less).is_ok() {
             return Err(Error::new(ErrorKind::EngineFailed, Op::Program).detail("told to fail"));
@@ -130,6 +152,10 @@ impl Engine for FakeEngine {
 
     fn key_ladder(&self) -> Option<&dyn KeyLadder> {
         None
+    }
+
+    fn slot_hold(&self) -> SlotHold {
+        self.slot_hold
     }
 }
 

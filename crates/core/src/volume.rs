@@ -5,7 +5,7 @@
 //! 2 lock      the data units' range: writes alone, reads together; so nobody sees half of a request
 //! 3 context   key, and first DUN = (iv_offset + offset / 512) in data units
 //! 4 crypt     write: encrypt in place, then backing.write         read: backing.read, then decrypt in place
-//!             (the admission takes a keyslot for as long as the engine computes)
+//!             (the admission takes a keyslot, for as long as the engine computes or for all of this step)
 //! 5 unlock    then the export answers
 //! ```
 //!
@@ -29,7 +29,7 @@ use crate::disk::{Disk, Geometry, Span, Unaligned, Zeroing};
 use crate::engine::Direction;
 use crate::error::{Error, ErrorKind, Op};
 use crate::memory::Buffer;
-use crate::profile::Admission;
+use crate::profile::{Admission, Request};
 use crate::range_lock::{RangeLock, Sharing};
 use inlinecrypt_cipher::{Dun, SectorUpdate};
 use std::ops::Range;
@@ -243,30 +243,44 @@ impl Volume {
         start..start + span.units_len as u64
     }
 
+    /// Encrypts or decrypts the data units of `range`, of which the first lies at `offset`.
     fn crypt(
         &self,
+        request: &mut Request<'_>,
         direction: Direction,
         offset: u64,
         buffer: &mut Buffer,
         range: Range<usize>,
     ) -> Result<(), Error> {
-        self.admission.crypt(direction, self.layout.dun_at(offset), buffer.memory_mut(), range)
+        request.crypt(direction, self.layout.dun_at(offset), buffer.memory_mut(), range)
     }
 
     /// Puts the plaintext of the data unit at `offset` into the scratch room.
-    fn read_edge(&self, offset: u64, scratch: Range<usize>, buffer: &mut Buffer) -> Result<(), Error> {
+    fn read_edge(
+        &self,
+        request: &mut Request<'_>,
+        offset: u64,
+        scratch: Range<usize>,
+        buffer: &mut Buffer,
+    ) -> Result<(), Error> {
         self.backing.read(offset, &mut buffer.bytes_mut()[scratch.clone()])?;
-        self.crypt(Direction::Decrypt, offset, buffer, scratch)
+        self.crypt(request, Direction::Decrypt, offset, buffer, scratch)
     }
 
     /// Completes the first and last data unit of a write with what is on the disk.
-    fn fill_edges(&self, span: &Span, units: &Range<u64>, buffer: &mut Buffer) -> Result<(), Error> {
+    fn fill_edges(
+        &self,
+        request: &mut Request<'_>,
+        span: &Span,
+        units: &Range<u64>,
+        buffer: &mut Buffer,
+    ) -> Result<(), Error> {
         let payload = span.payload();
         let unit = usize::try_from(self.unit_bytes()).expect("at most 64 KiB");
         let scratch = span.units_len..span.units_len + unit;
         let last = span.units_len - unit;
         if payload.start > 0 {
-            self.read_edge(units.start, scratch.clone(), buffer)?;
+            self.read_edge(request, units.start, scratch.clone(), buffer)?;
             buffer.bytes_mut().copy_within(scratch.start..scratch.start + payload.start, 0);
             if last == 0 {
                 // The same data unit also holds what comes behind the payload.
@@ -275,7 +289,7 @@ impl Volume {
             }
         }
         if payload.end < span.units_len {
-            self.read_edge(units.end - self.unit_bytes(), scratch.clone(), buffer)?;
+            self.read_edge(request, units.end - self.unit_bytes(), scratch.clone(), buffer)?;
             buffer.bytes_mut().copy_within(scratch.start + (payload.end - last)..scratch.end, payload.end);
         }
         Ok(())
@@ -288,10 +302,11 @@ impl Volume {
         buffer: &mut Buffer,
         durability: Durability,
     ) -> Result<(), Error> {
+        let mut request = self.admission.begin()?;
         if span.scratch_len > 0 {
-            self.fill_edges(span, units, buffer)?;
+            self.fill_edges(&mut request, span, units, buffer)?;
         }
-        self.crypt(Direction::Encrypt, units.start, buffer, 0..span.units_len)?;
+        self.crypt(&mut request, Direction::Encrypt, units.start, buffer, 0..span.units_len)?;
         // Only the sectors that were written: the others have the very bytes that are on the disk.
         let start = span.offset & !(self.granule - 1);
         let end = (span.offset + span.len as u64).next_multiple_of(self.granule);
@@ -365,8 +380,9 @@ impl Disk for Volume {
         self.check_piece(&span, buffer, Access::ReadOnly)?;
         let units = self.units_of(&span);
         let _guard = self.locks.take(units.clone(), Sharing::Shared);
+        let mut request = self.admission.begin()?;
         self.backing.read(units.start, &mut buffer.bytes_mut()[..span.units_len])?;
-        self.crypt(Direction::Decrypt, units.start, buffer, 0..span.units_len)
+        self.crypt(&mut request, Direction::Decrypt, units.start, buffer, 0..span.units_len)
     }
 
     fn write(&self, span: Span, buffer: &mut Buffer, durability: Durability) -> Result<(), Error> {

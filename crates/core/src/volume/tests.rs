@@ -259,8 +259,10 @@ fn dropping_the_volume_evicts_its_key() {
 
 #[test]
 fn more_keys_than_keyslots_under_many_threads() {
-    for keyslots in [0, 1, 3] {
-        let profile = profile(Arc::new(FakeEngine::with_keyslots(keyslots)));
+    let engines = [0, 1, 3].map(FakeEngine::with_keyslots);
+    let on_the_way = [0, 1, 3].map(|keyslots| FakeEngine::with_keyslots(keyslots).on_the_way_to_the_disk());
+    for engine in engines.into_iter().chain(on_the_way) {
+        let profile = profile(Arc::new(engine));
         let volumes: Vec<_> = (0..16)
             .map(|_| {
                 let backing = Arc::new(MemBacking::new(SIZE, 1));
@@ -325,4 +327,127 @@ fn the_fallback_serves_raw_keys_that_the_engine_cannot_if_their_owner_allows() {
     let refusal = with_fallback.admit(wrapped, Fallback::Allowed).unwrap_err();
     assert_eq!(Error::from(refusal).errno().raw(), 95);
     assert_eq!(with_fallback.status().keys, 0, "a refused or dropped admission leaves nothing");
+}
+
+/// Notes how many requests use a keyslot whenever it is asked for something.
+#[derive(Debug)]
+struct Watching {
+    inner: MemBacking,
+    profile: Arc<CryptoProfile>,
+    users: std::sync::Mutex<Vec<u32>>,
+}
+
+impl Watching {
+    fn note(&self) {
+        let slots = self.profile.status().keyslots.unwrap().slots;
+        self.users.lock().unwrap().push(slots.iter().map(|slot| slot.users).sum());
+    }
+}
+
+impl Backing for Watching {
+    fn facts(&self) -> crate::backing::BackingFacts {
+        self.inner.facts()
+    }
+    fn read(&self, offset: u64, data: &mut [u8]) -> Result<(), Error> {
+        self.note();
+        self.inner.read(offset, data)
+    }
+    fn write(&self, offset: u64, data: &[u8], durability: Durability) -> Result<(), Error> {
+        self.note();
+        self.inner.write(offset, data, durability)
+    }
+    fn flush(&self) -> Result<(), Error> {
+        self.inner.flush()
+    }
+    fn discard(&self, offset: u64, len: u64) -> Result<(), Error> {
+        self.inner.discard(offset, len)
+    }
+    fn extents(&self, offset: u64, len: u64, extents_max: usize) -> Result<Vec<Extent>, Error> {
+        self.inner.extents(offset, len, extents_max)
+    }
+    fn prefetch(&self, offset: u64, len: u64) {
+        self.inner.prefetch(offset, len);
+    }
+}
+
+#[test]
+fn an_engine_on_the_way_to_the_disk_has_its_keyslot_while_the_disk_works() {
+    for (engine, users) in [
+        (FakeEngine::with_keyslots(1), [0, 0, 0]),
+        (FakeEngine::with_keyslots(1).on_the_way_to_the_disk(), [1, 1, 1]),
+    ] {
+        let profile = profile(Arc::new(engine));
+        let inner = MemBacking::new(SIZE, 1);
+        let backing =
+            Arc::new(Watching { inner, profile: profile.clone(), users: std::sync::Mutex::default() });
+        let volume = volume_on(&profile, Mode::Aes256Xts, 4096, None, backing.clone()).unwrap();
+        let [mut buffer, _] = buffers(&volume);
+        // Reads the rest of the data unit, writes, reads.
+        write(&volume, 512, &[1; 512], &mut buffer).unwrap();
+        read(&volume, 512, 512, &mut buffer).unwrap();
+        assert_eq!(*backing.users.lock().unwrap(), users);
+        assert_eq!(profile.status().keyslots.unwrap().slots[0].users, 0);
+    }
+}
+
+#[derive(Debug)]
+struct RealClock(std::time::Instant);
+
+impl crate::env::Clock for RealClock {
+    fn now_ns(&self) -> u64 {
+        u64::try_from(self.0.elapsed().as_nanos()).unwrap()
+    }
+}
+
+#[test]
+fn raw_keys_spill_to_software_when_a_keyslot_would_take_too_long_and_their_owner_allows() {
+    let slow = FakeEngine::with_keyslots(1).with_program_time(std::time::Duration::from_millis(5));
+    let software = profile(Arc::new(FakeEngine::with_keyslots(4)));
+    let pool = MemoryPool::new(LARGE_BUFFER_BYTES, 2);
+    let profile =
+        CryptoProfile::new(Arc::new(slow), pool, Policy::default()).unwrap().with_fallback(software.clone());
+    let profile = Arc::new(profile.with_clock(Arc::new(RealClock(std::time::Instant::now()))));
+    let admit = |fallback: Fallback, spill_after_ns| {
+        let form = KeyForm::Raw(RawKey::new(&raw_key(Mode::Aes256Xts)));
+        let key = Key::new(Mode::Aes256Xts, DataUnitSize::DEFAULT, 8, form, Hardware::Allowed).unwrap();
+        let terms = crate::admission::Terms { spill_after_ns, ..fallback.into() };
+        profile.admit(key, terms).unwrap()
+    };
+    let mut buffer = MemoryPool::private(&crate::memory::HeapSource, 4096).unwrap();
+    let mut crypt = |admission: &Admission| {
+        admission.crypt(Direction::Encrypt, Dun::ZERO, buffer.memory_mut(), 0..4096).unwrap();
+    };
+    let (stays, waits) = (admit(Fallback::Off, Some(1)), admit(Fallback::Allowed, Some(u64::MAX)));
+    let spills = admit(Fallback::Allowed, Some(1_000_000));
+    crypt(&stays);
+    crypt(&waits);
+    assert_eq!(profile.status().spills, 0);
+    crypt(&spills);
+    assert_eq!((profile.status().spills, software.status().keys), (1, 2));
+    drop((stays, waits, spills));
+    assert_eq!((profile.status().keys, software.status().keys), (0, 0));
+}
+
+#[test]
+fn a_pinned_key_stays_and_a_preprogrammed_one_is_there_before_its_first_request() {
+    let profile = profile(Arc::new(FakeEngine::with_keyslots(2)));
+    let admit = |hold, preprogram| {
+        let form = KeyForm::Raw(RawKey::new(&raw_key(Mode::Aes256Xts)));
+        let key = Key::new(Mode::Aes256Xts, DataUnitSize::DEFAULT, 8, form, Hardware::Allowed).unwrap();
+        let terms = crate::admission::Terms { hold, preprogram, ..Fallback::Off.into() };
+        profile.admit(key, terms)
+    };
+    use crate::admission::Hold;
+    let held =
+        || profile.status().keyslots.unwrap().slots.iter().filter_map(|slot| slot.key).collect::<Vec<_>>();
+    let pinned = admit(Hold::Pin, true).unwrap();
+    assert_eq!(held(), [pinned.key().id()]);
+    let others: Vec<_> = (0..5).map(|_| admit(Hold::Register, true).unwrap()).collect();
+    assert_eq!(held(), [pinned.key().id(), others[4].key().id()]);
+    assert_eq!(Error::from(admit(Hold::Pin, false).unwrap_err()).errno().raw(), 16);
+    drop(pinned);
+    let pinned = admit(Hold::Pin, false).unwrap();
+    assert_eq!(profile.status().pinned, 1);
+    drop(pinned);
+    assert_eq!(profile.status().pinned, 0);
 }
