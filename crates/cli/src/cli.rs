@@ -28,10 +28,10 @@ Examples:
 #[command(name = "inlinecrypt", version, after_help = format!("{EXAMPLES}\n\n{EXIT_CODES}"), max_term_width = 100)]
 pub(crate) struct Cli {
     /// Log more, to standard error: -v what happens, -vv connections, -vvv everything
-    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    #[arg(short, long, global = true, action = clap::ArgAction::Count, display_order = 100)]
     pub(crate) verbose: u8,
     /// Log what FILTER says: a level (error, warn, info, debug, trace), or TARGET=LEVEL,...
-    #[arg(long, global = true, value_name = "FILTER")]
+    #[arg(long, global = true, value_name = "FILTER", display_order = 101)]
     pub(crate) log: Option<String>,
     #[command(subcommand)]
     pub(crate) command: Command,

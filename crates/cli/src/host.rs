@@ -11,7 +11,7 @@ use crate::size::Size;
 use inlinecrypt_core::admission::{Fallback, Hold, Reason, Terms, Timestamp};
 use inlinecrypt_core::config::{Hardware, InvalidKey};
 use inlinecrypt_core::disk::LARGE_BUFFER_BYTES;
-use inlinecrypt_core::error::Error;
+use inlinecrypt_core::error::{Error, ErrorKind};
 use inlinecrypt_core::key::{Key, KeyForm};
 use inlinecrypt_core::keyslot::Policy;
 use inlinecrypt_core::memory::MemoryPool;
@@ -97,7 +97,15 @@ impl Host {
                 match Root::open(&engine.root) {
                     Ok(root) => Some(root),
                     Err(error) => {
-                        failures.push(Failure::of_file(format!("engine {}", engine.name), &error));
+                        let failure = Failure::of_file(format!("engine {}", engine.name), &error);
+                        failures.push(if error.kind() == ErrorKind::NotFound {
+                            failure.advise(
+                                "Name the root that wrapped the keys with --root PATH, or bring it back; a new one \
+                                 cannot open them.",
+                            )
+                        } else {
+                            failure
+                        });
                         host.engines.push(None);
                         continue;
                     }
@@ -251,8 +259,7 @@ pub(crate) fn admit_key(
             Reason::Rejected(_) => "Restore the key file from a copy, or name the root that wrapped it.",
             _ => "Choose what it can do: inlinecrypt engine info",
         };
-        let error = Error::from(refusal);
-        Failure::new(Code::of(error.kind()), error.chain(), advice)
+        Failure::of(source, &Error::from(refusal)).advise(advice)
     })?;
     Ok((admission, identifier))
 }

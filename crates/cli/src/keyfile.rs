@@ -120,10 +120,15 @@ impl KeySource {
             (Wanted::Raw, None) => Ok(LoadedKey::Raw(RawKey::new(&bytes))),
             (Wanted::Wrapped, None) => Err(refused(
                 format!("was given as a wrapped key, and is not one: {}", looks_like(&bytes)),
-                format!(
-                    "Give a raw key as --key raw:{}, or wrap it first: inlinecrypt key import --in {0} --out NEW",
-                    self.shown()
-                ),
+                match bytes.len() {
+                    // Both are possible: some modes take raw keys of this length.
+                    32 => format!(
+                        "Wrap it first: inlinecrypt key import --in {0} --out NEW; or use it as it is: --key raw:{0}",
+                        self.shown()
+                    ),
+                    16 | 64 => format!("Give a raw key as --key raw:{}", self.shown()),
+                    _ => "Check that it is the right file; a raw key is given as --key raw:FILE".to_owned(),
+                },
             )),
             (Wanted::Wrapped, Some(Form::Ephemeral)) => Err(refused(
                 "is an ephemeral wrapped key, of use only until the engine that prepared it stops".into(),

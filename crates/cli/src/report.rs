@@ -4,7 +4,7 @@
 //! cryptsetup's meanings.
 
 use inlinecrypt_core::error::{Error, ErrorKind};
-use std::fmt::Display;
+use std::fmt::{Display, Write as _};
 use std::io::{self, IsTerminal as _, Write as _};
 use std::process::ExitCode;
 
@@ -75,15 +75,10 @@ impl Failure {
         Self { code, what: what.into(), advice: advice.into() }
     }
 
-    /// An error of the crates below, met while doing `what`. Their messages carry advice behind the last semicolon.
+    /// An error of the crates below, met while doing `what`. Their messages carry advice behind a semicolon.
     pub(crate) fn of(what: impl Display, error: &Error) -> Self {
-        let text = error.chain();
-        // That something was opened, and that it is an argument, is plain from what a person wrote.
-        let text = text.strip_prefix("open: invalid argument: ").unwrap_or(&text);
-        let (why, advice) = match text.split_once("; ") {
-            Some((why, advice)) => (why.to_owned(), sentence(advice)),
-            None => (text.to_owned(), default_advice(error.kind()).to_owned()),
-        };
+        let (why, advice) = explain(error);
+        let advice = advice.unwrap_or_else(|| default_advice(error.kind()).to_owned());
         Self::new(Code::of(error.kind()), format!("{what}: {why}"), advice)
     }
 
@@ -122,11 +117,45 @@ impl Failure {
 
 /// A system error without its number.
 pub(crate) fn plain(error: &io::Error) -> String {
-    let text = error.to_string();
-    match text.rsplit_once(" (os error ") {
-        Some((text, _)) => text.to_owned(),
-        None => text,
+    without_number(&error.to_string())
+}
+
+/// What an error says, and the advice in it.
+fn explain(error: &Error) -> (String, Option<String>) {
+    let (mut why, mut advice) = split_advice(&error.to_string());
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        let (text, more) = split_advice(&without_number(&cause.to_string()));
+        let _ = write!(why, ": {text}");
+        advice = advice.or(more);
+        source = cause.source();
     }
+    if let ErrorKind::Invalid
+    | ErrorKind::NotFound
+    | ErrorKind::Permission
+    | ErrorKind::Busy
+    | ErrorKind::KeyRejected
+    | ErrorKind::Unsupported
+    | ErrorKind::NoFallback = error.kind()
+    {
+        // What follows says it better: which file is not there, who has it.
+        let general = Error::new(error.kind(), error.op()).to_string();
+        if let Some(special) = why.strip_prefix(&general).and_then(|rest| rest.strip_prefix(": ")) {
+            why = special.to_owned();
+        }
+    }
+    (why, advice.map(|advice| sentence(&advice)))
+}
+
+fn split_advice(text: &str) -> (String, Option<String>) {
+    match text.split_once("; ") {
+        Some((why, advice)) => (why.to_owned(), Some(advice.to_owned())),
+        None => (text.to_owned(), None),
+    }
+}
+
+fn without_number(text: &str) -> String {
+    text.rsplit_once(" (os error ").map_or(text, |(text, _number)| text).to_owned()
 }
 
 /// First letter in upper case.
@@ -294,6 +323,12 @@ mod tests {
         assert_eq!(failure.code, Code::Busy);
         assert!(failure.what.ends_with("v is served by process 7"), "{}", failure.what);
         assert_eq!(failure.advice, "Stop it first");
+        let rooted = Error::new(ErrorKind::NotFound, Op::Open)
+            .detail("root file r is not there; correct the name")
+            .because(io::Error::from_raw_os_error(2));
+        let failure = Failure::of("engine e", &rooted);
+        assert_eq!(failure.what, "engine e: root file r is not there: No such file or directory");
+        assert_eq!(failure.advice, "Correct the name");
         let silent = Failure::of("cannot serve v", &Error::new(ErrorKind::NotFound, Op::Open));
         assert!(!silent.advice.is_empty());
     }

@@ -176,7 +176,7 @@ fn listen(plan: &ListenPlan, activated: Vec<(String, Listener)>) -> Result<Vec<L
     if listeners.is_empty() || plan.asked_for {
         for place in &plan.places {
             let listener = Listener::bind(place, ListenOptions::default()).map_err(|error| {
-                let failure = Failure::of_file(format!("cannot listen on {place}"), &error);
+                let failure = Failure::of_file("cannot serve", &error);
                 if failure.code == Code::Busy && matches!(place, Listen::Tcp { .. }) {
                     failure.advise("Choose another port with --nbd, or stop who has it (ss -ltnp shows it).")
                 } else {
@@ -422,10 +422,10 @@ impl Served {
         };
         let options = OpenOptions { access: plan.access, caching: plan.caching, discard };
         let backing = inlinecrypt_io::backing::open(&BackingSpec::File(plan.path.clone()), options)
-            .map_err(|error| Failure::of_file(format!("cannot serve {}", plan.label), &error))?;
+            .map_err(|error| Failure::of_file(&plan.label, &error))?;
         let backing = Arc::new(Watched::new(backing));
         let volume = Volume::new(layout, admission, backing.clone(), plan.access, plan.discard)
-            .map_err(|error| Failure::of(format!("cannot serve {}", plan.label), &error))?;
+            .map_err(|error| Failure::of(&plan.label, &error))?;
         Ok(Self {
             volume: Arc::new(volume),
             backing,

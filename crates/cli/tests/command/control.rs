@@ -16,7 +16,8 @@ fn status_finds_every_server_of_the_user_and_says_what_it_does() {
     place.create("b.img");
     let a = place.serve("a.img.sock", ["a.img"]);
     let b = place.serve("b.img.sock", ["--engine", "software:slots=0", "b.img"]);
-    (a.greeting(), b.greeting());
+    a.greeting();
+    b.greeting();
     let mut client = a.client("");
     client.write(0, &[0; 8192]).unwrap();
     client.read(4096, 4096).unwrap();
@@ -79,7 +80,8 @@ fn status_finds_every_server_of_the_user_and_says_what_it_does() {
     ] {
         assert!(said.done().out.contains(text), "{text}: {said}");
     }
-    (a.stop(), b.stop());
+    a.stop();
+    b.stop();
     assert!(place.run(["status"]).done().out.contains("no server"));
 }
 
