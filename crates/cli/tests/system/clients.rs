@@ -231,6 +231,19 @@ fn nbdinfo_lists_all_exports_of_a_server() {
     server.stop();
 }
 
+#[test]
+fn volumes_are_served_over_tcp_at_the_address_that_is_printed() {
+    let Some(program) = require_tool("nbdinfo") else { return };
+    let place = Place::new();
+    let server = place.serve(["--create", "4MiB", "--nbd", "tcp:127.0.0.1:0", "v.img"]);
+    crate::rig::eventually("it prints its addresses", || server.out().contains("try next"));
+    let out = server.out();
+    let uri =
+        out.lines().map(str::trim).find(|line| line.starts_with("nbd://127.0.0.1:")).expect("one is TCP");
+    assert_eq!(nbdinfo(&program, &[], uri)["exports"][0]["export-size"], 4 * MIB);
+    server.stop();
+}
+
 /// fio with its NBD engine, two jobs of 32 requests each at random places, of random sizes.
 fn fio(program: &Path, place: &Place, uri: &str, block: &str, more: &[&str]) -> Command {
     let mut fio = Command::new(program);

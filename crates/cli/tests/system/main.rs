@@ -21,5 +21,6 @@ mod filesystem;
 mod kill;
 mod load;
 mod many_volumes;
+mod others_bugs;
 mod rig;
 mod trouble;
