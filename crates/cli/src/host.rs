@@ -8,7 +8,7 @@ use crate::keyfile::{KeySource, LoadedKey, Wanted};
 use crate::plan::{EnginePlan, LayoutPlan, Plan, TlsPlan, VolumePlan};
 use crate::report::{Code, Failure, note};
 use crate::size::Size;
-use inlinecrypt_core::admission::{Fallback, Hold, Reason, Terms, Timestamp};
+use inlinecrypt_core::admission::{Fallback, Reason, Terms, Timestamp};
 use inlinecrypt_core::config::{Hardware, InvalidKey};
 use inlinecrypt_core::disk::LARGE_BUFFER_BYTES;
 use inlinecrypt_core::error::{Error, ErrorKind};
@@ -245,12 +245,8 @@ pub(crate) fn admit_key(
     let identifier = Identifier::of(&form, &engine.profile)
         .map_err(|error| Failure::of(format!("{source} is refused"), &error))?;
     let key = new_key(form, layout, fallback).map_err(|why| refused_key(source, why))?;
-    let terms = Terms {
-        fallback: if fallback == FallbackArg::Off { Fallback::Off } else { Fallback::Allowed },
-        hold: Hold::Register,
-        label: label.to_owned(),
-        now: Timestamp(seconds_now()),
-    };
+    let allowed = if fallback == FallbackArg::Off { Fallback::Off } else { Fallback::Allowed };
+    let terms = Terms { label: label.to_owned(), now: Timestamp(seconds_now()), ..Terms::from(allowed) };
     let admission = engine.profile.admit(key, terms).map_err(|refusal| {
         let advice = match refusal.reason() {
             Reason::FallbackOff(_) => {
