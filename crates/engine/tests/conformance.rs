@@ -5,9 +5,9 @@
 
 use inlinecrypt_cipher::kdf::{KdfVariant, inline_encryption_key, software_secret};
 use inlinecrypt_cipher::{Dun, Mode};
-use inlinecrypt_core::caps::Capabilities;
+use inlinecrypt_core::caps::{Capabilities, KeyTypes};
 use inlinecrypt_core::config::{DataUnitSize, Hardware, KeyType};
-use inlinecrypt_core::engine::{Direction, Engine, KeyLadder, KeyRef, SlotIndex};
+use inlinecrypt_core::engine::{Direction, Engine, Exclusive, KeyLadder, KeyRef, Lifecycle, SlotIndex};
 use inlinecrypt_core::error::{Error, ErrorKind, Op};
 use inlinecrypt_core::key::{
     EphemeralWrappedKey, Key, KeyForm, LongTermWrappedKey, RawKey, SoftwareSecret, WRAPPED_KEY_BYTES_MAX,
@@ -39,11 +39,20 @@ fn run(spec: &EngineSpec, engine: &dyn Engine) {
         bargain.the_same_key_put_back_beside_a_running_request_never_gives_wrong_data();
     }
     bargain.keyslots_that_do_not_exist_are_refused();
+    if let Some(lifecycle) = engine.lifecycle() {
+        bargain.reset_and_suspend_empty_every_keyslot(lifecycle);
+    }
+    if let Some(exclusive) = engine.exclusive() {
+        bargain.what_was_decided_stays(exclusive);
+    }
     if let Some(ladder) = engine.key_ladder() {
+        // The ladder works whatever the engine was told to serve.
         bargain.the_ladder_gives_the_published_keys(ladder);
-        bargain.wrapped_keys_encrypt_as_the_derived_raw_keys_do(ladder);
-        bargain.generated_keys_are_new_and_work(ladder);
         bargain.import_takes_a_size_or_calls_it_invalid(ladder);
+        if bargain.serves(KeyType::HardwareWrapped) {
+            bargain.wrapped_keys_encrypt_as_the_derived_raw_keys_do(ladder);
+            bargain.generated_keys_are_new_and_work(ladder);
+        }
         bargain.whatever_was_not_wrapped_here_is_rejected(ladder);
     }
 }
@@ -53,9 +62,11 @@ struct Bargain<'e> {
     kdf: KdfVariant,
 }
 
-/// DUNs at which carries happen, and one with all its limbs used.
-const DUNS: [Dun; 4] = [
+/// DUNs at which carries happen, those just before what short ones can hold, and one with all its limbs used.
+const DUNS: [Dun; 6] = [
     Dun::ZERO,
+    Dun::from_limbs([0xffff_fffd, 0, 0, 0]),
+    Dun::from_limbs([u64::MAX - 2, 0, 0, 0]),
     Dun::from_limbs([u64::MAX, 0, 0, 0]),
     Dun::from_limbs([u64::MAX, u64::MAX, 7, 0]),
     Dun::from_limbs([0x0123_4567_89ab_cdef, 0xfedc, 0xba98, 0x7654]),
@@ -74,6 +85,9 @@ const MASTER: [u8; 32] = {
     master
 };
 
+/// What a key asks for: no more than any engine has. Which DUNs really come is another matter.
+const DUN_BYTES: u8 = 4;
+
 fn key_bytes(mode: Mode, seed: u8) -> Vec<u8> {
     (0..mode.info().key_bytes)
         .map(|i| u8::try_from(i).unwrap().wrapping_mul(167).wrapping_add(seed))
@@ -81,7 +95,7 @@ fn key_bytes(mode: Mode, seed: u8) -> Vec<u8> {
 }
 
 fn key(mode: Mode, unit: DataUnitSize, form: KeyForm) -> Arc<Key> {
-    Key::new(mode, unit, mode.info().iv_bytes, form, Hardware::Allowed).unwrap()
+    Key::new(mode, unit, DUN_BYTES, form, Hardware::Allowed).unwrap()
 }
 
 fn raw_key(mode: Mode, unit: DataUnitSize, seed: u8) -> Arc<Key> {
@@ -125,13 +139,28 @@ impl<'e> Bargain<'e> {
         all.filter(|&(mode, unit)| self.engine.capabilities().units[mode.index()].contains(unit)).collect()
     }
 
+    /// Those DUNs of which a few data units fit the engine.
+    fn duns(&self) -> Vec<Dun> {
+        let max = self.engine.capabilities().dun_bytes_max;
+        let fits = |first: &Dun| (0..3).all(|units| first.wrapping_add(units).significant_bytes() <= max);
+        DUNS.into_iter().filter(fits).collect()
+    }
+
     /// One of them, for promises that have nothing to do with modes.
     fn config(&self) -> (Mode, DataUnitSize) {
         self.configs()[0]
     }
 
+    /// Whether it takes such keys now. An engine that serves one type only has been told which.
+    fn serves(&self, key_type: KeyType) -> bool {
+        match self.engine.exclusive() {
+            Some(exclusive) => exclusive.committed() == Some(key_type),
+            None => self.engine.capabilities().key_types.contains(key_type),
+        }
+    }
+
     fn serves_raw(&self) -> bool {
-        self.engine.capabilities().key_types.contains(KeyType::Raw)
+        self.serves(KeyType::Raw)
     }
 
     /// A key that the engine takes. Different seeds, different keys.
@@ -218,7 +247,7 @@ impl<'e> Bargain<'e> {
             // Before and after the range: bytes that are none of the engine's business.
             let (before, len) = (48, 3 * bytes_of(unit));
             let content = plaintext(before + len + 16);
-            for first in DUNS {
+            for first in self.duns() {
                 let mut memory = self.memory(&content);
                 let range = before..before + len;
                 self.engine.crypt(key_ref, Direction::Encrypt, first, &mut *memory, range.clone()).unwrap();
@@ -283,9 +312,14 @@ impl<'e> Bargain<'e> {
         if !self.serves_raw() {
             bad.push((raw_key(mode, unit, 3), ErrorKind::Unsupported));
         }
-        let rejected = match self.engine.key_ladder() {
-            Some(_) => ErrorKind::KeyRejected,
-            None => ErrorKind::Unsupported,
+        for mode in Mode::ALL {
+            if self.engine.capabilities().units[mode.index()].is_empty() {
+                bad.push((raw_key(mode, unit, 3), ErrorKind::Unsupported));
+            }
+        }
+        let rejected = match self.serves(KeyType::HardwareWrapped) {
+            true => ErrorKind::KeyRejected,
+            false => ErrorKind::Unsupported,
         };
         for len in [32, 64, WRAPPED_KEY_BYTES_MAX] {
             let blob = EphemeralWrappedKey::new(&vec![0x17; len]);
@@ -454,6 +488,59 @@ impl<'e> Bargain<'e> {
         self.stop(&key);
     }
 
+    fn reset_and_suspend_empty_every_keyslot(&self, lifecycle: &dyn Lifecycle) {
+        let (slot, key) = (self.last_slot(), self.any_key(14));
+        let plain = plaintext(bytes_of(self.config().1));
+        let encrypt = || self.crypt(KeyRef::Slot(slot), Direction::Encrypt, Dun::ZERO, &plain);
+        self.engine.program(slot, &key).unwrap();
+        let wanted = encrypt().unwrap();
+        let capabilities = self.engine.capabilities().clone();
+        let committed = self.engine.exclusive().map(|exclusive| exclusive.committed());
+        let comes_back = || {
+            for slot in (0..self.keyslots()).map(SlotIndex) {
+                self.assert_no_key(slot);
+            }
+            // The very same key, prepared or not, is good again.
+            self.engine.program(slot, &key).unwrap();
+            assert_eq!(encrypt().unwrap(), wanted);
+            assert_eq!(*self.engine.capabilities(), capabilities);
+            assert_eq!(self.engine.exclusive().map(|exclusive| exclusive.committed()), committed);
+        };
+        for _ in 0..3 {
+            lifecycle.reset().unwrap();
+            comes_back();
+            // Twice is once.
+            lifecycle.suspend().unwrap();
+            lifecycle.suspend().unwrap();
+            assert_eq!(encrypt().unwrap_err().kind(), ErrorKind::EngineFailed);
+            assert_eq!(self.engine.program(slot, &key).unwrap_err().kind(), ErrorKind::EngineFailed);
+            assert_eq!(self.engine.evict(Some(slot), &key).unwrap_err().kind(), ErrorKind::EngineFailed);
+            lifecycle.resume().unwrap();
+            lifecycle.resume().unwrap();
+            comes_back();
+        }
+        self.stop(&key);
+    }
+
+    fn what_was_decided_stays(&self, exclusive: &dyn Exclusive) {
+        let committed = exclusive.committed().unwrap();
+        let other = match committed {
+            KeyType::Raw => KeyType::HardwareWrapped,
+            KeyType::HardwareWrapped => KeyType::Raw,
+        };
+        assert!(self.engine.capabilities().key_types.contains(other));
+        let key = self.any_key(15);
+        let key_ref = self.start(&key).unwrap();
+        let why = exclusive.commit(other).unwrap_err();
+        assert_eq!(why.kind(), ErrorKind::Unsupported, "{why}");
+        exclusive.commit(committed).unwrap();
+        assert_eq!(exclusive.committed(), Some(committed));
+        // The key that was there does not notice.
+        let unit = bytes_of(self.config().1);
+        self.crypt(key_ref, Direction::Encrypt, Dun::ZERO, &plaintext(unit)).unwrap();
+        self.stop(&key);
+    }
+
     fn keyslots_that_do_not_exist_are_refused(&self) {
         let key = self.any_key(11);
         let unit = bytes_of(self.config().1);
@@ -523,7 +610,7 @@ impl<'e> Bargain<'e> {
                 let wrapped = self.wrapped_key(mode, unit, master);
                 let key_ref = self.start(&wrapped).unwrap();
                 let plain = plaintext(2 * bytes_of(unit));
-                for first in DUNS {
+                for first in self.duns() {
                     let ciphertext = self.crypt(key_ref, Direction::Encrypt, first, &plain).unwrap();
                     assert!(ciphertext == expected(mode, derived, unit, first, &plain), "{mode} {unit}");
                     assert!(self.crypt(key_ref, Direction::Decrypt, first, &ciphertext).unwrap() == plain);
@@ -574,7 +661,7 @@ impl<'e> Bargain<'e> {
         let ephemeral = ladder.prepare(&long_term).unwrap();
         let (long_term, ephemeral) = (long_term.as_bytes(), ephemeral.as_bytes());
         let (mode, unit) = self.config();
-        let good = self.wrapped_key(mode, unit, &MASTER);
+        let good = self.any_key(13);
 
         for blob in changed(long_term).iter().map(Vec::as_slice).chain([ephemeral]) {
             let why = ladder.prepare(&LongTermWrappedKey::new(blob)).unwrap_err();
@@ -585,9 +672,12 @@ impl<'e> Bargain<'e> {
             assert_eq!(why.kind(), ErrorKind::KeyRejected, "{why}");
             let form = KeyForm::Wrapped(EphemeralWrappedKey::new(blob));
             // Sizes that a key cannot have never reach an engine.
-            let Ok(bad) = Key::new(mode, unit, mode.info().iv_bytes, form, Hardware::Allowed) else {
+            let Ok(bad) = Key::new(mode, unit, DUN_BYTES, form, Hardware::Allowed) else {
                 continue;
             };
+            if !self.serves(KeyType::HardwareWrapped) {
+                continue;
+            }
             if self.keyslots() == 0 {
                 let len = bytes_of(unit);
                 assert_eq!(self.refusal_untouched(KeyRef::Inline(&bad), len, 0..len), ErrorKind::KeyRejected);
@@ -629,18 +719,75 @@ fn new_root() -> (tempfile::TempDir, Root) {
     (directory, root)
 }
 
+/// The engine that `spec` describes, ready to program: one that serves either key type, once told each.
+fn ready(spec: &EngineSpec, root: Option<&Root>) -> Vec<Arc<dyn Engine>> {
+    let start = || open(spec, root).unwrap_or_else(|why| panic!("{spec}: {}", why.chain()));
+    let engine = start();
+    if engine.exclusive().is_none() {
+        return vec![engine];
+    }
+    [KeyType::Raw, KeyType::HardwareWrapped]
+        .into_iter()
+        .map(|key_type| {
+            let engine = start();
+            engine.exclusive().unwrap().commit(key_type).unwrap();
+            engine
+        })
+        .collect()
+}
+
+/// The engine, ready for wrapped keys, if it ever takes them.
+fn ready_for_wrapped(spec: &EngineSpec, root: &Root) -> Option<Arc<dyn Engine>> {
+    let engine = open(spec, Some(root)).unwrap();
+    engine.key_ladder()?;
+    if let Some(exclusive) = engine.exclusive() {
+        exclusive.commit(KeyType::HardwareWrapped).unwrap();
+    }
+    Some(engine)
+}
+
 #[test]
 fn every_engine_keeps_the_bargain() {
     let (_directory, root) = new_root();
     for spec in EngineSpec::all_for_tests() {
         for root in [None, Some(&root)] {
-            eprintln!("{spec}, {}", if root.is_some() { "with a root" } else { "without a root" });
-            let engine = open(&spec, root).unwrap_or_else(|why| panic!("{spec}: {}", why.chain()));
-            run(&spec, &*engine);
-            // Nothing that one run leaves behind changes the next.
-            run(&spec, &*engine);
+            for engine in ready(&spec, root) {
+                let decided = engine.exclusive().and_then(|exclusive| exclusive.committed());
+                let rooted = if root.is_some() { "with a root" } else { "without a root" };
+                eprintln!("{spec}, {rooted}, {decided:?}");
+                run(&spec, &*engine);
+                // Nothing that one run leaves behind changes the next.
+                run(&spec, &*engine);
+            }
         }
     }
+}
+
+#[test]
+fn an_undecided_engine_offers_everything_and_programs_nothing() {
+    let (_directory, root) = new_root();
+    let mut undecided = 0;
+    for spec in EngineSpec::all_for_tests() {
+        let engine = open(&spec, Some(&root)).unwrap();
+        let Some(exclusive) = engine.exclusive() else { continue };
+        undecided += 1;
+        assert_eq!(exclusive.committed(), None);
+        assert_eq!(engine.capabilities().key_types, KeyTypes::BOTH);
+        let bargain = Bargain { engine: &*engine, kdf: spec.kdf() };
+        let (mode, unit) = bargain.config();
+        for key in [raw_key(mode, unit, 1), bargain.wrapped_key(mode, unit, &MASTER)] {
+            let why = engine.program(SlotIndex(0), &key).unwrap_err();
+            assert_eq!(why.kind(), ErrorKind::EngineFailed, "{why}");
+            bargain.assert_no_key(SlotIndex(0));
+        }
+        let ladder = engine.key_ladder().unwrap();
+        bargain.the_ladder_gives_the_published_keys(ladder);
+        // What was prepared before the decision is good after it.
+        let key = bargain.wrapped_key(mode, unit, &MASTER);
+        exclusive.commit(KeyType::HardwareWrapped).unwrap();
+        engine.program(SlotIndex(0), &key).unwrap();
+    }
+    assert!(undecided >= 2);
 }
 
 #[test]
@@ -655,9 +802,9 @@ fn without_a_root_an_engine_takes_raw_keys_only() {
 fn a_stored_key_gives_the_same_ciphertext_at_every_start_and_a_prepared_one_only_at_its_own() {
     let (directory, root) = new_root();
     for spec in EngineSpec::all_for_tests() {
-        let first = open(&spec, Some(&root)).unwrap();
+        let Some(first) = ready_for_wrapped(&spec, &root) else { continue };
         let again = Root::open_file(directory.path().join("root")).unwrap();
-        let second = open(&spec, Some(&again)).unwrap();
+        let second = ready_for_wrapped(&spec, &again).unwrap();
         let (first, second) = (&*first, &*second);
         let stored = first.key_ladder().unwrap().generate().unwrap();
         let ciphertexts = [first, second].map(|engine| {
@@ -682,11 +829,15 @@ fn a_stored_key_gives_the_same_ciphertext_at_every_start_and_a_prepared_one_only
 fn a_key_of_another_root_is_rejected_and_the_message_names_both() {
     let ((_one, mine), (_other, theirs)) = (new_root(), new_root());
     for spec in EngineSpec::all_for_tests() {
-        let stored = open(&spec, Some(&theirs)).unwrap().key_ladder().unwrap().generate().unwrap();
+        let Some(engine) = ready_for_wrapped(&spec, &theirs) else { continue };
+        let stored = engine.key_ladder().unwrap().generate().unwrap();
         let why = open(&spec, Some(&mine)).unwrap().key_ladder().unwrap().prepare(&stored).unwrap_err();
         assert_eq!(why.kind(), ErrorKind::KeyRejected);
         let text = why.chain();
-        assert!(text.contains(&mine.id().to_string()) && text.contains(&theirs.id().to_string()), "{text}");
+        assert!(text.contains(&mine.id().to_string()), "{text}");
+        // Blobs of the first hardware do not say whose they are.
+        let is_anonymous = stored.as_bytes().len() == 68;
+        assert!(is_anonymous || text.contains(&theirs.id().to_string()), "{text}");
     }
 }
 
@@ -930,16 +1081,16 @@ proptest! {
     fn keyslots_hold_what_a_map_would(operations in prop::collection::vec(operation(), 1..60)) {
         let (_directory, root) = new_root();
         for spec in EngineSpec::all_for_tests() {
-            let engine = open(&spec, Some(&root)).unwrap();
+          for engine in ready(&spec, Some(&root)) {
             let bargain = Bargain { engine: &*engine, kdf: spec.kdf() };
             let slots = bargain.keyslots();
             if slots == 0 {
                 continue;
             }
             let (mode, unit) = bargain.config();
-            let keys: Vec<_> = (0..6).map(|n| match n % 2 {
-                0 => bargain.any_key(n),
-                _ => bargain.wrapped_key(mode, unit, &[n; 32]),
+            let keys: Vec<_> = (0..6).map(|n| match bargain.serves(KeyType::HardwareWrapped) {
+                true if n % 2 == 1 => bargain.wrapped_key(mode, unit, &[n; 32]),
+                _ => bargain.any_key(n),
             }).collect();
             let rejected = key(mode, unit, KeyForm::Wrapped(EphemeralWrappedKey::new(&[9; 72])));
             let plain = plaintext(bytes_of(unit));
@@ -976,6 +1127,7 @@ proptest! {
                     }
                 }
             }
+          }
         }
     }
 }

@@ -131,8 +131,8 @@ impl Controller {
 
     /// Clocks off: registers read as nothing, keys are lost.
     pub(crate) fn power_off(&self) {
+        self.power_on(0);
         self.registers().powered = false;
-        self.lose_all();
     }
 
     /// Whether keys come through the key manager.

@@ -11,6 +11,8 @@
 //! - Both self tests are read at probe. Linux reads the key manager's later and can only log that it failed, since its
 //!   capabilities are out by then.
 //! - CFGE is cleared before raw keys and evictions, too, so that whatever fails leaves the keyslot off.
+//! - A wrapped key has to have the length of a blob. The secure world tells raw from wrapped by length alone; where it takes
+//!   both, 64 bytes that were given as a wrapped key would be used as a raw one.
 //! - The keyslot numbers of raw keys are translated as those of wrapped ones once the key manager is on, which in Linux
 //!   never happens together.
 
@@ -229,8 +231,11 @@ impl Driver {
                 if !self.hwkm_init_complete {
                     return Err(DriverError::new(Errno::Einval, "HWKM is not yet initialized"));
                 }
-                between();
                 let key = blob.as_bytes();
+                if self.probed.hwkm_version.is_none_or(|version| key.len() != blob_bytes(version)) {
+                    return Err(bad_blob());
+                }
+                between();
                 let call = ScmCall::ConfigSetIceKey { index, key, cipher, data_unit_512s };
                 secure.call(controller, &call).map_err(|why| match why {
                     // All other arguments are good.

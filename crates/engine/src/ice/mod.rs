@@ -180,10 +180,8 @@ impl IceEngine {
 
     /// The key ladder is the secure world's: a poisoned storage engine does not stop it.
     fn check_awake(&self, op: Op) -> Result<(), Error> {
-        match self.status().state {
-            State::Suspended => self.check_running(op),
-            State::Running | State::Poisoned(_) => Ok(()),
-        }
+        let is_suspended = self.status().state == State::Suspended;
+        if is_suspended { self.check_running(op) } else { Ok(()) }
     }
 
     fn poison(&self, op: Op, why: String) -> Error {
