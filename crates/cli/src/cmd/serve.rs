@@ -1,7 +1,7 @@
 //! `serve`: from a plan to a running server, and to its orderly end.
 //!
 //! ```text
-//!   create (if asked) -> plan -> keys admitted -> backings locked -> listeners -> control socket -> READY=1
+//!   create (if asked) -> plan -> keys admitted -> backings locked -> sockets -> clients -> READY=1
 //!   SIGTERM or SIGINT -> STOPPING=1 -> no more clients -> requests answered -> flushed -> sockets removed -> exit 0
 //! ```
 //!
@@ -72,12 +72,13 @@ pub(super) fn run(mut args: Serve) -> Result<(), Failures> {
     let listeners = listen(&plan.listen, activated)?;
     let uris = uris(&listeners, &plan.listen, &running);
     let running = Arc::new(Running { uris, ..running });
+    // Before the first client is served, so that who has been served finds it.
+    let control = start_control(&plan.server.control, &running)?;
     for listener in listeners {
         running.server.listen(listener).map_err(|error| {
             Failure::of_io("cannot start a listener", &error, "Raise the limit on threads (ulimit -u).")
         })?;
     }
-    let control = start_control(&plan.server.control, &running)?;
 
     // A reader that has gone is no reason to stop.
     let _ = print(&running.greeting());

@@ -1,4 +1,4 @@
-use crate::place::{MIB, Place, run_command};
+use crate::place::{MIB, Place, assert_same, run_command};
 use serde_json::json;
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -204,7 +204,7 @@ fn the_ladder_works_through_files_and_pipes() {
     server.stop();
     place.run(["serve", "p.img"]).refused(4, &["has no key"]);
     let server = place.serve("p.img.sock", ["--key", "imported.key", "p.img"]);
-    assert_eq!(server.client("").read(0, 512).unwrap(), [1; 512]);
+    assert_same(&server.client("").read(0, 512).unwrap(), &[1; 512]);
     server.stop();
 }
 

@@ -1,4 +1,4 @@
-use crate::place::Place;
+use crate::place::{Place, assert_same};
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 
@@ -29,7 +29,7 @@ fn one_command_makes_everything_and_the_next_needs_no_options() {
 
     let server = place.serve("demo.img.sock", ["demo.img"]);
     // By its own name, too.
-    assert_eq!(server.client("demo").read(4096, 8192).unwrap(), data);
+    assert_same(&server.client("demo").read(4096, 8192).unwrap(), &data);
     assert_eq!(server.stop(), "");
 }
 
@@ -79,8 +79,8 @@ fn several_volumes_are_several_exports() {
     }
     server.client("a").write(0, &[1; 4096]).unwrap();
     server.client("b").write(0, &[2; 4096]).unwrap();
-    assert_eq!(server.client("a").read(0, 4096).unwrap(), [1; 4096]);
-    assert_eq!(server.client("b").read(0, 4096).unwrap(), [2; 4096]);
+    assert_same(&server.client("a").read(0, 4096).unwrap(), &[1; 4096]);
+    assert_same(&server.client("b").read(0, 4096).unwrap(), &[2; 4096]);
     server.stop();
 }
 

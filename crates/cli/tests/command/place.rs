@@ -246,3 +246,18 @@ impl Server {
         self.err()
     }
 }
+
+/// Checks that what was read is what was written, and says where not, instead of all of it.
+#[track_caller]
+pub(crate) fn assert_same(read: &[u8], written: &[u8]) {
+    assert_eq!(read.len(), written.len());
+    let wrong: Vec<usize> = (0..read.len()).filter(|&at| read[at] != written[at]).collect();
+    assert!(
+        wrong.is_empty(),
+        "{} of {} bytes differ, from byte {} to {}",
+        wrong.len(),
+        read.len(),
+        wrong[0],
+        wrong[wrong.len() - 1]
+    );
+}

@@ -1,4 +1,4 @@
-use crate::place::{PATIENCE, Place};
+use crate::place::{PATIENCE, Place, assert_same};
 use rustix::process::Signal;
 use std::io::Write as _;
 use std::os::fd::OwnedFd;
@@ -19,7 +19,7 @@ fn each_signal_stops_in_order() {
         assert!(!place.path("v.img.sock").exists());
         assert!(client.read(0, 512).is_err());
         let server = place.serve("v.img.sock", ["v.img"]);
-        assert_eq!(server.client("").read(0, 4096).unwrap(), [5; 4096]);
+        assert_same(&server.client("").read(0, 4096).unwrap(), &[5; 4096]);
         server.stop();
     }
 }
@@ -46,7 +46,7 @@ fn requests_that_were_received_are_answered() {
     let mut client = server.client("");
     for (offset, cookie) in (0..).step_by(4096).zip(&sent) {
         if written.contains(cookie) {
-            assert_eq!(client.read(offset, 4096).unwrap(), [7; 4096], "answered, so it is there");
+            assert_same(&client.read(offset, 4096).unwrap(), &[7; 4096]);
         }
     }
     server.stop();

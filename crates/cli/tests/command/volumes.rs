@@ -1,4 +1,4 @@
-use crate::place::{MIB, Place, run_command};
+use crate::place::{MIB, Place, assert_same, run_command};
 use serde_json::json;
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -190,7 +190,7 @@ fn every_layout_can_be_made_and_served_again() {
         server.client("").write(0, &[9; 65536]).unwrap();
         server.stop();
         let server = place.serve(&socket, [name]);
-        assert_eq!(server.client("").read(0, 65536).unwrap(), [9; 65536], "{name}");
+        assert_same(&server.client("").read(0, 65536).unwrap(), &[9; 65536]);
         server.stop();
     }
     assert!(!place.path("home/root.key").exists() || place.path("other.key").exists());
