@@ -22,6 +22,7 @@ use zeroize::Zeroizing;
 /// What a key may be used with (`enum hwkm_algo`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
+#[expect(clippy::enum_variant_names, reason = "the hardware's names; it has AES-128 and others, too")]
 pub(crate) enum Algorithm {
     Aes256Cbc = 5,
     Aes256Siv = 12,

@@ -38,7 +38,7 @@ fn key_of(form: KeyForm, unit: u32, dun_bytes: u8) -> Arc<Key> {
 }
 
 fn raw_bytes(seed: u8) -> Vec<u8> {
-    (0..64).map(|i| i * 3 ^ seed).collect()
+    (0..64).map(|i| (i * 3) ^ seed).collect()
 }
 
 fn raw(seed: u8) -> Arc<Key> {
