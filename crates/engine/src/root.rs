@@ -1,8 +1,9 @@
 //! The root: where the key that wraps long-term keys comes from.
 //!
 //! Every kind of root ends in one secret of 32 random bytes. What differs is who keeps it, and what it takes to get it.
-//! From the secret come the long-term wrapping key and the root's public identifier, both one way; the secret itself is
-//! wiped before the root is handed out.
+//! From the secret come the long-term wrapping key, the root's public identifier, and the key of the chip for which it
+//! stands when the engine is a [model of hardware](crate::ice), all one way; the secret itself is wiped before the root is
+//! handed out.
 //!
 //! ```text
 //!   RootSpec   file:PATH        a file that only its owner reads     (here)
