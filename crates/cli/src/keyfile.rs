@@ -5,7 +5,7 @@ use crate::report::{Code, Failure};
 use inlinecrypt_core::config::Mode;
 use inlinecrypt_core::key::{KeyForm, LongTermWrappedKey, RawKey};
 use inlinecrypt_core::profile::CryptoProfile;
-use inlinecrypt_engine::{Form, inspect, looks_like_wrapped_key};
+use inlinecrypt_engine::{BlobError, Form, inspect, looks_like_wrapped_key};
 use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
@@ -135,7 +135,10 @@ impl KeySource {
                 "Give the long-term one that it was prepared from.".into(),
             )),
             (Wanted::Wrapped, Some(Form::LongTerm)) => match inspect(&bytes) {
-                Ok(_) => Ok(LoadedKey::Wrapped(LongTermWrappedKey::new(&bytes))),
+                // Blobs of some hardware have no header to look at: its engine says whether it takes them.
+                Ok(_) | Err(BlobError::NotWrapped { .. }) => {
+                    Ok(LoadedKey::Wrapped(LongTermWrappedKey::new(&bytes)))
+                }
                 Err(why) => Err(refused(
                     format!("cannot be used: {why}"),
                     "Restore it from a copy: without it the data cannot be read.".into(),

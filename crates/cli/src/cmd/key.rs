@@ -8,7 +8,7 @@ use crate::plan;
 use crate::report::{Code, Failure, print, print_bytes, print_json};
 use inlinecrypt_core::error::ErrorKind;
 use inlinecrypt_core::key::{KeyForm, LongTermWrappedKey, RawKey};
-use inlinecrypt_engine::{Form, Root, inspect, looks_like_wrapped_key};
+use inlinecrypt_engine::{BlobError, Form, Root, inspect, looks_like_wrapped_key};
 use serde::Serialize;
 use std::io::{self, IsTerminal as _, Write as _};
 use std::path::Path;
@@ -82,8 +82,9 @@ fn prepare(args: &KeyTransform) -> Result<(), Failure> {
 struct Info {
     version: u32,
     form: String,
-    format_version: u8,
-    wrapped_by: String,
+    /// `null` for blobs without a header.
+    format_version: Option<u8>,
+    wrapped_by: Option<String>,
     len_bytes: usize,
     /// `yes`, `no`, or why not known.
     opens: &'static str,
@@ -96,19 +97,24 @@ struct Info {
 fn info(args: &KeyInfo) -> Result<(), Failure> {
     let KeyInfo { file, json, engine } = args;
     let bytes = read(file.as_deref(), "wrapped key", Secrecy::Public)?;
-    let header = inspect(&bytes).map_err(|why| {
-        Failure::new(
-            Code::Refused,
-            format!("not a wrapped key that can be used: {why}"),
-            "Check that it is the right file, or restore it from a copy. Raw keys have nothing to show.",
-        )
-    })?;
+    let (form, header) = match (inspect(&bytes), looks_like_wrapped_key(&bytes)) {
+        (Ok(header), _) => (header.form, Some(header)),
+        // Some hardware's blobs have no header to look at.
+        (Err(BlobError::NotWrapped { .. }), Some(form)) => (form, None),
+        (Err(why), _) => {
+            return Err(Failure::new(
+                Code::Refused,
+                format!("not a wrapped key that can be used: {why}"),
+                "Check that it is the right file, or restore it from a copy. Raw keys have nothing to show.",
+            ));
+        }
+    };
     let plan = plan::engine_from(engine)?;
     let mut info = Info {
         version: 1,
-        form: header.form.to_string(),
-        format_version: header.version,
-        wrapped_by: header.wrapped_by.to_string(),
+        form: form.to_string(),
+        format_version: header.map(|header| header.version),
+        wrapped_by: header.map(|header| header.wrapped_by.to_string()),
         len_bytes: bytes.len(),
         opens: "no",
         reason: None,
@@ -116,7 +122,7 @@ fn info(args: &KeyInfo) -> Result<(), Failure> {
         root_id: None,
         key_id: None,
     };
-    match (header.form, Root::open(&plan.root)) {
+    match (form, Root::open(&plan.root)) {
         (Form::Ephemeral, _) => {
             info.reason = Some("only the start of the engine that prepared it does".to_owned());
         }
@@ -149,8 +155,8 @@ fn info(args: &KeyInfo) -> Result<(), Failure> {
     print(&format!(
         "form             {}\nversion          {}\nwrapped by       {}\nroot             {} ({})\nopens            {}{}\nkey identifier   {}\n",
         info.form,
-        info.format_version,
-        info.wrapped_by,
+        info.format_version.map_or_else(none, |version| version.to_string()),
+        info.wrapped_by.unwrap_or_else(none),
         info.root,
         info.root_id.unwrap_or_else(none),
         info.opens,

@@ -181,6 +181,9 @@ fn every_layout_can_be_made_and_served_again() {
         ("adiantum", vec!["--mode", "Adiantum", "--data-unit", "64k"]),
         ("sm4", vec!["--mode", "sm4-xts", "--iv-offset", "123456789", "--block", "1k"]),
         ("kdf", vec!["--engine", "software:slots=2,kdf=legacykdf", "--root", "other.key"]),
+        ("hwkm1", vec!["--engine", "ice:hwkm-v1"]),
+        ("hwkm2", vec!["--engine", "ice:hwkm-v2"]),
+        ("next", vec!["--engine", "ice:next", "--data-unit", "512"]),
     ] {
         let mut arguments = vec!["volume", "create", "--size", "1M", name];
         arguments.extend(options);
@@ -189,6 +192,8 @@ fn every_layout_can_be_made_and_served_again() {
         let server = place.serve(&socket, [name]);
         server.client("").write(0, &[9; 65536]).unwrap();
         server.stop();
+        let key = place.run(["key", "info", &format!("{name}.key")]);
+        assert!(key.done().out.contains("long-term"), "{key}");
         let server = place.serve(&socket, [name]);
         assert_same(&server.client("").read(0, 65536).unwrap(), &[9; 65536]);
         server.stop();
