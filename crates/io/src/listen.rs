@@ -586,6 +586,20 @@ impl Stream {
         }
     }
 
+    /// Lets a unix socket hold so many bytes that the client has not read yet, as far as the system allows
+    /// (`/proc/sys/net/core/wmem_max`); TCP sockets size themselves. With room for several pieces, the next is read and
+    /// decrypted while the client still takes the last.
+    ///
+    /// # Errors
+    ///
+    /// What the system says.
+    pub fn set_send_room(&self, bytes: usize) -> io::Result<()> {
+        match self {
+            Self::Unix(stream) => Ok(rustix::net::sockopt::set_socket_send_buffer_size(stream, bytes)?),
+            Self::Tcp(_) => Ok(()),
+        }
+    }
+
     /// Ends one direction or both; readers and writers under way return.
     ///
     /// # Errors

@@ -23,6 +23,9 @@ use std::time::{Duration, Instant};
 /// Stack of a connection's thread, in bytes: a TLS handshake without optimisation needs the most.
 const STACK_BYTES: usize = 1024 * 1024;
 
+/// What a unix socket may hold for a client that is busy: a few pieces of a request, in bytes.
+const SEND_ROOM_BYTES: usize = 2 * 1024 * 1024;
+
 /// How long connections get to notice that they were cut off, once the drain deadline has passed.
 const CUT_OFF_GRACE: Duration = Duration::from_secs(1);
 
@@ -348,6 +351,9 @@ impl Inner {
     /// The whole life of a connection.
     fn converse(&self, id: u64, socket: &Stream) {
         // Replies leave when we say so.
+        if let Err(error) = socket.set_send_room(SEND_ROOM_BYTES) {
+            tracing::debug!(connection = id, %error, "no larger send buffer");
+        }
         if let Err(error) = socket.set_nodelay() {
             tracing::debug!(connection = id, %error, "no TCP_NODELAY");
         }
