@@ -10,11 +10,13 @@ cargo xtask VERB
   check               formatting, lints, documentation links, tidy: before each commit
   tidy                dependency edges, where unsafe may stand, words, links
   loom [PREEMPTIONS]  every interleaving of the locks (2 preemptions; 3 takes long)
+  prove [BOUNDS]      every history of the state machines up to the bounds: small, usual (a minute) or large
+  sim [SEEDS]         so many simulated worlds (1000; 10000 for a real run)
   fuzz [SECONDS]      each fuzz target for so long (10 in CI; 3600 for a real run); needs a nightly toolchain
   soak [MINUTES]      the long forms of the crash, power-cut and many-volumes tests
   bench               the cipher beside the library underneath it
   bench-peers [ARGS]  served volumes beside nbdkit and qemu-nbd in one run (benches/compare/peers.py ARGS)
-  ci                  check, loom, and a slice of fuzzing; the tests are `cargo test --workspace`
+  ci                  check, loom, prove, sim, and a slice of fuzzing; the tests are `cargo test --workspace`
 ";
 
 type Outcome = Result<(), String>;
@@ -27,11 +29,17 @@ fn main() -> ExitCode {
         "check" => check(),
         "tidy" => tidy::run(&root()),
         "loom" => loom(rest.first().map_or("2", String::as_str)),
+        "prove" => simulate("prove", rest.first().map_or("usual", String::as_str)),
+        "sim" => simulate("run", rest.first().map_or("1000", String::as_str)),
         "fuzz" => fuzz(rest.first().map_or("10", String::as_str)),
         "soak" => soak(rest.first().map_or("10", String::as_str)),
         "bench" => cargo(&["bench", "-p", "inlinecrypt-cipher"], &[]),
         "bench-peers" => bench_peers(&rest),
-        "ci" => check().and_then(|()| loom("2")).and_then(|()| fuzz("10")),
+        "ci" => check()
+            .and_then(|()| loom("2"))
+            .and_then(|()| simulate("prove", "usual"))
+            .and_then(|()| simulate("run", "1000"))
+            .and_then(|()| fuzz("10")),
         _ => {
             eprint!("{HELP}");
             return if verb == "help" { ExitCode::SUCCESS } else { ExitCode::from(1) };
@@ -84,6 +92,11 @@ fn loom(preemptions: &str) -> Outcome {
         ],
         &[("RUSTFLAGS", "--cfg loom"), ("LOOM_MAX_PREEMPTIONS", preemptions)],
     )
+}
+
+/// The model check and the simulation are a program of their own.
+fn simulate(verb: &str, arg: &str) -> Outcome {
+    cargo(&["run", "--release", "--quiet", "-p", "inlinecrypt-sim", "--", verb, arg], &[])
 }
 
 fn fuzz(seconds: &str) -> Outcome {

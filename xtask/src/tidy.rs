@@ -11,6 +11,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("inlinecrypt-engine", &["inlinecrypt-cipher", "inlinecrypt-core"]),
     ("inlinecrypt-io", &["inlinecrypt-core"]),
     ("inlinecrypt", &["inlinecrypt-cipher", "inlinecrypt-core", "inlinecrypt-engine", "inlinecrypt-io"]),
+    ("inlinecrypt-sim", &["inlinecrypt-core", "inlinecrypt-engine"]),
     ("inlinecrypt-testkit", &[]),
     ("xtask", &[]),
 ];
