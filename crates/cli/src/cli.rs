@@ -5,7 +5,7 @@ use crate::report::EXIT_CODES;
 use crate::size::Size;
 use clap::builder::{OsStringValueParser, TypedValueParser as _};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use inlinecrypt_core::config::{DataUnitSize, Mode};
+use inlinecrypt_core::config::{DataUnitSize, KeyType, Mode};
 use inlinecrypt_engine::{EngineSpec, RootSpec};
 use inlinecrypt_io::listen::Listen;
 use std::path::{Path, PathBuf};
@@ -90,6 +90,43 @@ pub(crate) struct EngineArgs {
     /// File of the root, which wraps keys for storage [default: root.key in the home described in `inlinecrypt --help`]
     #[arg(long, value_name = "PATH", value_parser = parse_core::<RootSpec>)]
     pub(crate) root: Option<RootSpec>,
+    /// Which keys an engine serves that serves one type only: decided now, or by the first volume [default: first]
+    #[arg(long, value_name = "TYPE", value_enum)]
+    pub(crate) key_type: Option<KeyTypeArg>,
+}
+
+/// What decides which keys an exclusive engine serves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum KeyTypeArg {
+    /// The first volume whose key is admitted
+    #[default]
+    First,
+    /// Raw keys
+    Raw,
+    /// Hardware-wrapped keys
+    Wrapped,
+}
+
+impl KeyTypeArg {
+    /// The type, if it is decided ahead of any key.
+    pub(crate) fn declared(self) -> Option<KeyType> {
+        match self {
+            Self::First => None,
+            Self::Raw => Some(KeyType::Raw),
+            Self::Wrapped => Some(KeyType::HardwareWrapped),
+        }
+    }
+}
+
+/// How urgent a volume's requests are when keyslots are scarce.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PriorityArg {
+    /// Waits behind others, and leaves its keyslot first
+    Low,
+    /// Neither
+    Normal,
+    /// Goes before others, and leaves its keyslot last
+    High,
 }
 
 fn engine_help() -> String {
@@ -111,6 +148,7 @@ A config:
   [[engine]]                      # none: one engine \"default\"
   name = \"e0\"
   spec = \"software:slots=8\"
+  # key_type = \"first\", \"raw\" or \"wrapped\", for engines that serve one type only
   root = \"root.key\"               # paths are relative to the config
 
   [[volume]]
@@ -119,6 +157,8 @@ A config:
   key = \"db1.img.key\"             # or \"raw:FILE\"; default: PATH.key
   engine = \"e0\"                   # default: the first
   # key_id, mode, data_unit, block, iv_offset, read_only, fallback, discard, direct
+  # priority = \"low\", \"normal\" or \"high\"; pin = true keeps the key in its keyslot; preprogram = true puts it there
+  # at once; spill_after_us = N sends a raw key's requests to software that would wait longer for a keyslot
 
   [listen]
   nbd = [\"unix:db.sock\"]
@@ -163,6 +203,12 @@ pub(crate) struct Serve {
     /// off]
     #[arg(long, value_name = "WHEN", value_enum)]
     pub(crate) fallback: Option<FallbackArg>,
+    /// How urgent its requests are when keyslots are scarce [default: normal]
+    #[arg(long, value_name = "HOW", value_enum)]
+    pub(crate) priority: Option<PriorityArg>,
+    /// Keep its key in a keyslot, whoever else wants one
+    #[arg(long)]
+    pub(crate) pin: bool,
     /// Whether trim gives storage back; whoever sees the file learns which parts are unused [default: pass]
     #[arg(long, value_name = "WHAT", value_enum)]
     pub(crate) discard: Option<DiscardArg>,
@@ -356,6 +402,22 @@ Examples:
   inlinecrypt engine info
   inlinecrypt engine info --engine software:slots=4 --json")]
     Info(EngineInfo),
+    /// Reset the engines of a running server: their keyslots are lost and programmed again
+    #[command(after_help = "\
+Examples:
+  inlinecrypt engine reset --control /run/inlinecrypt/db.sock")]
+    Reset(EngineReset),
+}
+
+/// Reset engines.
+#[derive(Args, Debug)]
+pub(crate) struct EngineReset {
+    /// Control socket of the server
+    #[arg(long, value_name = "PATH")]
+    pub(crate) control: PathBuf,
+    /// The engine [default: all of the server]
+    #[arg(value_name = "ENGINE")]
+    pub(crate) engine: Option<String>,
 }
 
 /// Show an engine.

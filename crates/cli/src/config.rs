@@ -31,6 +31,7 @@ pub(crate) struct EngineTable {
     pub(crate) name: String,
     pub(crate) spec: Option<String>,
     pub(crate) root: Option<String>,
+    pub(crate) key_type: Option<String>,
 }
 
 /// `[[volume]]`
@@ -50,6 +51,10 @@ pub(crate) struct VolumeTable {
     pub(crate) fallback: Option<String>,
     pub(crate) discard: Option<String>,
     pub(crate) direct: Option<bool>,
+    pub(crate) priority: Option<String>,
+    pub(crate) pin: Option<bool>,
+    pub(crate) preprogram: Option<bool>,
+    pub(crate) spill_after_us: Option<u64>,
 }
 
 /// `[listen]`
@@ -77,7 +82,7 @@ pub(crate) struct ServerTable {
 /// Which keys each table may have. A test compares it with the types above.
 const KEYS: &[(&str, &[&str])] = &[
     ("", &["engine", "volume", "listen", "server"]),
-    ("engine", &["name", "spec", "root"]),
+    ("engine", &["name", "spec", "root", "key_type"]),
     (
         "volume",
         &[
@@ -94,6 +99,10 @@ const KEYS: &[(&str, &[&str])] = &[
             "fallback",
             "discard",
             "direct",
+            "priority",
+            "pin",
+            "preprogram",
+            "spill_after_us",
         ],
     ),
     ("listen", &["nbd", "tls", "tls_cert", "tls_key", "tls_client_ca", "tls_verify_client"]),

@@ -31,6 +31,19 @@ const CLIENTS_MAX: usize = 8;
 enum Request {
     /// What the server does.
     Status,
+    /// Reset an engine, or all: their keyslots are lost and programmed again.
+    Reset {
+        /// Which.
+        engine: Option<String>,
+    },
+}
+
+/// What answers requests.
+pub(crate) trait Answers: Send + Sync {
+    /// What the server does.
+    fn report(&self) -> ServerReport;
+    /// Resets one engine or all. The names of those that were reset, or why not.
+    fn reset(&self, engine: Option<&str>) -> Result<Vec<String>, String>;
 }
 
 /// What a server says about itself.
@@ -87,6 +100,15 @@ pub(crate) struct EngineReport {
     pub(crate) role: &'static str,
     pub(crate) root_id: Option<String>,
     pub(crate) keys_admitted: usize,
+    pub(crate) keys_pinned: u32,
+    /// Requests that went to software since a keyslot would have taken too long.
+    pub(crate) spills: u64,
+    /// `any`, `undecided`, `switching`, `raw`, `hardware-wrapped` or `poisoned`.
+    pub(crate) key_type: &'static str,
+    /// Who decided that, if it had to be decided.
+    pub(crate) decided_by: Option<String>,
+    /// When, in seconds since the beginning of 1970.
+    pub(crate) decided_at: Option<u64>,
     /// `None` for an engine without keyslots.
     pub(crate) keyslots: Option<KeyslotsReport>,
 }
@@ -119,14 +141,10 @@ pub(crate) struct ControlServer {
 }
 
 impl ControlServer {
-    /// Answers at `path` with what `report` says then.
-    pub(crate) fn start(
-        path: &Path,
-        report: impl Fn() -> ServerReport + Send + Sync + 'static,
-    ) -> Result<Self, Error> {
+    /// Answers at `path` with what `server` says then.
+    pub(crate) fn start(path: &Path, server: Arc<dyn Answers>) -> Result<Self, Error> {
         let listener = Listener::bind(&Listen::Unix(path.to_owned()), ListenOptions { unix_mode: 0o600 })?;
         let stopper = listener.stopper();
-        let report = Arc::new(report);
         let clients = Arc::new(AtomicUsize::new(0));
         let accept = move || loop {
             match listener.accept() {
@@ -137,9 +155,9 @@ impl ControlServer {
                         clients.fetch_sub(1, Ordering::Relaxed);
                         continue;
                     }
-                    let (report, here) = (report.clone(), clients.clone());
+                    let (server, here) = (server.clone(), clients.clone());
                     let talk = move || {
-                        if let Err(error) = answer(&stream, &*report) {
+                        if let Err(error) = answer(&stream, &*server) {
                             tracing::debug!(%error, "control client");
                         }
                         here.fetch_sub(1, Ordering::Relaxed);
@@ -178,13 +196,17 @@ impl Drop for ControlServer {
     }
 }
 
-fn answer(stream: &Stream, report: &dyn Fn() -> ServerReport) -> io::Result<()> {
+fn answer(stream: &Stream, server: &dyn Answers) -> io::Result<()> {
     stream.set_read_timeout(Some(TIME_MAX))?;
     stream.set_write_timeout(Some(TIME_MAX))?;
     let mut line = String::new();
     BufReader::new(stream.take(REQUEST_BYTES_MAX)).read_line(&mut line)?;
     let answer = match serde_json::from_str(&line) {
-        Ok(Request::Status) => serde_json::to_vec(&report()),
+        Ok(Request::Status) => serde_json::to_vec(&server.report()),
+        Ok(Request::Reset { engine }) => serde_json::to_vec(&match server.reset(engine.as_deref()) {
+            Ok(engines) => serde_json::json!({ "version": VERSION, "reset": engines }),
+            Err(why) => serde_json::json!({ "version": VERSION, "error": why }),
+        }),
         Err(error) => serde_json::to_vec(&serde_json::json!({
             "version": VERSION,
             "error": format!("not a request: {error}"),
@@ -196,10 +218,19 @@ fn answer(stream: &Stream, report: &dyn Fn() -> ServerReport) -> io::Result<()> 
 
 /// Asks the server at `path` what it does.
 pub(crate) fn ask(path: &Path) -> io::Result<serde_json::Value> {
+    send(path, &Request::Status)
+}
+
+/// Asks the server at `path` to reset an engine, or all.
+pub(crate) fn ask_to_reset(path: &Path, engine: Option<String>) -> io::Result<serde_json::Value> {
+    send(path, &Request::Reset { engine })
+}
+
+fn send(path: &Path, request: &Request) -> io::Result<serde_json::Value> {
     let mut stream = UnixStream::connect(path)?;
     stream.set_read_timeout(Some(TIME_MAX * 2))?;
     stream.set_write_timeout(Some(TIME_MAX))?;
-    let mut request = serde_json::to_vec(&Request::Status)?;
+    let mut request = serde_json::to_vec(request)?;
     request.push(b'\n');
     stream.write_all(&request)?;
     let mut answer = Vec::new();

@@ -10,7 +10,7 @@ use crate::host::{self, HostEngine};
 use crate::identifier::Identifier;
 use crate::keyfile::{KeySource, LoadedKey, Wanted};
 use crate::places::{beside, directory_of};
-use crate::plan::{Description, EnginePlan, Settings};
+use crate::plan::{Description, EnginePlan, Settings, SlotsPlan};
 use crate::report::{Code, Failure, Failures, note};
 use crate::size::Size;
 use inlinecrypt_core::volume::Layout;
@@ -74,7 +74,7 @@ impl NewVolume<'_> {
         let fallback = if source.wanted == Wanted::Raw { *fallback } else { FallbackArg::Off };
         let identifier = if fallback == FallbackArg::Off {
             // The admission ends here: it is asked for again when the volume is served.
-            host::admit_key(&key, &source, &layout, fallback, &engine, &label)
+            host::admit_key(&key, &source, &layout, fallback, SlotsPlan::default(), &engine, &label)
                 .map_err(|failure| failure.within(&label))?
                 .1
         } else {
@@ -190,7 +190,7 @@ impl NewVolume<'_> {
             name.escape_default()
         );
         if self.name_engine {
-            let EnginePlan { name: _, spec, root } = &self.engine;
+            let EnginePlan { name: _, spec, root, key_type: _ } = &self.engine;
             let inlinecrypt_engine::RootSpec::File(root) = root;
             let root = std::path::absolute(root).unwrap_or_else(|_| root.clone());
             let _ = write!(

@@ -5,12 +5,14 @@ use crate::cli::{FallbackArg, TlsArg};
 use crate::files::Medium;
 use crate::identifier::Identifier;
 use crate::keyfile::{KeySource, LoadedKey, Wanted};
-use crate::plan::{EnginePlan, LayoutPlan, Plan, TlsPlan, VolumePlan};
+use crate::orders::{self, Candidate};
+use crate::plan::{EnginePlan, LayoutPlan, Plan, SlotsPlan, TlsPlan, VolumePlan};
 use crate::report::{Code, Failure, note};
 use crate::size::Size;
-use inlinecrypt_core::admission::{Fallback, Reason, Terms, Timestamp};
-use inlinecrypt_core::config::{Hardware, InvalidKey};
+use inlinecrypt_core::admission::{Fallback, Mode, Reason, Terms, Timestamp};
+use inlinecrypt_core::config::{Hardware, InvalidKey, KeyType};
 use inlinecrypt_core::disk::LARGE_BUFFER_BYTES;
+use inlinecrypt_core::env::Clock;
 use inlinecrypt_core::error::{Error, ErrorKind};
 use inlinecrypt_core::key::{Key, KeyForm};
 use inlinecrypt_core::keyslot::Policy;
@@ -20,7 +22,7 @@ use inlinecrypt_core::volume::Layout;
 use inlinecrypt_engine::{EngineSpec, Root, SoftwareSpec, WrappingKeyId};
 use inlinecrypt_io::export::nbd::{ClientCertificates, TlsFiles, TlsMode, TlsSetup};
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 /// Large buffers of one engine: enough for as many requests in flight as matter, 20 MiB if all are ever touched.
 const LARGE_BUFFERS: usize = 64;
@@ -47,7 +49,8 @@ impl HostEngine {
     ) -> Result<Self, Error> {
         let engine = inlinecrypt_engine::open(&plan.spec, root)?;
         let pool = MemoryPool::new(LARGE_BUFFER_BYTES, LARGE_BUFFERS);
-        let mut profile = CryptoProfile::new(engine, pool, Policy::default())?;
+        let clock = Arc::new(SystemClock(Instant::now()));
+        let mut profile = CryptoProfile::new(engine, pool, Policy::default())?.with_clock(clock);
         if let Some(fallback) = fallback {
             profile = profile.with_fallback(fallback.clone());
         }
@@ -57,6 +60,16 @@ impl HostEngine {
             root: root.map(Root::id),
             profile: Arc::new(profile),
         })
+    }
+}
+
+/// Time for the keyslots' quanta.
+#[derive(Debug)]
+struct SystemClock(Instant);
+
+impl Clock for SystemClock {
+    fn now_ns(&self) -> u64 {
+        u64::try_from(self.0.elapsed().as_nanos()).unwrap_or(u64::MAX)
     }
 }
 
@@ -121,6 +134,7 @@ impl Host {
                 }
             }
         }
+        host.settle_key_types(plan, &mut failures);
         for volume in &plan.volumes {
             // Looked at first: a missing volume is told even if its engine does not run.
             let medium = match Medium::look(&volume.path) {
@@ -137,6 +151,43 @@ impl Host {
             }
         }
         (host, failures)
+    }
+
+    /// Proves that no order of admissions refuses a volume, and tells the engines what is declared. An engine whose
+    /// volumes cannot all be served is left out.
+    fn settle_key_types(&mut self, plan: &Plan, failures: &mut Vec<Failure>) {
+        for (index, (slot, engine_plan)) in self.engines.iter_mut().zip(&plan.engines).enumerate() {
+            let Some(engine) = slot else { continue };
+            let exclusive = engine.profile.status().mode != Mode::Settled;
+            let volumes: Vec<_> = plan
+                .volumes
+                .iter()
+                .filter(|volume| volume.engine == index && volume.fallback != FallbackArg::Forced)
+                .map(|volume| Candidate {
+                    label: &volume.label,
+                    key_type: match volume.key.wanted {
+                        Wanted::Wrapped => KeyType::HardwareWrapped,
+                        Wanted::Raw => KeyType::Raw,
+                    },
+                    hold: volume.slots.hold,
+                    fallback_ready: volume.fallback == FallbackArg::Allowed
+                        && volume.key.wanted == Wanted::Raw,
+                })
+                .collect();
+            let keyslots = engine.profile.capabilities().keyslots;
+            let found = orders::conflicts(engine_plan, keyslots, exclusive, &volumes);
+            if !found.is_empty() {
+                failures.extend(found);
+                *slot = None;
+                continue;
+            }
+            if let Some(key_type) = engine_plan.key_type.declared()
+                && let Err(refusal) = engine.profile.declare(key_type, Timestamp(seconds_now()))
+            {
+                failures.push(Failure::of(format!("engine {}", engine.name), &Error::from(refusal)));
+                *slot = None;
+            }
+        }
     }
 
     /// Says what cannot be known or will not be used, and is no failure.
@@ -189,8 +240,9 @@ fn admit(volume: &VolumePlan, medium: &Medium, engine: &HostEngine) -> Result<Re
     let label = &volume.label;
     let layout = layout(&volume.layout, medium.len_bytes, label)?;
     let key = volume.key.load().map_err(|failure| failure.within(label))?;
-    let (admission, identifier) = admit_key(&key, &volume.key, &layout, volume.fallback, engine, label)
-        .map_err(|failure| failure.within(label))?;
+    let (admission, identifier) =
+        admit_key(&key, &volume.key, &layout, volume.fallback, volume.slots, engine, label)
+            .map_err(|failure| failure.within(label))?;
     if let Some(expected) = volume.key_id.filter(|expected| *expected != identifier) {
         return Err(Failure::new(
             Code::Refused,
@@ -225,6 +277,7 @@ pub(crate) fn admit_key(
     source: &KeySource,
     layout: &Layout,
     fallback: FallbackArg,
+    slots: SlotsPlan,
     engine: &HostEngine,
     label: &str,
 ) -> Result<(Admission, Identifier), Failure> {
@@ -246,13 +299,20 @@ pub(crate) fn admit_key(
         .map_err(|error| Failure::of(format!("{source} is refused"), &error))?;
     let key = new_key(form, layout, fallback).map_err(|why| refused_key(source, why))?;
     let allowed = if fallback == FallbackArg::Off { Fallback::Off } else { Fallback::Allowed };
-    let terms = Terms { label: label.to_owned(), now: Timestamp(seconds_now()), ..Terms::from(allowed) };
+    let SlotsPlan { priority, hold, preprogram, spill_after_ns } = slots;
+    let (label, now) = (label.to_owned(), Timestamp(seconds_now()));
+    let terms = Terms { fallback: allowed, hold, priority, preprogram, spill_after_ns, label, now };
     let admission = engine.profile.admit(key, terms).map_err(|refusal| {
         let advice = match refusal.reason() {
             Reason::FallbackOff(_) => {
                 "Choose what it can do (inlinecrypt engine info), or allow --fallback allowed."
             }
             Reason::Rejected(_) => "Restore the key file from a copy, or name the root that wrapped it.",
+            Reason::Locked(_) => {
+                "Use a key of that type or another engine; software may serve a raw key (--fallback)."
+            }
+            Reason::Poisoned(_) => "Start the engine again; if it fails again, use another.",
+            Reason::NoPinLeft { .. } => "Pin fewer keys, or give the engine more keyslots (slots=N).",
             _ => "Choose what it can do: inlinecrypt engine info",
         };
         Failure::of(source, &Error::from(refusal)).advise(advice)

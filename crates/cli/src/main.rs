@@ -23,6 +23,7 @@ mod files;
 mod host;
 mod identifier;
 mod keyfile;
+mod orders;
 mod places;
 mod plan;
 mod report;

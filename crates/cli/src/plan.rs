@@ -3,15 +3,20 @@
 //! What a volume's description says about its layout and key cannot be overruled: the volume has no header, so a wrong
 //! value would be noticed by nobody until the data is gone.
 
-use crate::cli::{DiscardArg, EngineArgs, FallbackArg, LayoutArgs, Serve, TlsArg, TlsArgs, WORKERS_MAX};
+use crate::cli::{
+    DiscardArg, EngineArgs, FallbackArg, KeyTypeArg, LayoutArgs, PriorityArg, Serve, TlsArg, TlsArgs,
+    WORKERS_MAX,
+};
 use crate::config::{ConfigFile, EngineTable, ListenTable, ServerTable, VolumeTable};
 use crate::files::{self, Medium};
 use crate::identifier::Identifier;
 use crate::keyfile::KeySource;
 use crate::places::{self, beside, directory_of, relative_to};
 use crate::report::{Code, Failure};
+use inlinecrypt_core::admission::Hold;
 use inlinecrypt_core::backing::Access;
 use inlinecrypt_core::config::{DataUnitSize, Mode};
+use inlinecrypt_core::keyslot::Priority;
 use inlinecrypt_core::volume::Discard;
 use inlinecrypt_engine::{EngineSpec, RootSpec};
 use inlinecrypt_io::backing::Caching;
@@ -36,6 +41,7 @@ pub(crate) struct EnginePlan {
     pub(crate) name: String,
     pub(crate) spec: EngineSpec,
     pub(crate) root: RootSpec,
+    pub(crate) key_type: KeyTypeArg,
 }
 
 /// A volume to serve.
@@ -56,8 +62,18 @@ pub(crate) struct VolumePlan {
     pub(crate) layout: LayoutPlan,
     pub(crate) access: Access,
     pub(crate) fallback: FallbackArg,
+    pub(crate) slots: SlotsPlan,
     pub(crate) discard: Discard,
     pub(crate) caching: Caching,
+}
+
+/// What a volume's key gets of the engine's keyslots.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct SlotsPlan {
+    pub(crate) priority: Priority,
+    pub(crate) hold: Hold,
+    pub(crate) preprogram: bool,
+    pub(crate) spill_after_ns: Option<u64>,
 }
 
 /// How a volume lies on its backing, but for its size.
@@ -131,6 +147,10 @@ pub(crate) struct Settings {
     pub(crate) fallback: Option<FallbackArg>,
     pub(crate) discard: Option<DiscardArg>,
     pub(crate) direct: Option<bool>,
+    pub(crate) priority: Option<PriorityArg>,
+    pub(crate) pin: Option<bool>,
+    pub(crate) preprogram: Option<bool>,
+    pub(crate) spill_after_us: Option<u64>,
 }
 
 impl Settings {
@@ -142,15 +162,6 @@ impl Settings {
     fn from_table(table: &VolumeTable, base: &Path) -> Result<Self, String> {
         fn parsed<T, E: Display>(what: &str, value: Option<Result<T, E>>) -> Result<Option<T>, String> {
             value.transpose().map_err(|error| format!("{what}: {error}"))
-        }
-        fn choice<T: clap::ValueEnum>(text: &str) -> Result<T, String> {
-            T::from_str(text, false).map_err(|_why| {
-                let known: Vec<_> = T::value_variants()
-                    .iter()
-                    .filter_map(|value| Some(value.to_possible_value()?.get_name().to_owned()))
-                    .collect();
-                format!("{text:?} is none of: {}", known.join(", "))
-            })
         }
         let block = table.block.map(|bytes| {
             let fits = bytes.is_power_of_two() && (512..=65_536).contains(&bytes);
@@ -168,6 +179,10 @@ impl Settings {
             fallback: parsed("fallback", table.fallback.as_deref().map(choice))?,
             discard: parsed("discard", table.discard.as_deref().map(choice))?,
             direct: table.direct,
+            priority: parsed("priority", table.priority.as_deref().map(choice))?,
+            pin: table.pin,
+            preprogram: table.preprogram,
+            spill_after_us: table.spill_after_us,
         })
     }
 
@@ -203,7 +218,24 @@ impl Settings {
             fallback: self.fallback.or(described.fallback),
             discard: self.discard.or(described.discard),
             direct: self.direct.or(described.direct),
+            priority: self.priority.or(described.priority),
+            pin: self.pin.or(described.pin),
+            preprogram: self.preprogram.or(described.preprogram),
+            spill_after_us: self.spill_after_us.or(described.spill_after_us),
         })
+    }
+
+    fn slots(&self) -> SlotsPlan {
+        SlotsPlan {
+            priority: match self.priority {
+                Some(PriorityArg::Low) => Priority::Low,
+                Some(PriorityArg::High) => Priority::High,
+                Some(PriorityArg::Normal) | None => Priority::Normal,
+            },
+            hold: if self.pin == Some(true) { Hold::Pin } else { Hold::Register },
+            preprogram: self.preprogram == Some(true),
+            spill_after_ns: self.spill_after_us.map(|us| us.saturating_mul(1000)),
+        }
     }
 
     pub(crate) fn layout(&self) -> LayoutPlan {
@@ -214,6 +246,17 @@ impl Settings {
             iv_offset: self.iv_offset.unwrap_or(0),
         }
     }
+}
+
+/// A word that the command line takes, too.
+fn choice<T: clap::ValueEnum>(text: &str) -> Result<T, String> {
+    T::from_str(text, false).map_err(|_why| {
+        let known: Vec<_> = T::value_variants()
+            .iter()
+            .filter_map(|value| Some(value.to_possible_value()?.get_name().to_owned()))
+            .collect();
+        format!("{text:?} is none of: {}", known.join(", "))
+    })
 }
 
 /// What lies beside a volume and says how to read it.
@@ -282,7 +325,8 @@ pub(crate) fn engine_from(args: &EngineArgs) -> Result<EnginePlan, Failure> {
         Some(root) => root.clone(),
         None => places::default_root()?,
     };
-    Ok(EnginePlan { name: "default".to_owned(), spec: args.engine.unwrap_or_default(), root })
+    let key_type = args.key_type.unwrap_or_default();
+    Ok(EnginePlan { name: "default".to_owned(), spec: args.engine.unwrap_or_default(), root, key_type })
 }
 
 fn engine_plan(
@@ -292,16 +336,18 @@ fn engine_plan(
     failures: &mut Vec<Failure>,
 ) -> Option<EnginePlan> {
     let place = file.place(table);
-    let EngineTable { name, spec, root } = table.get_ref();
+    let EngineTable { name, spec, root, key_type } = table.get_ref();
+    let key_type = key_type.as_deref().map_or(Ok(KeyTypeArg::First), choice);
     let spec = spec.as_deref().map_or(Ok(EngineSpec::default()), str::parse);
     let root = match root.as_deref().map(str::parse) {
         None => places::default_root(),
         Some(Ok(RootSpec::File(path))) => Ok(RootSpec::File(relative_to(base, &path))),
         Some(Err(error)) => Err(Failure::of("root", &error)),
     };
-    match (spec, root) {
-        (Ok(spec), Ok(root)) => Some(EnginePlan { name: name.clone(), spec, root }),
-        (spec, root) => {
+    match (spec, root, key_type) {
+        (Ok(spec), Ok(root), Ok(key_type)) => Some(EnginePlan { name: name.clone(), spec, root, key_type }),
+        (spec, root, key_type) => {
+            failures.extend(key_type.err().map(|why| wrong(&place, &format!("key_type: {why}"))));
             failures.extend(spec.err().map(|error| Failure::of(format!("{place}: spec"), &error)));
             failures.extend(root.err().map(|failure| failure.within(&place)));
             None
@@ -320,7 +366,9 @@ struct Builder {
 impl Builder {
     /// The index of an engine that is the same but for its name, which is added if there is none.
     fn engine(&mut self, engine: EnginePlan) -> usize {
-        let same = |other: &EnginePlan| (&other.spec, &other.root) == (&engine.spec, &engine.root);
+        let same = |other: &EnginePlan| {
+            (&other.spec, &other.root, other.key_type) == (&engine.spec, &engine.root, engine.key_type)
+        };
         self.engines.iter().position(same).unwrap_or_else(|| {
             let mut engine = engine;
             if self.engines.iter().any(|other| other.name == engine.name) {
@@ -393,6 +441,7 @@ impl Builder {
             layout: settings.layout(),
             access: if settings.read_only == Some(true) { Access::ReadOnly } else { Access::ReadWrite },
             fallback: settings.fallback.unwrap_or(FallbackArg::Off),
+            slots: settings.slots(),
             discard: match settings.discard {
                 Some(DiscardArg::Off) => Discard::Off,
                 Some(DiscardArg::Pass) | None => Discard::Pass,
@@ -449,7 +498,20 @@ impl Plan {
     }
 
     fn for_volumes(args: &Serve) -> Result<Self, Vec<Failure>> {
-        let Serve { volumes, key, name, layout, engine, fallback, discard, read_only, direct, .. } = args;
+        let Serve {
+            volumes,
+            key,
+            name,
+            layout,
+            engine,
+            fallback,
+            priority,
+            pin,
+            discard,
+            read_only,
+            direct,
+            ..
+        } = args;
         let Some(first) = volumes.first() else {
             return Err(vec![Failure::new(
                 Code::Wrong,
@@ -467,7 +529,7 @@ impl Plan {
             }
         }
         let mut builder = Builder::default();
-        let named = engine.engine.is_some() || engine.root.is_some();
+        let named = engine.engine.is_some() || engine.root.is_some() || engine.key_type.is_some();
         let chosen = if named {
             Some(builder.engine(engine_from(engine).map_err(|failure| vec![failure])?))
         } else {
@@ -481,6 +543,8 @@ impl Plan {
                 fallback: *fallback,
                 discard: *discard,
                 direct: direct.then_some(true),
+                priority: *priority,
+                pin: pin.then_some(true),
                 ..Settings::with_layout(layout)
             };
             builder.volume(path.display().to_string(), path, asked, chosen);

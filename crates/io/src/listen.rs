@@ -42,8 +42,9 @@ const SUN_PATH_MAX: usize = 107;
 /// How many bytes of a socket's name its first, temporary name has.
 const STAGING_NAME_MAX: usize = 32;
 
-/// Clients that may wait to be accepted. What the kernel grants at most by default (`net.core.somaxconn`) is more.
-const BACKLOG: i32 = 128;
+/// Clients that may wait to be accepted: what the kernel grants at most by default (`net.core.somaxconn`). Hundreds may
+/// come at once, and some give up if they cannot wait.
+const BACKLOG: i32 = 4096;
 
 /// How long a failed accept pauses, so that a server out of descriptors does not spin.
 const PAUSE: Duration = Duration::from_millis(100);

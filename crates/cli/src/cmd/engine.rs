@@ -1,9 +1,11 @@
-//! `engine info`: what an engine can do, as sysfs shows it under `queue/crypto`.
+//! `engine info`: what an engine can do, as sysfs shows it under `queue/crypto`. `engine reset`: what a controller goes
+//! through, on a running server.
 
-use crate::cli::{EngineCommand, EngineInfo};
+use crate::cli::{EngineCommand, EngineInfo, EngineReset};
+use crate::control;
 use crate::host::HostEngine;
 use crate::plan;
-use crate::report::{Failure, print, print_json};
+use crate::report::{Code, Failure, print, print_json, printable};
 use inlinecrypt_core::config::{KeyType, Mode};
 use inlinecrypt_core::error::ErrorKind;
 use inlinecrypt_engine::Root;
@@ -26,7 +28,32 @@ struct Info {
 }
 
 pub(super) fn run(command: EngineCommand) -> Result<(), Failure> {
-    let EngineCommand::Info(EngineInfo { engine, json }) = command;
+    match command {
+        EngineCommand::Info(args) => info(args),
+        EngineCommand::Reset(args) => reset(args),
+    }
+}
+
+fn reset(EngineReset { control, engine }: EngineReset) -> Result<(), Failure> {
+    let advice = "Check the path; `inlinecrypt status` finds the servers of this user.";
+    let answer = control::ask_to_reset(&control, engine).map_err(|error| {
+        let what = format!("no server answers at {}", control.display());
+        Failure { code: Code::File, ..Failure::of_io(what, &error, advice) }
+    })?;
+    if let Some(why) = answer["error"].as_str() {
+        let what = format!("the server at {} did not reset: {}", control.display(), printable(why));
+        return Err(Failure::new(
+            Code::Wrong,
+            what,
+            "`inlinecrypt status` names its engines and their state.",
+        ));
+    }
+    let names = answer["reset"].as_array().map_or(&[][..], Vec::as_slice);
+    let names: Vec<_> = names.iter().filter_map(|name| name.as_str()).map(printable).collect();
+    print(&format!("reset {}\n", names.join(", ")))
+}
+
+fn info(EngineInfo { engine, json }: EngineInfo) -> Result<(), Failure> {
     let plan = plan::engine_from(&engine)?;
     let root = match Root::open(&plan.root) {
         Ok(root) => Some(root),

@@ -9,7 +9,7 @@
 
 use crate::cli::{FallbackArg, Serve, TlsArg};
 use crate::control::{
-    self, ConnectionsReport, ControlServer, EngineReport, KeyslotsReport, ServerReport, SlotReport,
+    self, Answers, ConnectionsReport, ControlServer, EngineReport, KeyslotsReport, ServerReport, SlotReport,
     VolumeReport,
 };
 use crate::create::NewVolume;
@@ -21,7 +21,7 @@ use crate::plan::{self, ControlPlan, ListenPlan, Plan, Settings};
 use crate::report::{Code, Failure, Failures, note, print};
 use crate::size::Size;
 use crate::watch::Watched;
-use inlinecrypt_core::admission::ServedBy;
+use inlinecrypt_core::admission::{Mode, ServedBy};
 use inlinecrypt_core::backing::Access;
 use inlinecrypt_core::config::KeyType;
 use inlinecrypt_core::disk::Disk as _;
@@ -191,8 +191,8 @@ fn listen(plan: &ListenPlan, activated: Vec<(String, Listener)>) -> Result<Vec<L
 }
 
 fn start_control(plan: &ControlPlan, running: &Arc<Running>) -> Result<Option<ControlServer>, Failure> {
-    let report = running.clone();
-    let start = |path: &Path| ControlServer::start(path, move || report.report());
+    let server = running.clone();
+    let start = |path: &Path| ControlServer::start(path, server);
     match plan {
         ControlPlan::None => Ok(None),
         ControlPlan::At(path) => {
@@ -329,7 +329,7 @@ impl Running {
         text
     }
 
-    fn report(&self) -> ServerReport {
+    fn report_all(&self) -> ServerReport {
         let status = self.server.status();
         let volumes = self.volumes.iter().zip(&status.exports);
         ServerReport {
@@ -381,12 +381,28 @@ impl Running {
     fn report_engine(&self, engine: &EngineFacts) -> EngineReport {
         let EngineFacts { name, spec, root, profile } = engine;
         let status = profile.status();
+        let type_name = |key_type: KeyType| match key_type {
+            KeyType::Raw => "raw",
+            KeyType::HardwareWrapped => "hardware-wrapped",
+        };
+        let (key_type, lock) = match &status.mode {
+            Mode::Settled => ("any", None),
+            Mode::Undecided => ("undecided", None),
+            Mode::Switching(lock) => ("switching", Some(lock)),
+            Mode::Committed(lock) => (type_name(lock.key_type), Some(lock)),
+            Mode::Poisoned(lock) => ("poisoned", Some(lock)),
+        };
         EngineReport {
             name: name.clone(),
             spec: spec.map_or_else(|| status.engine.clone(), |spec| spec.to_string()),
             role: if spec.is_some() { "engine" } else { "fallback" },
             root_id: root.map(|id| id.to_string()),
             keys_admitted: status.keys,
+            keys_pinned: status.pinned,
+            spills: status.spills,
+            key_type,
+            decided_by: lock.map(|lock| lock.by.clone()),
+            decided_at: lock.map(|lock| lock.since.0),
             keyslots: status.keyslots.map(|keyslots| KeyslotsReport {
                 waiting: keyslots.waiting,
                 waits: keyslots.waits,
@@ -411,6 +427,27 @@ impl Running {
                     .collect(),
             }),
         }
+    }
+}
+
+impl Answers for Running {
+    fn report(&self) -> ServerReport {
+        self.report_all()
+    }
+
+    fn reset(&self, engine: Option<&str>) -> Result<Vec<String>, String> {
+        let engines = self.engines.iter().filter(|facts| facts.spec.is_some());
+        let asked: Vec<_> = engines.filter(|facts| engine.is_none_or(|name| facts.name == name)).collect();
+        if asked.is_empty() {
+            return Err(format!("there is no engine {:?} here", engine.unwrap_or_default()));
+        }
+        asked
+            .into_iter()
+            .map(|facts| match facts.profile.reset() {
+                Ok(()) => Ok(facts.name.clone()),
+                Err(error) => Err(format!("engine {}: {}", facts.name, error.chain())),
+            })
+            .collect()
     }
 }
 

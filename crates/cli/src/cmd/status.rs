@@ -116,11 +116,21 @@ fn describe(server: &Value) -> String {
         let keyslots = &engine["keyslots"];
         let _ = writeln!(
             text,
-            "{} {} ({}), {} keys{}",
+            "{} {} ({}), {}{} keys{}{}",
             word(&engine["role"]),
             word(&engine["name"]),
             word(&engine["spec"]),
+            match engine["key_type"].as_str() {
+                Some("any") | None => String::new(),
+                Some("undecided") => "raw or wrapped keys, undecided, ".to_owned(),
+                Some(decided) =>
+                    format!("{} keys only, by {}, ", printable(decided), word(&engine["decided_by"])),
+            },
             number(&engine["keys_admitted"]),
+            match (number(&engine["keys_pinned"]), number(&engine["spills"])) {
+                (0, 0) => String::new(),
+                (pinned, spills) => format!(" ({pinned} pinned, {spills} requests spilt to software)"),
+            },
             if keyslots.is_null() {
                 ", no keyslots".to_owned()
             } else {

@@ -15,6 +15,7 @@
 
 mod configs;
 mod control;
+mod engines;
 mod keys;
 mod main_job;
 mod pages;

@@ -1,0 +1,97 @@
+use crate::place::Place;
+use serde_json::json;
+
+/// A config with a wrapped and a raw volume on one engine.
+fn two_types(place: &Place, spec: &str, engine: &str, raw_volume: &str) -> std::path::PathBuf {
+    place.run(["key", "generate", "--engine", spec, "--out", "wrapped.key"]).done();
+    place.raw_key("raw.key", 64);
+    place.sparse("w.img", 1 << 20);
+    place.sparse("r.img", 1 << 20);
+    let config = format!(
+        "[[engine]]\nname = \"ice\"\nspec = \"{spec}\"\n{engine}\n[[volume]]\npath = \"w.img\"\nkey = \"wrapped.key\"\n[[volume]]\npath \
+         = \"r.img\"\nkey = \"raw:raw.key\"\n{raw_volume}\n[listen]\nnbd = [\"unix:s.sock\"]\n"
+    );
+    place.write("c.toml", config.as_bytes())
+}
+
+#[test]
+fn an_exclusive_engine_is_not_given_two_key_types_and_check_names_the_pair() {
+    let place = Place::new();
+    let config = two_types(&place, "ice:hwkm-v2", "", "");
+    for verb in [&["check"][..], &["serve", "--config"]] {
+        let said = place.run(verb.iter().map(AsRef::as_ref).chain([config.as_os_str()]));
+        said.refused(1, &["w.img", "r.img", "cannot be together on engine ice", "Use an engine for each"]);
+    }
+    // With software allowed it depends on who comes first: still refused, and what helps is said.
+    let place = Place::new();
+    two_types(&place, "ice:hwkm-v2", "", "fallback = \"allowed\"");
+    place.run(["check", "c.toml"]).refused(1, &["cannot be together", "key_type = \"wrapped\""]);
+}
+
+#[test]
+fn with_the_type_declared_software_serves_the_raw_volume_and_status_says_so() {
+    let place = Place::new();
+    two_types(&place, "ice:hwkm-v2", "key_type = \"wrapped\"", "fallback = \"allowed\"");
+    let server = place.serve("s.sock", ["--config", "c.toml"]);
+    for name in ["w", "r"] {
+        let mut client = server.client(name);
+        client.write(0, &[7; 4096]).unwrap();
+        assert_eq!(client.read(0, 4096).unwrap(), [7; 4096]);
+    }
+    let status = place.run(["status", "--json"]).json();
+    let volumes = &status["servers"][0]["volumes"];
+    assert_eq!((&volumes[0]["served_by"], &volumes[1]["served_by"]), (&json!("engine"), &json!("fallback")));
+    let engine = &status["servers"][0]["engines"][0];
+    assert_eq!(
+        (&engine["key_type"], &engine["decided_by"]),
+        (&json!("hardware-wrapped"), &json!("declared"))
+    );
+    let text = place.run(["status"]);
+    assert!(text.done().out.contains("hardware-wrapped keys only, by declared"), "{text}");
+}
+
+#[test]
+fn the_next_generation_serves_both() {
+    let place = Place::new();
+    two_types(&place, "ice:next", "", "");
+    let server = place.serve("s.sock", ["--config", "c.toml"]);
+    for name in ["w", "r"] {
+        let mut client = server.client(name);
+        client.write(512, &[9; 512]).unwrap();
+        assert_eq!(client.read(512, 512).unwrap(), [9; 512]);
+    }
+}
+
+#[test]
+fn pins_are_counted_at_the_door() {
+    let place = Place::new();
+    for name in ["a.img", "b.img"] {
+        place.create(name);
+    }
+    let pinned = ["--engine", "software:slots=2", "--pin", "a.img", "b.img"];
+    place.run(["serve"].into_iter().chain(pinned)).refused(1, &["2 volumes want a keyslot pinned, it has 2"]);
+    let server =
+        place.serve("a.img.sock", ["--engine", "software:slots=3", "--pin", "--priority", "high", "a.img"]);
+    server.client("").write(0, &[1; 512]).unwrap();
+    let status = place.run(["status", "--json"]).json();
+    assert_eq!(status["servers"][0]["engines"][0]["keys_pinned"], 1);
+}
+
+#[test]
+fn a_reset_engine_has_its_keys_again() {
+    let place = Place::new();
+    place.run(["key", "generate", "--engine", "ice:hwkm-v1", "--out", "a.img.key"]).done();
+    place.sparse("a.img", 1 << 20);
+    let server = place.serve("a.img.sock", ["--engine", "ice:hwkm-v1", "--control", "c.sock", "a.img"]);
+    let mut client = server.client("");
+    client.write(0, &[3; 4096]).unwrap();
+    for round in 1..=3 {
+        let said = place.run(["engine", "reset", "--control", "c.sock"]);
+        assert_eq!(said.done().out, "reset default\n");
+        assert_eq!(client.read(0, 4096).unwrap(), [3; 4096]);
+        let status = place.run(["status", "--json", "--control", "c.sock"]).json();
+        assert_eq!(status["servers"][0]["engines"][0]["keyslots"]["resets"], round);
+    }
+    place.run(["engine", "reset", "--control", "c.sock", "other"]).refused(1, &["there is no engine"]);
+    place.run(["engine", "reset", "--control", "nowhere.sock"]).refused(4, &["no server answers"]);
+}
