@@ -118,6 +118,15 @@ impl KeyTypeArg {
     }
 }
 
+/// Who gets a keyslot next when there are too few.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PolicyArg {
+    /// In order of priority and arrival, with quanta
+    Fair,
+    /// As in Linux: whoever comes by first, without quanta or bounds
+    Upstream,
+}
+
 /// How urgent a volume's requests are when keyslots are scarce.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum PriorityArg {
@@ -149,6 +158,7 @@ A config:
   name = \"e0\"
   spec = \"software:slots=8\"
   # key_type = \"first\", \"raw\" or \"wrapped\", for engines that serve one type only
+  # policy = \"fair\", or \"upstream\" as in Linux; program_share = 10, the percentage of time for programming keys
   root = \"root.key\"               # paths are relative to the config
 
   [[volume]]

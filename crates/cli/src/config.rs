@@ -32,6 +32,8 @@ pub(crate) struct EngineTable {
     pub(crate) spec: Option<String>,
     pub(crate) root: Option<String>,
     pub(crate) key_type: Option<String>,
+    pub(crate) policy: Option<String>,
+    pub(crate) program_share: Option<u8>,
 }
 
 /// `[[volume]]`
@@ -82,7 +84,7 @@ pub(crate) struct ServerTable {
 /// Which keys each table may have. A test compares it with the types above.
 const KEYS: &[(&str, &[&str])] = &[
     ("", &["engine", "volume", "listen", "server"]),
-    ("engine", &["name", "spec", "root", "key_type"]),
+    ("engine", &["name", "spec", "root", "key_type", "policy", "program_share"]),
     (
         "volume",
         &[

@@ -117,6 +117,7 @@ pub(crate) struct EngineReport {
 pub(crate) struct KeyslotsReport {
     pub(crate) waiting: usize,
     pub(crate) waits: u64,
+    pub(crate) longest_wait_us: u64,
     pub(crate) resets: u64,
     pub(crate) slots: Vec<SlotReport>,
 }

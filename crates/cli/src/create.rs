@@ -190,7 +190,7 @@ impl NewVolume<'_> {
             name.escape_default()
         );
         if self.name_engine {
-            let EnginePlan { name: _, spec, root, key_type: _ } = &self.engine;
+            let EnginePlan { name: _, spec, root, key_type: _, policy: _ } = &self.engine;
             let inlinecrypt_engine::RootSpec::File(root) = root;
             let root = std::path::absolute(root).unwrap_or_else(|_| root.clone());
             let _ = write!(

@@ -50,7 +50,7 @@ impl HostEngine {
         let engine = inlinecrypt_engine::open(&plan.spec, root)?;
         let pool = MemoryPool::new(LARGE_BUFFER_BYTES, LARGE_BUFFERS);
         let clock = Arc::new(SystemClock(Instant::now()));
-        let mut profile = CryptoProfile::new(engine, pool, Policy::default())?.with_clock(clock);
+        let mut profile = CryptoProfile::new(engine, pool, plan.policy)?.with_clock(clock);
         if let Some(fallback) = fallback {
             profile = profile.with_fallback(fallback.clone());
         }

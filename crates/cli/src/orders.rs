@@ -121,7 +121,9 @@ mod tests {
 
     fn found(key_type: KeyTypeArg, volumes: &[(KeyType, Hold, bool)]) -> Vec<String> {
         let root = RootSpec::File("root.key".into());
-        let plan = EnginePlan { name: "e".to_owned(), spec: "ice:hwkm-v2".parse().unwrap(), root, key_type };
+        let spec = "ice:hwkm-v2".parse().unwrap();
+        let policy = inlinecrypt_core::keyslot::Policy::default();
+        let plan = EnginePlan { name: "e".to_owned(), spec, root, key_type, policy };
         let labels = ["a", "b", "c", "d"];
         let volumes: Vec<_> = volumes
             .iter()

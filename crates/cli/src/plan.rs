@@ -4,8 +4,8 @@
 //! value would be noticed by nobody until the data is gone.
 
 use crate::cli::{
-    DiscardArg, EngineArgs, FallbackArg, KeyTypeArg, LayoutArgs, PriorityArg, Serve, TlsArg, TlsArgs,
-    WORKERS_MAX,
+    DiscardArg, EngineArgs, FallbackArg, KeyTypeArg, LayoutArgs, PolicyArg, PriorityArg, Serve, TlsArg,
+    TlsArgs, WORKERS_MAX,
 };
 use crate::config::{ConfigFile, EngineTable, ListenTable, ServerTable, VolumeTable};
 use crate::files::{self, Medium};
@@ -16,7 +16,7 @@ use crate::report::{Code, Failure};
 use inlinecrypt_core::admission::Hold;
 use inlinecrypt_core::backing::Access;
 use inlinecrypt_core::config::{DataUnitSize, Mode};
-use inlinecrypt_core::keyslot::Priority;
+use inlinecrypt_core::keyslot::{Policy, Priority};
 use inlinecrypt_core::volume::Discard;
 use inlinecrypt_engine::{EngineSpec, RootSpec};
 use inlinecrypt_io::backing::Caching;
@@ -42,6 +42,7 @@ pub(crate) struct EnginePlan {
     pub(crate) spec: EngineSpec,
     pub(crate) root: RootSpec,
     pub(crate) key_type: KeyTypeArg,
+    pub(crate) policy: Policy,
 }
 
 /// A volume to serve.
@@ -326,7 +327,13 @@ pub(crate) fn engine_from(args: &EngineArgs) -> Result<EnginePlan, Failure> {
         None => places::default_root()?,
     };
     let key_type = args.key_type.unwrap_or_default();
-    Ok(EnginePlan { name: "default".to_owned(), spec: args.engine.unwrap_or_default(), root, key_type })
+    Ok(EnginePlan {
+        name: "default".to_owned(),
+        spec: args.engine.unwrap_or_default(),
+        root,
+        key_type,
+        policy: Policy::default(),
+    })
 }
 
 fn engine_plan(
@@ -336,7 +343,8 @@ fn engine_plan(
     failures: &mut Vec<Failure>,
 ) -> Option<EnginePlan> {
     let place = file.place(table);
-    let EngineTable { name, spec, root, key_type } = table.get_ref();
+    let EngineTable { name, spec, root, key_type, policy, program_share } = table.get_ref();
+    let policy = policy_from(policy.as_deref(), *program_share);
     let key_type = key_type.as_deref().map_or(Ok(KeyTypeArg::First), choice);
     let spec = spec.as_deref().map_or(Ok(EngineSpec::default()), str::parse);
     let root = match root.as_deref().map(str::parse) {
@@ -344,15 +352,32 @@ fn engine_plan(
         Some(Ok(RootSpec::File(path))) => Ok(RootSpec::File(relative_to(base, &path))),
         Some(Err(error)) => Err(Failure::of("root", &error)),
     };
-    match (spec, root, key_type) {
-        (Ok(spec), Ok(root), Ok(key_type)) => Some(EnginePlan { name: name.clone(), spec, root, key_type }),
-        (spec, root, key_type) => {
+    match (spec, root, key_type, policy) {
+        (Ok(spec), Ok(root), Ok(key_type), Ok(policy)) => {
+            Some(EnginePlan { name: name.clone(), spec, root, key_type, policy })
+        }
+        (spec, root, key_type, policy) => {
+            failures.extend(policy.err().map(|why| wrong(&place, &why)));
             failures.extend(key_type.err().map(|why| wrong(&place, &format!("key_type: {why}"))));
             failures.extend(spec.err().map(|error| Failure::of(format!("{place}: spec"), &error)));
             failures.extend(root.err().map(|failure| failure.within(&place)));
             None
         }
     }
+}
+
+/// How an engine's keyslots are shared.
+fn policy_from(policy: Option<&str>, program_share: Option<u8>) -> Result<Policy, String> {
+    let mut chosen = match policy.map(choice).transpose().map_err(|why| format!("policy: {why}"))? {
+        Some(PolicyArg::Upstream) => Policy::UPSTREAM,
+        Some(PolicyArg::Fair) | None => Policy::default(),
+    };
+    match program_share {
+        None => {}
+        Some(percent @ 1..=100) => chosen.program_share_percent = percent,
+        Some(other) => return Err(format!("program_share = {other}: a percentage from 1 to 100")),
+    }
+    Ok(chosen)
 }
 
 /// A plan under construction.
@@ -367,7 +392,8 @@ impl Builder {
     /// The index of an engine that is the same but for its name, which is added if there is none.
     fn engine(&mut self, engine: EnginePlan) -> usize {
         let same = |other: &EnginePlan| {
-            (&other.spec, &other.root, other.key_type) == (&engine.spec, &engine.root, engine.key_type)
+            (&other.spec, &other.root, other.key_type, other.policy)
+                == (&engine.spec, &engine.root, engine.key_type, engine.policy)
         };
         self.engines.iter().position(same).unwrap_or_else(|| {
             let mut engine = engine;

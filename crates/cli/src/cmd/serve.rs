@@ -406,6 +406,7 @@ impl Running {
             keyslots: status.keyslots.map(|keyslots| KeyslotsReport {
                 waiting: keyslots.waiting,
                 waits: keyslots.waits,
+                longest_wait_us: keyslots.longest_wait_ns / 1000,
                 resets: keyslots.resets,
                 slots: keyslots
                     .slots

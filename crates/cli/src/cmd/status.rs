@@ -134,7 +134,12 @@ fn describe(server: &Value) -> String {
             if keyslots.is_null() {
                 ", no keyslots".to_owned()
             } else {
-                format!(", {} waits, {} waiting", number(&keyslots["waits"]), number(&keyslots["waiting"]))
+                format!(
+                    ", {} waits (longest {} us), {} waiting",
+                    number(&keyslots["waits"]),
+                    number(&keyslots["longest_wait_us"]),
+                    number(&keyslots["waiting"])
+                )
             },
         );
         let used: Vec<&Value> =

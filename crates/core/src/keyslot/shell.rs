@@ -34,6 +34,7 @@ struct State {
     /// Why the engine did not program a key, until the actions that follow are delivered.
     failure: Option<Error>,
     waits: u64,
+    longest_wait_ns: u64,
     resets: u64,
 }
 
@@ -63,6 +64,8 @@ pub struct KeyslotsStatus {
     pub waiting: usize,
     /// Requests that had to wait since the start.
     pub waits: u64,
+    /// The longest that one of them waited, program included, in nanoseconds; 0 without a clock.
+    pub longest_wait_ns: u64,
     /// Engine resets since the start.
     pub resets: u64,
 }
@@ -117,6 +120,7 @@ impl Keyslots {
             orphans: Vec::new(),
             failure: None,
             waits: 0,
+            longest_wait_ns: 0,
             resets: 0,
         };
         Self { engine, clock: Arc::new(StoppedClock), state: Mutex::new(state) }
@@ -147,6 +151,7 @@ impl Keyslots {
             Acquired::Queued(ticket) => ticket,
         };
         state.waits += 1;
+        let asked_ns = self.clock.now_ns();
         let wake = state.open_mailbox(ticket);
         state.deliver(actions);
         let mut wake_at = None;
@@ -160,6 +165,8 @@ impl Keyslots {
                 Some(Letter::WakeAt(at_ns)) => wake_at = Some(at_ns),
                 Some(Letter::Granted(grant)) => {
                     state.mailboxes.remove(&ticket);
+                    let waited_ns = self.clock.now_ns().saturating_sub(asked_ns);
+                    state.longest_wait_ns = state.longest_wait_ns.max(waited_ns);
                     return Ok(KeyslotGuard { keyslots: self, grant });
                 }
                 Some(Letter::Failed(error)) => {
@@ -257,6 +264,7 @@ impl Keyslots {
             slots: state.table.status(),
             waiting: state.table.waiting(),
             waits: state.waits,
+            longest_wait_ns: state.longest_wait_ns,
             resets: state.resets,
         }
     }
