@@ -121,7 +121,7 @@ fn fuzz(seconds: &str) -> Outcome {
 }
 
 fn soak(minutes: &str) -> Outcome {
-    let minutes: u64 = minutes.parse().map_err(|_| "MINUTES is a number".to_owned())?;
+    let minutes: u64 = minutes.parse().map_err(|error| format!("MINUTES {minutes}: {error}"))?;
     cargo(
         &["test", "--release", "--workspace", "--", "soak_"],
         &[("INLINECRYPT_SOAK_SECONDS", &(minutes * 60).to_string())],

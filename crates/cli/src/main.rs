@@ -11,7 +11,7 @@
 //!   report       messages and exit codes
 //! ```
 //!
-//! Start reading at [`cmd::serve`].
+//! Start reading at `cmd/serve.rs`.
 #![forbid(unsafe_code)]
 
 mod cli;
