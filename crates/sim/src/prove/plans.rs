@@ -73,7 +73,7 @@ pub fn ours(bounds: Bounds) -> Vec<Plan> {
         Plan {
             is_exclusive: true,
             faults: Faults {
-                program_failures: 1,
+                program_failures: requests(1, 1, 2),
                 rejections: u8::from(!small),
                 switch_failures: 1,
                 evict_failures: u8::from(!small),
@@ -85,8 +85,8 @@ pub fn ours(bounds: Bounds) -> Vec<Plan> {
                 "faults",
                 vec![
                     LayerPlan { evictions: u8::from(!small), ..LayerPlan::new(1, Raw, 1) },
-                    LayerPlan::new(2, Raw, requests(0, 1, 2)),
-                    LayerPlan::new(3, HardwareWrapped, requests(1, 0, 1)),
+                    LayerPlan::new(2, Raw, requests(0, 1, 1)),
+                    LayerPlan::new(3, HardwareWrapped, requests(1, 0, 0)),
                 ],
             )
         },
@@ -97,9 +97,9 @@ pub fn ours(bounds: Bounds) -> Vec<Plan> {
             ..small_plan(
                 "contention",
                 vec![
-                    LayerPlan { in_flight: 2, ..LayerPlan::new(1, Raw, requests(3, 6, 7)) },
-                    LayerPlan { in_flight: requests(1, 2, 2), ..LayerPlan::new(2, Raw, requests(1, 4, 5)) },
-                    LayerPlan::new(3, HardwareWrapped, requests(1, 2, 3)),
+                    LayerPlan { in_flight: 2, ..LayerPlan::new(1, Raw, requests(3, 5, 6)) },
+                    LayerPlan { in_flight: requests(1, 2, 2), ..LayerPlan::new(2, Raw, requests(1, 3, 4)) },
+                    LayerPlan::new(3, HardwareWrapped, requests(1, 2, 2)),
                 ],
             )
         },
@@ -115,11 +115,14 @@ pub fn ours(bounds: Bounds) -> Vec<Plan> {
             },
             ..small_plan(
                 "resets",
-                vec![
+                [
                     LayerPlan { in_flight: 2, ..LayerPlan::new(1, Raw, 2) },
-                    LayerPlan::new(2, HardwareWrapped, 1),
-                    LayerPlan::new(3, Raw, u8::from(!small)),
-                ],
+                    LayerPlan::new(2, HardwareWrapped, requests(0, 1, 1)),
+                    LayerPlan::new(3, Raw, 1),
+                ]
+                .into_iter()
+                .take(if large { 3 } else { 2 })
+                .collect(),
             )
         },
         // The same on one keyslot, twice, with a program that fails.
