@@ -16,7 +16,7 @@ ap.add_argument('--slots', default='32,4,1')
 ap.add_argument('--latencies', default='0us,50us,1ms')
 ap.add_argument('--policies', default='upstream,fair')
 a = ap.parse_args()
-BIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), '../../target/release/inlinecrypt')
+BIN = os.path.join(os.environ.get('CARGO_TARGET_DIR') or os.path.join(os.path.dirname(os.path.abspath(__file__)), '../../target'), 'release/inlinecrypt')
 DIR = tempfile.mkdtemp(prefix='slots-', dir='/dev/shm')
 ENV = dict(os.environ, INLINECRYPT_HOME=f'{DIR}/home', XDG_RUNTIME_DIR=DIR)
 SOCK, CONTROL = f'{DIR}/s.sock', f'{DIR}/c.sock'
