@@ -59,7 +59,10 @@ pub struct BackingFacts {
 /// - A write that returned `Ok` is seen by every later read, and is stable after the next `flush` that returned `Ok`.
 ///   With [`Durability::Durable`] it is stable when it returns.
 /// - After a failed write any part of the range may have the old or the new content; nothing else changes.
-/// - After a failed `flush`, or failed durable write, no later `flush` succeeds: what was lost cannot be made good.
+/// - After a failed `flush`, or a durable write that failed for another reason than lack of space, no later `flush`
+///   succeeds: what was lost cannot be made good. A write that found no space took nothing with it.
+/// - A medium that has become shorter is not made longer again: what was cut off is lost, and every later write and flush
+///   says so.
 /// - The real causes are kept: [`NoSpace`](crate::error::ErrorKind::NoSpace) for a full medium,
 ///   [`Backing`](crate::error::ErrorKind::Backing) else, with the system's error as source.
 pub trait Backing: fmt::Debug + Send + Sync {

@@ -56,7 +56,8 @@ impl Layout {
     ///
     /// [`ErrorKind::Invalid`] if the data unit is not 512 bytes to 64 KiB, the backing holds not even one, the logical
     /// block is not a power of two from 512 bytes to the data unit, smaller than the data unit though the mode would be
-    /// torn (see the module), or the IVs would overflow.
+    /// torn (see the module), the IV offset is not a whole number of data units (dm-crypt refuses that, too), or the IVs
+    /// would overflow.
     pub fn new(
         mode: Mode,
         data_unit_size: DataUnitSize,
@@ -92,6 +93,13 @@ impl Layout {
         let size_bytes = backing_bytes & !(u64::from(unit_bytes) - 1);
         if size_bytes == 0 {
             return Err(invalid(format!("{backing_bytes} bytes are not even one data unit of {unit_bytes}")));
+        }
+        if !iv_offset_sectors.is_multiple_of(u64::from(unit_bytes / SECTOR_BYTES)) {
+            return Err(invalid(format!(
+                "an IV offset of {iv_offset_sectors} sectors; with data units of {unit_bytes} bytes it must be a multiple \
+                 of {}",
+                unit_bytes / SECTOR_BYTES
+            )));
         }
         let sectors = size_bytes / u64::from(SECTOR_BYTES);
         if iv_offset_sectors.checked_add(sectors - 1).is_none() {

@@ -193,7 +193,9 @@ fn iv_offsets_count_sectors_and_never_overflow() {
     assert_eq!(layout(34_359_738_360).unwrap().dun_at(4096), Dun::from(1 << 32));
     assert_eq!(layout(34_359_738_360).unwrap().dun_bytes(), 5);
     assert_eq!(layout(u64::MAX - 15).unwrap().size_bytes(), 8192);
-    assert_eq!(layout(u64::MAX - 14).unwrap_err().kind(), ErrorKind::Invalid);
+    assert_eq!(layout(u64::MAX - 7).unwrap_err().kind(), ErrorKind::Invalid);
+    // Half a data unit would be rounded away without a word.
+    assert_eq!(layout(4).unwrap_err().kind(), ErrorKind::Invalid);
 }
 
 #[test]
