@@ -312,3 +312,6 @@ pub fn report(bounds: Bounds, threads: usize) -> Result<String, String> {
 
 #[cfg(test)]
 mod tests;
+
+#[cfg(test)]
+mod bent_tests;

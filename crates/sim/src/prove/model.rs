@@ -495,7 +495,7 @@ impl<G: Gate, S: Slots> World<G, S> {
     #[must_use]
     pub fn after(&self, state: &State<G, S>, step: Step) -> State<G, S> {
         let mut next = state.clone();
-        Turn { world: self, state: &mut next, failing: None, answers: Vec::new(), orders: Vec::new() }
+        Turn { world: self, state: &mut next, finished: None, answers: Vec::new(), orders: Vec::new() }
             .take(step);
         next
     }
@@ -505,8 +505,8 @@ impl<G: Gate, S: Slots> World<G, S> {
 struct Turn<'a, G: Gate, S: Slots> {
     world: &'a World<G, S>,
     state: &'a mut State<G, S>,
-    /// The key that the engine has just not programmed, how, and at which attempt: why requests may fail.
-    failing: Option<(KeyId, Programmed, u8)>,
+    /// The key that the engine is just done programming, how it went, and at which attempt.
+    finished: Option<(KeyId, Programmed, u8)>,
     answers: Vec<Answer>,
     orders: Vec<Order>,
 }
@@ -716,7 +716,7 @@ impl<G: Gate, S: Slots> Turn<'_, G, S> {
             Programmed::Rejected if serves => count(&mut self.state.faults.rejections),
             Programmed::Done | Programmed::Rejected => {}
         }
-        self.failing = (outcome != Programmed::Done).then_some((key, outcome, attempt));
+        self.finished = Some((key, outcome, attempt));
         self.state.slots.programmed(slot, outcome, &mut self.orders);
     }
 
@@ -830,8 +830,10 @@ impl<G: Gate, S: Slots> Turn<'_, G, S> {
         let displaced = engine.slots[slot as usize].filter(|displaced| *displaced != key);
         let stays = displaced.is_some_and(|displaced| self.state.pinned.contains(&displaced));
         let may = engine.work.is_none() && only_its_own && !stays;
-        let attempt = match self.failing {
-            Some((failed, Programmed::Failed, attempt)) if failed == key => attempt + 1,
+        let attempt = match self.finished {
+            Some((finished, Programmed::Failed, attempt)) if finished == key => attempt + 1,
+            // A reset overtook it, so its success means nothing. Nor does it undo the failures before.
+            Some((finished, Programmed::Done, attempt)) if finished == key => attempt,
             _ => 1,
         };
         self.expect(may, Broken::Touched);
@@ -883,9 +885,10 @@ impl<G: Gate, S: Slots> Turn<'_, G, S> {
         let was_waiting = *self.seat(index, seat) == Seat::Waiting;
         self.expect(was_waiting, Broken::Answered);
         let retries = self.world.plan.policy.program_retries;
-        let may = match self.failing {
+        let may = match self.finished {
             Some((key, outcome, attempt)) => {
                 key == self.world.key(index)
+                    && outcome != Programmed::Done
                     && (outcome == Programmed::Rejected || u32::from(attempt) > retries || !S::PROMISES)
             }
             None => false,
