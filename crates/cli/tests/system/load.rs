@@ -3,6 +3,89 @@
 use inlinecrypt_testkit::nbd::{NbdError, Reply, cmd};
 use inlinecrypt_testkit::{Client, Shadow, Version, pattern};
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Condvar, Mutex};
+use std::thread;
+
+/// A flag that says when to end. Up as soon as its guard is dropped, so that nobody goes on for ever when a test fails.
+#[derive(Default)]
+pub(crate) struct Until(AtomicBool);
+
+impl Until {
+    pub(crate) fn is_over(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// Ends it when dropped.
+    pub(crate) fn guard(&self) -> UntilGuard<'_> {
+        UntilGuard(self)
+    }
+}
+
+pub(crate) struct UntilGuard<'u>(&'u Until);
+
+impl Drop for UntilGuard<'_> {
+    fn drop(&mut self) {
+        self.0.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Where threads wait for each other, again and again. When one of them panics, so do all others.
+pub(crate) struct Meeting {
+    count: usize,
+    state: Mutex<Met>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Met {
+    here: usize,
+    rounds: u64,
+    broken: bool,
+}
+
+impl Meeting {
+    pub(crate) fn of(count: usize) -> Self {
+        Self { count, state: Mutex::default(), changed: Condvar::new() }
+    }
+
+    /// For a thread that takes part, for as long as it does.
+    pub(crate) fn attend(&self) -> Attendance<'_> {
+        Attendance(self)
+    }
+}
+
+pub(crate) struct Attendance<'m>(&'m Meeting);
+
+impl Attendance<'_> {
+    pub(crate) fn wait(&self) {
+        let mut met = self.0.state.lock().unwrap();
+        met.here += 1;
+        if met.here == self.0.count {
+            met.here = 0;
+            met.rounds += 1;
+            self.0.changed.notify_all();
+            return;
+        }
+        let round = met.rounds;
+        while met.rounds == round {
+            if met.broken {
+                drop(met);
+                panic!("another thread has panicked");
+            }
+            met = self.0.changed.wait(met).unwrap();
+        }
+    }
+}
+
+impl Drop for Attendance<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.state.lock().unwrap().broken = true;
+            self.0.changed.notify_all();
+        }
+    }
+}
 
 /// What is asked.
 #[derive(Clone, Copy, Debug)]

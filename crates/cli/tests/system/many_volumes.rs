@@ -1,10 +1,10 @@
 //! More keys than keyslots: every volume gets the right key every time, and all of them get on.
 
-use crate::load::{Habits, Load};
+use crate::load::{Habits, Load, Until};
 use crate::rig::{MIB, Place, Server, eventually, seed};
 use serde_json::Value;
 use std::fmt::Write as _;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -55,7 +55,7 @@ fn serve_many(count: usize, len: u64, engine: &str, more: &str) -> (Place, Serve
 
 /// Keeps all volumes busy at once for a while, one client each, then looks at every byte.
 fn pound(server: &Server, blocks: &[u64], len: u64, seed: u64, time: Duration) -> u64 {
-    let over = AtomicBool::new(false);
+    let over = Until::default();
     let (started, answered) = (AtomicU64::new(0), AtomicU64::new(0));
     let count = blocks.len() as u64;
     thread::scope(|scope| {
@@ -67,15 +67,15 @@ fn pound(server: &Server, blocks: &[u64], len: u64, seed: u64, time: Duration) -
                 let mut load = Load::new(seed + index as u64, 0, len, habits);
                 load.fill(&mut client);
                 started.fetch_add(1, Ordering::Relaxed);
-                load.run(&mut client, || over.load(Ordering::Relaxed)).unwrap();
+                load.run(&mut client, || over.is_over()).unwrap();
                 load.check_all(&mut client);
                 answered.fetch_add(load.answered, Ordering::Relaxed);
             };
             thread::Builder::new().stack_size(512 << 10).spawn_scoped(scope, work).unwrap();
         }
+        let _over = over.guard();
         eventually("all volumes are busy", || started.load(Ordering::Relaxed) == count);
         thread::sleep(time);
-        over.store(true, Ordering::Relaxed);
     });
     answered.into_inner()
 }
@@ -128,7 +128,7 @@ fn one_volume_under_load_stays_small() {
     let seed = seed();
     let place = Place::new();
     let server = place.serve(["--create", "64MiB", "v.img"]);
-    let over = AtomicBool::new(false);
+    let over = Until::default();
     thread::scope(|scope| {
         for worker in 0..4 {
             let (server, over) = (&server, &over);
@@ -136,7 +136,7 @@ fn one_volume_under_load_stays_small() {
                 let mut client = server.client("v");
                 let mut load = Load::new(seed + worker, worker * 16 * MIB, 16 * MIB, Habits::MIXED);
                 load.fill(&mut client);
-                load.run(&mut client, || over.load(Ordering::Relaxed)).unwrap();
+                load.run(&mut client, || over.is_over()).unwrap();
                 load.check_all(&mut client);
                 // The largest requests there are.
                 let (version, data) = load.shadow.begin(worker * 16 * MIB, 16 * MIB);
@@ -146,8 +146,8 @@ fn one_volume_under_load_stays_small() {
                 client.read(0, 32 << 20).unwrap();
             });
         }
+        let _over = over.guard();
         thread::sleep(Duration::from_secs(3));
-        over.store(true, Ordering::Relaxed);
     });
     let (resident, most) = server.resident_kib();
     eprintln!("{resident} KiB resident, {most} at most");

@@ -1,6 +1,6 @@
 //! Disks that fail, clients that misbehave, and everything that ends a server.
 
-use crate::load::{Habits, Load};
+use crate::load::{Habits, Load, Until};
 use crate::rig::{MIB, PATIENCE, Place, dial, eventually, may_loop, may_mount, seed};
 use inlinecrypt_testkit::nbd::{NbdError, cmd, request_header};
 use inlinecrypt_testkit::undo::{LoopDevice, Mount};
@@ -14,7 +14,6 @@ use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener, UnixStream};
 use std::path::Path;
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -371,7 +370,7 @@ fn clients_that_fall_silent_or_vanish_disturb_nobody() {
         // The stretch of those who vanish. What they wrote in full is there, the rest is old or new.
         let mut theirs = Load::new(seed ^ 1, 8 * MIB, 8 * MIB, Habits::WRITES);
         theirs.fill(&mut server.client("v"));
-        let over = AtomicBool::new(false);
+        let over = Until::default();
         let mut silent = Vec::new();
         thread::scope(|scope| {
             let (place, server, over) = (&place, &server, &over);
@@ -379,10 +378,11 @@ fn clients_that_fall_silent_or_vanish_disturb_nobody() {
                 let mut client = server.client("v");
                 let mut load = Load::new(seed, 0, 8 * MIB, Habits::MIXED);
                 load.fill(&mut client);
-                load.run(&mut client, || over.load(Ordering::Relaxed)).unwrap();
+                load.run(&mut client, || over.is_over()).unwrap();
                 load.check_all(&mut client);
                 assert!(load.answered > 0);
             });
+            let until = over.guard();
             for round in 0..20 {
                 for beginning in rude_beginnings() {
                     let mut stream = server.dial();
@@ -409,7 +409,7 @@ fn clients_that_fall_silent_or_vanish_disturb_nobody() {
                 }
             }
             theirs.check_all(&mut server.client("v"));
-            over.store(true, Ordering::Relaxed);
+            drop(until);
             good.join().unwrap();
             assert!(server.status(place)["servers"][0]["connections"]["now"].as_u64().unwrap() >= 40);
         });
