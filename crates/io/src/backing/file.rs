@@ -3,7 +3,7 @@
 //! Reads and writes are one system call each and allocate nothing. Start reading at [`FileBacking::read_all`].
 
 use super::lock::{self, LockedFile};
-use super::stable::Ledger;
+use super::stable::{Ledger, SHORTER};
 use super::{Caching, DiscardPolicy, OpenOptions};
 use crate::sys;
 use inlinecrypt_core::backing::{Access, Backing, BackingFacts, Durability, Extent};
@@ -32,6 +32,8 @@ pub struct FileBacking {
     facts: BackingFacts,
     /// Whether the system takes `RWF_DSYNC` for this file. Only ever becomes false.
     takes_dsync: AtomicBool,
+    /// Whether the medium was ever found shorter than it was when opened. Only ever becomes true.
+    shorter: AtomicBool,
     ledger: Ledger,
 }
 
@@ -101,6 +103,7 @@ impl FileBacking {
             caching,
             facts: BackingFacts { len_bytes, align_bytes, access, can_discard },
             takes_dsync: AtomicBool::new(true),
+            shorter: AtomicBool::new(false),
             ledger: Ledger::default(),
         })
     }
@@ -125,15 +128,40 @@ impl FileBacking {
                 .map_err(|errno| world_error(Op::Read, errno, offset, len))?;
             let done = if read == rest.len() { read } else { self.usable(read) };
             if done == 0 {
-                return Err(Error::new(ErrorKind::Backing, Op::Read)
-                    .at(offset, len)
-                    .detail("the file has become shorter")
-                    .because(io::Error::from(io::ErrorKind::UnexpectedEof)));
+                return Err(self.note_shorter(Op::Read, Some((offset, len))));
             }
             rest = &mut rest[done..];
             at += done as u64;
         }
         Ok(())
+    }
+
+    /// Whether the medium is, or ever was found, shorter than when it was opened. Asked before all that changes it or
+    /// calls it stable: writing would make the file long again, and what was cut off, stable or not, would from then on
+    /// read as the noise that zeroes decrypt to. One system call that goes to no medium. Who cuts it between that and
+    /// the write is not seen here.
+    fn is_shorter(&self) -> Result<bool, Errno> {
+        if self.shorter.load(Ordering::Relaxed) {
+            return Ok(true);
+        }
+        match self.medium {
+            Medium::Regular => Ok(file_len(&self.file)? < self.facts.len_bytes),
+            // It takes no write beyond its end.
+            Medium::BlockDevice { .. } => Ok(false),
+        }
+    }
+
+    /// The medium is shorter than it was: nothing is called stable from now on, nor written.
+    fn note_shorter(&self, op: Op, range: Option<(u64, u64)>) -> Error {
+        self.shorter.store(true, Ordering::Relaxed);
+        self.ledger.note_shorter(op, range);
+        let error = Error::new(ErrorKind::Backing, op)
+            .detail(SHORTER)
+            .because(io::Error::from(io::ErrorKind::UnexpectedEof));
+        match range {
+            Some((offset, len)) => error.at(offset, len),
+            None => error,
+        }
     }
 
     /// Writes all of `data` by `write`, one system call of which says how many bytes it wrote.
@@ -200,13 +228,18 @@ impl Backing for FileBacking {
 
     fn write(&self, offset: u64, data: &[u8], durability: Durability) -> Result<(), Error> {
         let len = data.len() as u64;
+        let looked = self.is_shorter();
+        if looked == Ok(true) {
+            return Err(self.note_shorter(Op::Write, Some((offset, len))));
+        }
         match durability {
-            Durability::Cached => {
-                self.write_cached(offset, data).map_err(|errno| world_error(Op::Write, errno, offset, len))
-            }
-            Durability::Durable => {
-                self.ledger.settle(Op::Write, Some((offset, len)), || self.write_durable(offset, data))
-            }
+            Durability::Cached => looked
+                .and_then(|_| self.write_cached(offset, data))
+                .map_err(|errno| world_error(Op::Write, errno, offset, len)),
+            Durability::Durable => self.ledger.settle(Op::Write, Some((offset, len)), || {
+                looked?;
+                self.write_durable(offset, data)
+            }),
         }
     }
 
@@ -214,13 +247,24 @@ impl Backing for FileBacking {
         if self.facts.access == Access::ReadOnly {
             return Ok(());
         }
+        let looked = self.is_shorter();
+        if looked == Ok(true) {
+            // Told by the ledger, below.
+            let _ = self.note_shorter(Op::Flush, None);
+        }
         // Also makes stable what is needed to find the data: new length, new blocks.
-        self.ledger.settle(Op::Flush, None, || retry_on_intr(|| rustix::fs::fdatasync(&self.file)))
+        self.ledger.settle(Op::Flush, None, || {
+            looked?;
+            retry_on_intr(|| rustix::fs::fdatasync(&self.file))
+        })
     }
 
     fn discard(&self, offset: u64, len: u64) -> Result<(), Error> {
         if !self.facts.can_discard {
             return Err(Error::new(ErrorKind::Unsupported, Op::Trim).at(offset, len));
+        }
+        if self.is_shorter().map_err(|errno| world_error(Op::Trim, errno, offset, len))? {
+            return Err(self.note_shorter(Op::Trim, Some((offset, len))));
         }
         let discarded = match self.medium {
             Medium::Regular => retry_on_intr(|| {

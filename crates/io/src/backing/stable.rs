@@ -5,6 +5,7 @@
 //! collect the failure of another, whose own call then succeeds. [`Ledger`] makes up for both:
 //!
 //! - the first failure is kept, and nothing is called stable after it;
+//! - a medium that became shorter is such a failure too;
 //! - a call that succeeded counts only once every call that overlapped it in time has told its outcome.
 
 use super::file::world_error;
@@ -13,12 +14,24 @@ use rustix::io::Errno;
 use std::io;
 use std::sync::{OnceLock, PoisonError, RwLock};
 
+/// What is said of a medium that became shorter.
+pub(super) const SHORTER: &str = "the file has become shorter";
+
 /// The first failure to make something stable.
 #[derive(Clone, Copy, Debug)]
 struct Lost {
     op: Op,
     range: Option<(u64, u64)>,
-    errno: Errno,
+    cause: Cause,
+}
+
+/// Why it is lost.
+#[derive(Clone, Copy, Debug)]
+enum Cause {
+    /// The system said so.
+    Failed(Errno),
+    /// The medium became shorter.
+    Shorter,
 }
 
 /// Whether all that was called stable is stable.
@@ -52,7 +65,7 @@ impl Ledger {
             self.check(op, range)?;
             if let Err(errno) = sync() {
                 // Not the first failure: then the first one is the one to tell of later.
-                let _ = self.lost.set(Lost { op, range, errno });
+                let _ = self.lost.set(Lost { op, range, cause: Cause::Failed(errno) });
                 return Err(match range {
                     Some((offset, len)) => world_error(op, errno, offset, len),
                     None => Error::new(ErrorKind::FlushLost, op)
@@ -65,9 +78,19 @@ impl Ledger {
         self.check(op, range)
     }
 
+    /// Notes that the medium was found shorter than it was, by what was done when that was seen.
+    pub(super) fn note_shorter(&self, op: Op, range: Option<(u64, u64)>) {
+        // Not the first failure: then the first one is the one to tell of later.
+        let _ = self.lost.set(Lost { op, range, cause: Cause::Shorter });
+    }
+
     fn check(&self, op: Op, range: Option<(u64, u64)>) -> Result<(), Error> {
         let Some(lost) = self.lost.get() else { return Ok(()) };
-        let mut first = Error::new(ErrorKind::Backing, lost.op).because(io::Error::from(lost.errno));
+        let first = Error::new(ErrorKind::Backing, lost.op);
+        let mut first = match lost.cause {
+            Cause::Failed(errno) => first.because(io::Error::from(errno)),
+            Cause::Shorter => first.detail(SHORTER).because(io::Error::from(io::ErrorKind::UnexpectedEof)),
+        };
         if let Some((offset, len)) = lost.range {
             first = first.at(offset, len);
         }

@@ -316,6 +316,49 @@ fn a_file_that_became_shorter_fails_reads_and_keeps_extents_whole() {
     }
 }
 
+/// Written again, a file that was cut short would be as long as before, and what was cut off would read as noise.
+#[test]
+fn a_file_that_became_shorter_is_never_made_longer_again() {
+    let directory = directory();
+    // Whoever notices first: a read, a write of either durability, a discard or a flush.
+    for first in ["read", "write", "durable write", "discard", "flush"] {
+        let path = sparse(directory.path(), &first.replace(' ', "-"), 4 * MIB);
+        let backing = open_default(&path).expect("our own");
+        backing.write(3 * MIB, &[1; 4096], Durability::Durable).expect("room");
+        backing.write(0, &[2; 4096], Durability::Cached).expect("room");
+        File::options().write(true).open(&path).expect("our own").set_len(MIB).expect("shorter");
+
+        let is_told = |result: Result<(), Error>| {
+            let error = result.expect_err(first);
+            assert_eq!(error.kind(), ErrorKind::Backing, "{first}: {}", error.chain());
+            assert!(error.to_string().contains("the file has become shorter"), "{first}: {error}");
+        };
+        match first {
+            "read" => is_told(backing.read(3 * MIB, &mut [0; 4096])),
+            "write" => is_told(backing.write(3 * MIB + 4096, &[3; 4096], Durability::Cached)),
+            "durable write" => is_told(backing.write(3 * MIB + 4096, &[3; 4096], Durability::Durable)),
+            "discard" if backing.facts().can_discard => is_told(backing.discard(0, 4096)),
+            "discard" => skip("this filesystem punches no holes"),
+            _ => assert_eq!(backing.flush().expect_err(first).kind(), ErrorKind::FlushLost),
+        }
+        // Even if somebody makes it as long as it was: what was cut off stays lost.
+        assert_eq!(fs::metadata(&path).expect("our own").len(), MIB, "{first}: not made longer");
+        File::options().write(true).open(&path).expect("our own").set_len(4 * MIB).expect("as it was");
+        if first == "discard" && !backing.facts().can_discard {
+            continue;
+        }
+        for durability in [Durability::Cached, Durability::Durable] {
+            is_told(backing.write(0, &[3; 4096], durability));
+        }
+        let flush = backing.flush().expect_err(first);
+        assert_eq!(flush.kind(), ErrorKind::FlushLost, "{}", flush.chain());
+        assert!(flush.chain().contains("the file has become shorter"), "{}", flush.chain());
+        let mut kept = [0; 4096];
+        backing.read(0, &mut kept).expect("what is there can be saved");
+        assert_eq!(kept, [2; 4096]);
+    }
+}
+
 #[test]
 fn extents_show_what_is_allocated() {
     let directory = directory();
