@@ -3,7 +3,7 @@
 //! Reads and writes are one system call each and allocate nothing. Start reading at [`FileBacking::read_all`].
 
 use super::lock::{self, LockedFile};
-use super::stable::{Ledger, SHORTER};
+use super::stable::{Failed, Ledger, SHORTER};
 use super::{Caching, DiscardPolicy, OpenOptions};
 use crate::sys;
 use inlinecrypt_core::backing::{Access, Backing, BackingFacts, Durability, Extent};
@@ -15,7 +15,7 @@ use rustix::io::{Errno, IoSlice, ReadWriteFlags, retry_on_intr};
 use std::fs;
 use std::io;
 use std::num::NonZeroU64;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -26,6 +26,10 @@ const DIRECT_ALIGN_BYTES: u32 = 4096;
 #[derive(Debug)]
 pub struct FileBacking {
     file: LockedFile,
+    /// The same, opened once more. The system tells a failed write-back once to each opening, so this one still tells
+    /// what a refused durable write may have collected from `file`. `None` if it could not be opened: then every refusal
+    /// counts as a loss.
+    witness: Option<OwnedFd>,
     path: PathBuf,
     medium: Medium,
     caching: Caching,
@@ -58,6 +62,10 @@ impl FileBacking {
         let OpenOptions { access, caching, discard } = options;
         let (file, stat) = open_file(&path, access, caching)?;
         let file = lock::lock(file, &stat, access, &path)?;
+        let witness = match access {
+            Access::ReadOnly => None,
+            Access::ReadWrite => open_again(&file),
+        };
 
         let failed = |errno: Errno| {
             Error::new(ErrorKind::Backing, Op::Open)
@@ -98,6 +106,7 @@ impl FileBacking {
             };
         Ok(Self {
             file,
+            witness,
             path,
             medium,
             caching,
@@ -190,7 +199,7 @@ impl FileBacking {
         self.write_all(offset, data, |rest, at| rustix::io::pwrite(&self.file, rest, at))
     }
 
-    fn write_durable(&self, offset: u64, data: &[u8]) -> Result<(), Errno> {
+    fn write_durable(&self, offset: u64, data: &[u8]) -> Result<(), Failed> {
         if self.takes_dsync.load(Ordering::Relaxed) {
             let written = self.write_all(offset, data, |rest, at| {
                 rustix::io::pwritev2(&self.file, &[IoSlice::new(rest)], at, ReadWriteFlags::DSYNC)
@@ -198,11 +207,23 @@ impl FileBacking {
             match written {
                 // Refused for the flag, before anything was written.
                 Err(Errno::OPNOTSUPP | Errno::NOSYS) => self.takes_dsync.store(false, Ordering::Relaxed),
-                done => return done,
+                done => return done.map_err(|errno| self.judge(errno)),
             }
         }
-        self.write_cached(offset, data)?;
-        retry_on_intr(|| rustix::fs::fdatasync(&self.file))
+        self.write_cached(offset, data).map_err(|errno| self.judge(errno))?;
+        retry_on_intr(|| rustix::fs::fdatasync(&self.file)).map_err(Failed::Lost)
+    }
+
+    /// Whether a durable write that failed was but refused. "No space" may be said of this write, or of older ones that
+    /// are just being written back; if the latter, making all stable by the witness fails too.
+    pub(super) fn judge(&self, errno: Errno) -> Failed {
+        match &self.witness {
+            Some(witness) if is_no_space(errno) => match retry_on_intr(|| rustix::fs::fdatasync(witness)) {
+                Ok(()) => Failed::Refused(errno),
+                Err(_) => Failed::Lost(errno),
+            },
+            _ => Failed::Lost(errno),
+        }
     }
 
     fn discard_sectors(&self, offset: u64, len: u64, sector_bytes: u32) -> Result<(), Errno> {
@@ -237,7 +258,7 @@ impl Backing for FileBacking {
                 .and_then(|_| self.write_cached(offset, data))
                 .map_err(|errno| world_error(Op::Write, errno, offset, len)),
             Durability::Durable => self.ledger.settle(Op::Write, Some((offset, len)), || {
-                looked?;
+                looked.map_err(Failed::Lost)?;
                 self.write_durable(offset, data)
             }),
         }
@@ -254,8 +275,8 @@ impl Backing for FileBacking {
         }
         // Also makes stable what is needed to find the data: new length, new blocks.
         self.ledger.settle(Op::Flush, None, || {
-            looked?;
-            retry_on_intr(|| rustix::fs::fdatasync(&self.file))
+            looked.map_err(Failed::Lost)?;
+            retry_on_intr(|| rustix::fs::fdatasync(&self.file)).map_err(Failed::Lost)
         })
     }
 
@@ -365,10 +386,22 @@ impl Runs {
 /// The error for what the system said about a range.
 pub(super) fn world_error(op: Op, errno: Errno, offset: u64, len: u64) -> Error {
     let kind = match errno {
-        Errno::NOSPC | Errno::DQUOT => ErrorKind::NoSpace,
+        errno if is_no_space(errno) => ErrorKind::NoSpace,
         _ => ErrorKind::Backing,
     };
     Error::new(kind, op).at(offset, len).because(io::Error::from(errno))
+}
+
+/// Whether the system has no room: on the medium, in a quota, or below the largest length a file may have.
+fn is_no_space(errno: Errno) -> bool {
+    matches!(errno, Errno::NOSPC | Errno::DQUOT | Errno::FBIG)
+}
+
+/// Another opening of the same file, for reading and so without claims of its own.
+fn open_again(file: &LockedFile) -> Option<OwnedFd> {
+    let path = format!("/proc/self/fd/{}", file.as_fd().as_raw_fd());
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOCTTY;
+    retry_on_intr(|| rustix::fs::open(&path, flags, Mode::empty())).ok()
 }
 
 fn file_len(file: &LockedFile) -> Result<u64, Errno> {

@@ -5,6 +5,7 @@
 //! collect the failure of another, whose own call then succeeds. [`Ledger`] makes up for both:
 //!
 //! - the first failure is kept, and nothing is called stable after it;
+//! - a durable write that found no room, and took nothing with it, is not such a failure;
 //! - a medium that became shorter is such a failure too;
 //! - a call that succeeded counts only once every call that overlapped it in time has told its outcome.
 
@@ -34,6 +35,15 @@ enum Cause {
     Shorter,
 }
 
+/// How making something stable failed.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Failed {
+    /// For lack of space, before anything else was lost: nothing that was accepted is missing.
+    Refused(Errno),
+    /// Something that was accepted may be missing.
+    Lost(Errno),
+}
+
 /// Whether all that was called stable is stable.
 #[derive(Debug, Default)]
 pub(super) struct Ledger {
@@ -49,7 +59,8 @@ impl Ledger {
     /// # Errors
     ///
     /// [`ErrorKind::FlushLost`] if anything was lost before or, meanwhile, to another thread, and for a failed flush;
-    /// for a failed durable write, what its cause says. From then on every call fails.
+    /// for a failed durable write, what its cause says. From then on every call fails, unless it was
+    /// [`Refused`](Failed::Refused).
     ///
     /// # Blocking
     ///
@@ -58,14 +69,20 @@ impl Ledger {
         &self,
         op: Op,
         range: Option<(u64, u64)>,
-        sync: impl FnOnce() -> Result<(), Errno>,
+        sync: impl FnOnce() -> Result<(), Failed>,
     ) -> Result<(), Error> {
         {
             let _under_way = self.under_way.read().unwrap_or_else(PoisonError::into_inner);
             self.check(op, range)?;
-            if let Err(errno) = sync() {
-                // Not the first failure: then the first one is the one to tell of later.
-                let _ = self.lost.set(Lost { op, range, cause: Cause::Failed(errno) });
+            if let Err(failed) = sync() {
+                let errno = match failed {
+                    Failed::Refused(errno) => errno,
+                    Failed::Lost(errno) => {
+                        // Not the first failure: then the first one is the one to tell of later.
+                        let _ = self.lost.set(Lost { op, range, cause: Cause::Failed(errno) });
+                        errno
+                    }
+                };
                 return Err(match range {
                     Some((offset, len)) => world_error(op, errno, offset, len),
                     None => Error::new(ErrorKind::FlushLost, op)
@@ -114,7 +131,7 @@ mod tests {
     fn after_a_failed_flush_nothing_is_ever_called_stable() {
         let ledger = Ledger::default();
         ledger.settle(Op::Flush, None, || Ok(())).expect("nothing lost yet");
-        let first = ledger.settle(Op::Flush, None, || Err(Errno::IO)).unwrap_err();
+        let first = ledger.settle(Op::Flush, None, || Err(Failed::Lost(Errno::IO))).unwrap_err();
         assert_eq!(first.kind(), ErrorKind::FlushLost);
         let mut ran = false;
         let later = ledger.settle(Op::Flush, None, || {
@@ -128,13 +145,19 @@ mod tests {
     #[test]
     fn a_failed_durable_write_is_told_by_later_flushes() {
         let ledger = Ledger::default();
-        let write = ledger.settle(Op::Write, Some((4096, 512)), || Err(Errno::NOSPC)).unwrap_err();
+        let refused = Err(Failed::Refused(Errno::NOSPC));
+        let write = ledger.settle(Op::Write, Some((512, 512)), || refused).unwrap_err();
         assert_eq!(write.kind(), ErrorKind::NoSpace);
+        ledger.settle(Op::Flush, None, || Ok(())).expect("nothing that was accepted is lost");
+
+        let lost = Err(Failed::Lost(Errno::IO));
+        let write = ledger.settle(Op::Write, Some((4096, 512)), || lost).unwrap_err();
+        assert_eq!(write.kind(), ErrorKind::Backing);
         let flush = ledger.settle(Op::Flush, None, || Ok(())).unwrap_err();
         assert_eq!(flush.kind(), ErrorKind::FlushLost);
         let chain = flush.chain();
         assert!(chain.contains("write at 4096+512"), "{chain}");
-        assert!(chain.contains("No space"), "the system's error is kept: {chain}");
+        assert!(chain.contains("Input/output error"), "the system's error is kept: {chain}");
     }
 
     /// The kernel tells a failure to one caller only. Here eight threads lose data and one is told: all must fail.
@@ -152,7 +175,7 @@ mod tests {
                         let result = ledger.settle(Op::Flush, None, || {
                             inside.wait();
                             match arrivals.fetch_add(1, Ordering::Relaxed) {
-                                0 => Err(Errno::IO),
+                                0 => Err(Failed::Lost(Errno::IO)),
                                 _ => Ok(()),
                             }
                         });

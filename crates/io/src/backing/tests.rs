@@ -1,10 +1,12 @@
 //! Real files, real filesystems, real devices. What this machine cannot do is skipped, and says so.
 
+use super::stable::Failed;
 use super::testing::{MemBacking, PowerCutBacking, StrictBacking, conformance};
 use super::*;
 use inlinecrypt_core::backing::{BackingFacts, Durability, Extent};
 use inlinecrypt_core::error::{ErrorKind, Op};
 use inlinecrypt_core::memory::{HeapSource, MemoryPool};
+use rustix::io::Errno;
 use std::cell::Cell;
 use std::fs::{self, File};
 use std::io::Write as _;
@@ -278,7 +280,28 @@ fn a_full_filesystem_is_no_space_with_its_cause() {
 
     let error = backing.write(7 * MIB, &data, Durability::Durable).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NoSpace);
-    assert_eq!(backing.flush().unwrap_err().kind(), ErrorKind::FlushLost, "it was promised to be stable");
+    backing.flush().expect("what was refused is not lost");
+    backing.write(0, &data, Durability::Durable).expect("there is room for this already");
+}
+
+/// A medium that only finds when written back to that it is full says so to whoever asks next, which may be a durable
+/// write: that is a loss of what was accepted before, not a refusal.
+#[test]
+fn lack_of_space_that_a_durable_write_collects_is_a_loss() {
+    let Some(mount) = Tmpfs::mount("1m") else { return skip("no tmpfs") };
+    let file = sparse(mount.path(), "disk", 8 * MIB);
+    let Some(device) = Loop::attach(&file, &[]) else { return skip("no loop devices") };
+    let backing = open_default(device.path()).unwrap_or_else(|error| panic!("{}", error.chain()));
+    backing.write(0, &vec![1; 4 << 20], Durability::Cached).expect("taken by the cache");
+    // Written back by the system, which tells nobody.
+    rustix::fs::sync();
+    let error = backing.write(6 * MIB, &[2; 4096], Durability::Durable).unwrap_err();
+    assert_eq!(backing.flush().unwrap_err().kind(), ErrorKind::FlushLost, "{}", error.chain());
+    // This medium says EIO, which is a loss anyway. Where it is lack of space, what the write collected is still found.
+    let judged = backing.judge(Errno::NOSPC);
+    assert!(matches!(judged, Failed::Lost(_)), "{judged:?}");
+    let judged = backing.judge(Errno::NOSPC);
+    assert!(matches!(judged, Failed::Refused(_)), "once: {judged:?}");
 }
 
 #[test]

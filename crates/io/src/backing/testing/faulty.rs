@@ -47,7 +47,7 @@ pub enum Leaving {
 }
 
 /// A wrapper that fails as told, and else passes everything on. It keeps the bargain in failure too: after a failed flush
-/// or durable write, no flush succeeds.
+/// or durable write, no flush succeeds, unless the write failed for lack of space.
 ///
 /// Calls of each kind are counted from 0 on.
 #[derive(Debug)]
@@ -217,14 +217,16 @@ impl<B: Backing> Backing for FaultyBacking<B> {
                 return Err(Error::new(ErrorKind::FlushLost, Op::Write).at(offset, len));
             }
             let result = self.inner.write(offset, data, durability);
-            if result.is_err() && durability == Durability::Durable {
-                enter(&self.state).lost = true;
+            if durability == Durability::Durable
+                && let Err(error) = &result
+            {
+                enter(&self.state).lost |= error.kind() != ErrorKind::NoSpace;
             }
             return result;
         };
         let (leaving, end) = {
             let mut state = enter(&self.state);
-            state.lost |= durability == Durability::Durable;
+            state.lost |= durability == Durability::Durable && error.kind() != ErrorKind::NoSpace;
             (state.leaving, state.end)
         };
         let align = self.facts.align_bytes as usize;
@@ -308,6 +310,9 @@ mod tests {
         disk.write(0, &[1; 1024], Durability::Cached).expect("room for it");
         let full = disk.write(1024, &[1; 512], Durability::Cached).unwrap_err();
         assert_eq!(full.kind(), ErrorKind::NoSpace);
+        let full = disk.write(1024, &[1; 512], Durability::Durable).unwrap_err();
+        assert_eq!(full.kind(), ErrorKind::NoSpace);
+        disk.flush().expect("what was refused is not lost");
         disk.heal();
         disk.truncate(2048);
         let short = disk.read(1536, &mut [0; 1024]).unwrap_err();
