@@ -167,6 +167,7 @@ A config:
   key = \"db1.img.key\"             # or \"raw:FILE\"; default: PATH.key
   engine = \"e0\"                   # default: the first
   # key_id, mode, data_unit, block, iv_offset, read_only, fallback, discard, direct
+  # size = BYTES refuses a file that has become shorter; `volume create` writes it into the description
   # priority = \"low\", \"normal\" or \"high\"; pin = true keeps the key in its keyslot; preprogram = true puts it there
   # at once; spill_after_us = N sends a raw key's requests to software that would wait longer for a keyslot
 
@@ -586,7 +587,7 @@ mod tests {
         let text = config.replace("# key_id, mode,", "").replace("# tls,", "").replace("# control,", "");
         let text: String = text
             .lines()
-            .filter(|line| line.contains(['[', '=']) && !line.contains(", fallback"))
+            .filter(|line| line.contains(['[', '=']) && !line.trim_start().starts_with('#'))
             .map(|line| format!("{line}\n"))
             .collect();
         let directory = tempfile::tempdir().unwrap();

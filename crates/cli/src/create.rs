@@ -174,6 +174,9 @@ impl NewVolume<'_> {
         if described != (layout.mode(), layout.data_unit_size(), layout.iv_offset_sectors()) {
             return Err(other("its layout differs".to_owned()));
         }
+        if let Some(size) = found.size.filter(|&size| size != layout.size_bytes()) {
+            return Err(other(format!("its size is {}", Size(size))));
+        }
         if found.key_id != Some(identifier) {
             return Err(other(format!("its key is not {identifier}")));
         }
@@ -206,8 +209,9 @@ impl NewVolume<'_> {
         }
         let _ = write!(
             text,
-            "key_id = \"{identifier}\"\nmode = {}\ndata_unit = {}\nblock = {}\niv_offset = {}\n",
+            "key_id = \"{identifier}\"\nmode = {}\nsize = {}\ndata_unit = {}\nblock = {}\niv_offset = {}\n",
             string(layout.mode().info().name),
+            layout.size_bytes(),
             layout.data_unit_size(),
             layout.logical_block_bytes(),
             layout.iv_offset_sectors(),

@@ -238,6 +238,7 @@ fn fallback() -> Result<Arc<CryptoProfile>, Error> {
 
 fn admit(volume: &VolumePlan, medium: &Medium, engine: &HostEngine) -> Result<Ready, Failure> {
     let label = &volume.label;
+    check_size(volume.size, &volume.said_by, medium, label)?;
     let layout = layout(&volume.layout, medium.len_bytes, label)?;
     let key = volume.key.load().map_err(|failure| failure.within(label))?;
     let (admission, identifier) =
@@ -248,7 +249,7 @@ fn admit(volume: &VolumePlan, medium: &Medium, engine: &HostEngine) -> Result<Re
             Code::Refused,
             format!(
                 "{label}: wrong key: {} has identifier {identifier}, and {} says {expected}",
-                volume.key, volume.key_id_from
+                volume.key, volume.said_by
             ),
             "Give the key with that identifier. The format itself is headerless: with another key, reads would give \
              noise and writes destroy data.",
@@ -256,6 +257,40 @@ fn admit(volume: &VolumePlan, medium: &Medium, engine: &HostEngine) -> Result<Re
     }
     let unused_bytes = medium.len_bytes - layout.size_bytes();
     Ok(Ready { plan: volume.clone(), layout, admission, identifier, unused_bytes })
+}
+
+/// Refuses a volume that has lost its end since `said_by` noted how long it is: it would be served smaller, and clients
+/// would take that for the end of their data. One that has grown is served whole.
+pub(crate) fn check_size(
+    said: Option<u64>,
+    said_by: &str,
+    medium: &Medium,
+    label: &str,
+) -> Result<(), Failure> {
+    let (Some(was), is) = (said, medium.len_bytes) else { return Ok(()) };
+    if is < was {
+        return Err(Failure::new(
+            Code::File,
+            format!(
+                "{label} has lost its end: it has {}, and had {} according to {said_by}",
+                Size(is),
+                Size(was)
+            ),
+            format!(
+                "Bring the missing {} back from a copy. If it was made smaller on purpose, say size = {is} there.",
+                Size(was - is)
+            ),
+        ));
+    }
+    if is > was {
+        note(format_args!(
+            "{label} has grown: it has {}, and had {} according to {said_by}. All of it is served; say size = {is} \
+             there",
+            Size(is),
+            Size(was)
+        ));
+    }
+    Ok(())
 }
 
 /// The layout of a volume on a backing of `backing_bytes`.

@@ -56,8 +56,10 @@ pub(crate) struct VolumePlan {
     pub(crate) key: KeySource,
     /// Which key it must be, if anything says so.
     pub(crate) key_id: Option<Identifier>,
-    /// What says so.
-    pub(crate) key_id_from: String,
+    /// How long its file was when it was made, if anything says so.
+    pub(crate) size: Option<u64>,
+    /// What says which key it must be, and how long.
+    pub(crate) said_by: String,
     /// Index in [`Plan::engines`].
     pub(crate) engine: usize,
     pub(crate) layout: LayoutPlan,
@@ -140,6 +142,7 @@ pub(crate) struct Settings {
     pub(crate) name: Option<String>,
     pub(crate) key: Option<KeySource>,
     pub(crate) key_id: Option<Identifier>,
+    pub(crate) size: Option<u64>,
     pub(crate) mode: Option<Mode>,
     pub(crate) data_unit: Option<DataUnitSize>,
     pub(crate) block: Option<u32>,
@@ -172,6 +175,7 @@ impl Settings {
             name: table.name.clone(),
             key: parsed("key", table.key.as_ref().map(|key| KeySource::parse(key.as_ref(), base)))?,
             key_id: parsed("key_id", table.key_id.as_ref().map(|id| id.parse()))?,
+            size: table.size,
             mode: parsed("mode", table.mode.as_deref().map(crate::cli::parse_mode))?,
             data_unit: parsed("data_unit", table.data_unit.map(|bytes| crate::cli::data_unit(bytes.into())))?,
             block: parsed("block", block)?,
@@ -204,6 +208,7 @@ impl Settings {
         conflict("data_unit", text(self.data_unit), text(described.data_unit));
         conflict("iv_offset", text(self.iv_offset), text(described.iv_offset));
         conflict("key_id", text(self.key_id), text(described.key_id));
+        conflict("size", text(self.size), text(described.size));
         if !conflicts.is_empty() {
             return Err(conflicts.join("; "));
         }
@@ -211,6 +216,7 @@ impl Settings {
             name: self.name.or_else(|| described.name.clone()),
             key: self.key.or_else(|| described.key.clone()),
             key_id: self.key_id.or(described.key_id),
+            size: self.size.or(described.size),
             mode: self.mode.or(described.mode),
             data_unit: self.data_unit.or(described.data_unit),
             block: self.block.or(described.block),
@@ -414,9 +420,10 @@ impl Builder {
                 return;
             }
         };
-        let key_id_from = match (&asked.key_id, &description) {
-            (None, Some(description)) => description.path.display().to_string(),
-            _ => "the config".to_owned(),
+        // Where both say something, they say the same.
+        let said_by = match &description {
+            Some(description) => description.path.display().to_string(),
+            None => "the config".to_owned(),
         };
         let settings = match &description {
             None => asked,
@@ -462,7 +469,8 @@ impl Builder {
             path: path.to_owned(),
             key,
             key_id: settings.key_id,
-            key_id_from,
+            size: settings.size,
+            said_by,
             engine,
             layout: settings.layout(),
             access: if settings.read_only == Some(true) { Access::ReadOnly } else { Access::ReadWrite },

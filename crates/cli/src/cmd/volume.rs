@@ -97,7 +97,8 @@ fn info(args: &VolumeInfo) -> Result<(), Failures> {
     };
     let sibling = beside(volume, ".key");
     let mut key = files::exists(&sibling).then(|| KeySource::wrapped(sibling));
-    if let Some(Description { settings, .. }) = &description {
+    if let Some(Description { path, settings, .. }) = &description {
+        host::check_size(settings.size, &path.display().to_string(), &medium, &volume.display().to_string())?;
         let layout = host::layout(&settings.layout(), medium.len_bytes, &volume.display().to_string())?;
         info.volume_bytes = Some(layout.size_bytes());
         info.unused_bytes = Some(medium.len_bytes - layout.size_bytes());

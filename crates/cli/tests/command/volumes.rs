@@ -74,12 +74,15 @@ fn what_a_crash_left_behind_does_not_block_the_next_attempt() {
     // The power went after key and description, and left a temporary name.
     fs::remove_file(place.path("v.img")).unwrap();
     place.write(".v.img.77.tmp", b"");
+    // What was to be longer is not this volume.
     let said = place.run(["volume", "create", "--size", "2M", "v.img"]);
+    said.refused(5, &["v.img.toml exists already", "its size is 1 MiB"]);
+    let said = place.run(["volume", "create", "--size", "1M", "v.img"]);
     said.done();
     assert!(said.err.contains("v.img.key exists already and is used"), "{said}");
     let after = place.run(["volume", "info", "--json", "v.img"]).json();
     assert_eq!(after["key_id"], before["key_id"]);
-    assert_eq!(after["len_bytes"], 2 * MIB);
+    assert_eq!(after["len_bytes"], MIB);
     // After the key alone.
     fs::remove_file(place.path("v.img")).unwrap();
     fs::remove_file(place.path("v.img.toml")).unwrap();
@@ -108,6 +111,37 @@ fn what_is_no_volume_is_refused() {
         .refused(4, &["no is not a directory", "mkdir"]);
     place.run(["serve"]).refused(1, &["nothing to serve"]);
     place.run(["serve", "--create", "1M", "a.img", "b.img"]).refused(1, &["2 are named"]);
+}
+
+#[test]
+fn a_volume_that_lost_its_end_is_refused_and_one_that_grew_is_told() {
+    let place = Place::new();
+    place.create("v.img");
+    let description = fs::read_to_string(place.path("v.img.toml")).unwrap();
+    assert!(description.contains("\nsize = 1048576\n"), "{description}");
+    place.write("c.toml", b"[[volume]]\npath = \"v.img\"\n");
+    let resize =
+        |len| fs::File::options().write(true).open(place.path("v.img")).unwrap().set_len(len).unwrap();
+    for len in [MIB / 2, 0] {
+        resize(len);
+        for verb in [&["serve", "v.img"][..], &["check", "c.toml"], &["volume", "info", "v.img"]] {
+            place.run(verb).refused(4, &["v.img has lost its end", "1 MiB", "v.img.toml", "from a copy"]);
+        }
+    }
+    resize(2 * MIB);
+    for verb in [&["check", "c.toml"][..], &["volume", "info", "v.img"]] {
+        let said = place.run(verb);
+        assert!(said.done().err.contains("v.img has grown: it has 2 MiB, and had 1 MiB"), "{said}");
+    }
+    let server = place.serve("v.img.sock", ["v.img"]);
+    assert_eq!(server.client("").export().size, 2 * MIB);
+    server.stop();
+    // A description of before sizes were noted.
+    resize(MIB / 2);
+    place.write("v.img.toml", description.replace("size = 1048576\n", "").as_bytes());
+    let server = place.serve("v.img.sock", ["v.img"]);
+    assert_eq!(server.client("").export().size, MIB / 2);
+    server.stop();
 }
 
 #[test]
