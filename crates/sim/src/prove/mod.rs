@@ -288,7 +288,7 @@ pub fn report(bounds: Bounds, threads: usize) -> Result<String, String> {
     let mut text = String::from("Our design, over the code that runs:\n");
     let (mut is_good, mut states, begun) = (true, 0, Instant::now());
     for finding in ours(bounds, threads) {
-        eprintln!("{}", finding.line());
+        eprintln!("{}{}", finding.line(), if finding.holds() { "" } else { " BROKEN" });
         let _ = writeln!(text, "  {}", finding.line());
         for (name, story) in &finding.broken {
             let _ = writeln!(text, "  BROKEN: {name}\n{story}");
