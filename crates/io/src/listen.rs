@@ -12,7 +12,7 @@
 use crate::sys;
 use inlinecrypt_core::error::{Error, ErrorKind, Op};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
-use rustix::fs::{CWD, Mode, RenameFlags, renameat_with};
+use rustix::fs::{AtFlags, CWD, Mode, RenameFlags, linkat, renameat_with, unlink};
 use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
@@ -495,6 +495,7 @@ fn publish(staged: &Name, path: &Path, holder: Option<Inode>) -> Result<bool, Er
         return match rename(RenameFlags::NOREPLACE) {
             Ok(()) => Ok(true),
             Err(Errno::EXIST) => Ok(false),
+            Err(Errno::INVAL | Errno::NOSYS) => publish_by_link(staged, path, None),
             Err(errno) => Err(errno),
         };
     };
@@ -502,6 +503,7 @@ fn publish(staged: &Name, path: &Path, holder: Option<Inode>) -> Result<bool, Er
     match rename(RenameFlags::EXCHANGE) {
         Ok(()) => {}
         Err(Errno::NOENT) => return Ok(false),
+        Err(Errno::INVAL | Errno::NOSYS) => return publish_by_link(staged, path, Some(stale)),
         Err(errno) => return Err(errno),
     }
     if Inode::at(&staged.path).is_ok_and(|inode| inode == stale) {
@@ -510,6 +512,28 @@ fn publish(staged: &Name, path: &Path, holder: Option<Inode>) -> Result<bool, Er
     }
     rename(RenameFlags::EXCHANGE)?;
     Ok(false)
+}
+
+/// [`publish`] on a filesystem whose `renameat2` knows no flags, such as some that are shared over a network. A link
+/// never replaces anything. A stale socket is removed first, so for a moment nobody has the name; who takes it between
+/// our last look and the removal loses it.
+fn publish_by_link(staged: &Name, path: &Path, holder: Option<Inode>) -> Result<bool, Errno> {
+    if let Some(stale) = holder {
+        if !Inode::at(path).is_ok_and(|inode| inode == stale) {
+            return Ok(false);
+        }
+        match retry_on_intr(|| unlink(path)) {
+            Ok(()) | Err(Errno::NOENT) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+    match retry_on_intr(|| linkat(CWD, &staged.path, CWD, path, AtFlags::empty())) {
+        Ok(()) => {}
+        Err(Errno::EXIST) => return Ok(false),
+        Err(errno) => return Err(errno),
+    }
+    let _ = fs::remove_file(&staged.path);
+    Ok(true)
 }
 
 /// Looks who has the name: nobody (`None`), or a socket that nobody listens on. Anything else is refused.

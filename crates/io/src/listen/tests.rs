@@ -403,3 +403,34 @@ fn out_of_descriptors_clients_wait_and_nobody_spins() {
     drop(hoard);
     talk(&client, &accept(&listener));
 }
+
+/// Where names cannot be swapped: by a link, which replaces nothing either.
+#[test]
+fn without_swapping_a_socket_gets_its_name_by_a_link() {
+    let directory = directory();
+    let path = directory.path().join("vol.sock");
+    let stage = || {
+        let staging = staging_path(&path, OsStr::new("vol.sock"));
+        let socket = UnixListener::bind(&staging).expect("a free name");
+        (socket, Name { inode: Inode::at(&staging).expect("it is there"), path: staging })
+    };
+    // A fresh name.
+    let (socket, staged) = stage();
+    assert!(publish_by_link(&staged, &path, None).expect("links"));
+    assert_eq!(files_in(&directory), ["vol.sock"], "and its first name is gone");
+    UnixStream::connect(&path).expect("it listens");
+    // Taken meanwhile, whether it was free or another's when we looked.
+    let (_other, late) = stage();
+    assert!(!publish_by_link(&late, &path, None).expect("links"));
+    assert!(!publish_by_link(&late, &path, Some(late.inode)).expect("links"));
+    assert_eq!(Inode::at(&path).expect("it is there"), staged.inode, "left alone");
+    // A socket that nobody listens on makes way.
+    rustix::net::shutdown(&socket, rustix::net::Shutdown::Both).expect("it listened");
+    assert!(publish_by_link(&late, &path, Some(staged.inode)).expect("links"));
+    UnixStream::connect(&path).expect("it listens");
+    assert_eq!(files_in(&directory), ["vol.sock"]);
+    // Or has gone by itself.
+    let (_third, staged) = stage();
+    fs::remove_file(&path).expect("it is there");
+    assert!(!publish_by_link(&staged, &path, Some(late.inode)).expect("links"), "to be looked at again");
+}
