@@ -39,7 +39,10 @@ impl Watched {
     }
 
     fn note_stable(&self, result: Result<(), Error>) -> Result<(), Error> {
-        if let Err(error) = &result {
+        // A durable write that found no room lost nothing: it is refused, and what was acknowledged before is there.
+        if let Err(error) = &result
+            && error.kind() != ErrorKind::NoSpace
+        {
             self.lost.get_or_init(|| error.chain());
         }
         self.note(result)
