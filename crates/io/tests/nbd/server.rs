@@ -59,6 +59,25 @@ fn too_many_connections_are_closed_and_there_is_room_again_when_one_leaves() {
     eventually("there is room", || dial().is_ok());
 }
 
+/// What clients do not read lies in the kernel's memory: much for a few, little for many.
+#[test]
+fn only_the_first_connections_get_large_send_buffers() {
+    let rig = Rig::new(RamDisk::new(SIZE));
+    let room = || {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let kept = theirs.try_clone().unwrap();
+        let usual = rustix::net::sockopt::socket_send_buffer_size(&kept).unwrap();
+        rig.server.serve(theirs).unwrap();
+        let client = Client::connect(ours, "disk").unwrap();
+        (client, rustix::net::sockopt::socket_send_buffer_size(&kept).unwrap() > usual)
+    };
+    let (clients, large): (Vec<_>, Vec<_>) = (0..70).map(|_| room()).unzip();
+    assert_eq!(large, [vec![true; 64], vec![false; 6]].concat());
+    drop(clients);
+    eventually("all have left", || rig.server.status().connections_now == 0);
+    assert!(room().1, "few again");
+}
+
 #[test]
 fn stopping_answers_what_is_under_way_and_flushes() {
     for workers in [0, 4] {

@@ -206,15 +206,15 @@ fn a_df_read_comes_in_one_chunk_or_not_at_all() {
         let mut client = rig.client();
         let data = pattern::bytes(5, 0, 2 << 20);
         client.write(0, &data).unwrap();
-        for (offset, len) in [(0u32, 65_536u32), (262_000, 65_536), (1, MIB)] {
+        for (offset, len) in [(0u32, 65_536u32), (262_000, 65_536), (0, 256 << 10), (1, 256 << 10)] {
             let reply = client.request(cmd::READ, cmd::FLAG_DF, offset.into(), len, &[]).unwrap();
             assert_eq!(reply.data_chunks, 1);
             assert!(reply.data == data[offset as usize..][..len as usize]);
         }
-        let error = client.request(cmd::READ, cmd::FLAG_DF, 0, MIB + 1, &[]).unwrap_err();
+        let error = client.request(cmd::READ, cmd::FLAG_DF, 0, (256 << 10) + 1, &[]).unwrap_err();
         assert_eq!(error.errno(), EOVERFLOW);
         rig.disk.fail_reads(300_000..300_001, ErrorKind::Backing);
-        let error = client.request(cmd::READ, cmd::FLAG_DF, 0, 400_000, &[]).unwrap_err();
+        let error = client.request(cmd::READ, cmd::FLAG_DF, 200_000, 200_000, &[]).unwrap_err();
         assert_eq!(error.errno(), EIO);
     });
 }

@@ -9,7 +9,7 @@ use super::wire::*;
 use super::workers::{Part, Workers, WriteInParts};
 use crate::export::Kind;
 use inlinecrypt_core::backing::Durability;
-use inlinecrypt_core::disk::{Disk, SMALL_BUFFER_BYTES};
+use inlinecrypt_core::disk::{CHUNK_BYTES, Disk, SMALL_BUFFER_BYTES};
 use inlinecrypt_core::error::Error;
 use inlinecrypt_core::memory::Buffer;
 use std::io::Write;
@@ -284,7 +284,8 @@ fn read_one_chunk<W: Write>(
     if wide(shared.disk().span(offset, len, buffer.bytes().len()).payload().len()) == len {
         return read_chunks(shared, cookie, offset, len, buffer);
     }
-    let mut gathered = Vec::new();
+    // Never more than a chunk, by the rules for requests; exactly so much, without growing.
+    let mut gathered = Vec::with_capacity(usize::try_from(len).unwrap_or(CHUNK_BYTES));
     let mut at = offset;
     while at < offset + len {
         let span = shared.disk().span(at, offset + len - at, buffer.bytes().len());

@@ -4,10 +4,13 @@ use super::negotiate::{REQUEST_BYTES_MAX, Terms};
 use super::status::NbdError;
 use super::wire::*;
 use inlinecrypt_core::backing::{Access, Durability};
-use inlinecrypt_core::disk::{Disk, Zeroing};
+use inlinecrypt_core::disk::{CHUNK_BYTES, Disk, Zeroing};
 
-/// Longest read that is answered in one chunk on demand, in bytes. The protocol asks for 64 KiB at least.
-const ONE_CHUNK_BYTES_MAX: u32 = 1024 * 1024;
+/// Longest read that is answered in one chunk on demand, in bytes: what one large buffer holds, so that a client that
+/// does not take its answer binds no more than that and a copy. The protocol asks for 64 KiB at least, and has
+/// `EOVERFLOW` for more than we give.
+const ONE_CHUNK_BYTES_MAX: u32 = 256 * 1024;
+const _: () = assert!(ONE_CHUNK_BYTES_MAX as usize == CHUNK_BYTES);
 
 /// Most extents in one answer. A client asks on from where it ends; 1,024 are 8 KiB.
 const EXTENTS_MAX: usize = 1024;

@@ -26,6 +26,11 @@ const STACK_BYTES: usize = 1024 * 1024;
 /// What a unix socket may hold for a client that is busy: a few pieces of a request, in bytes.
 const SEND_ROOM_BYTES: usize = 2 * 1024 * 1024;
 
+/// Up to how many connections get that much. It is the kernel's memory, and stays full while a client does not read:
+/// 128 MiB in all, twice that by how the kernel counts. More connections than this share the machine anyway, and then
+/// the system's own size does.
+const LARGE_SEND_ROOMS_MAX: usize = 64;
+
 /// How long connections get to notice that they were cut off, once the drain deadline has passed.
 const CUT_OFF_GRACE: Duration = Duration::from_secs(1);
 
@@ -351,7 +356,8 @@ impl Inner {
     /// The whole life of a connection.
     fn converse(&self, id: u64, socket: &Stream) {
         // Replies leave when we say so.
-        if let Err(error) = socket.set_send_room(SEND_ROOM_BYTES) {
+        let few = self.lock().connections.len() <= LARGE_SEND_ROOMS_MAX;
+        if few && let Err(error) = socket.set_send_room(SEND_ROOM_BYTES) {
             tracing::debug!(connection = id, %error, "no larger send buffer");
         }
         if let Err(error) = socket.set_nodelay() {
