@@ -3,9 +3,11 @@
 use crate::report::{Code, Failure, plain};
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
+use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::io::{self, Read as _, Write as _};
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use zeroize::Zeroizing;
 
@@ -127,6 +129,9 @@ pub(crate) fn write_new(path: &Path, what: &str, bytes: &[u8]) -> Result<(), Fai
     staged.publish(what)
 }
 
+/// How many bytes of a file's name its temporary name has: enough to recognise it by, and short enough for NAME_MAX.
+const KNOWN_BY_BYTES_MAX: usize = 200;
+
 /// A file under a temporary name, to be given its own when it is complete. Removed if that does not happen.
 #[derive(Debug)]
 pub(crate) struct Staged {
@@ -137,14 +142,14 @@ pub(crate) struct Staged {
 impl Staged {
     /// A temporary name for `path`. Nothing is made yet.
     pub(crate) fn beside(path: &Path) -> Self {
+        let file_name = path.file_name().unwrap_or_default().as_bytes();
+        let known_by = &file_name[..file_name.len().min(KNOWN_BY_BYTES_MAX)];
+        // Process ids are no names: another container has the same ones, and may work here at this moment.
+        let random = RandomState::new().build_hasher().finish();
         let mut name = OsString::from(".");
-        name.push(path.file_name().unwrap_or_default());
-        // Our process id and not a random number, so that leftovers do not pile up without end.
-        name.push(format!(".{}.tmp", std::process::id()));
-        let temporary = path.with_file_name(name);
-        // Of an earlier process of this number, which did not come to its end.
-        let _ = std::fs::remove_file(&temporary);
-        Self { temporary, path: path.to_owned() }
+        name.push(OsStr::from_bytes(known_by));
+        name.push(format!(".{random:016x}.tmp"));
+        Self { temporary: path.with_file_name(name), path: path.to_owned() }
     }
 
     /// Where it is to be written.
@@ -281,4 +286,35 @@ pub(crate) fn make_private_directory(path: &Path) -> Result<(), Failure> {
             "Choose another place.",
         )
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    #[test]
+    fn a_temporary_name_is_nobody_elses() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("v");
+        // Another process, of our number in another container, is at work.
+        let theirs = directory.path().join(format!(".v.{}.tmp", std::process::id()));
+        fs::write(&theirs, b"theirs").unwrap();
+        let (one, other) = (Staged::beside(&path), Staged::beside(&path));
+        assert_ne!(one.temporary(), other.temporary());
+        fs::write(one.temporary(), b"ours").unwrap();
+        one.publish("file").unwrap();
+        drop(other);
+        let mut names: Vec<_> =
+            fs::read_dir(&directory).unwrap().map(|entry| entry.unwrap().path()).collect();
+        names.sort();
+        assert_eq!(names, [theirs.clone(), path]);
+        assert_eq!(fs::read(theirs).unwrap(), b"theirs");
+    }
+
+    #[test]
+    fn a_file_with_the_longest_name_can_be_written() {
+        let directory = tempfile::tempdir().unwrap();
+        write_new(&directory.path().join("x".repeat(255)), "file", b"all").unwrap();
+    }
 }
