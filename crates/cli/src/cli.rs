@@ -191,7 +191,7 @@ pub(crate) struct Serve {
     /// Files or block devices to serve
     #[arg(value_name = "VOLUME")]
     pub(crate) volumes: Vec<PathBuf>,
-    /// Make the volume first, of SIZE bytes (units k, M, G, T or KiB, MiB, GiB, TiB)
+    /// Make the volume first, of SIZE bytes (units k, M, G, T, P, E or KiB, MiB, ... EiB)
     #[arg(long, value_name = "SIZE", conflicts_with_all = ["config", "read_only"])]
     pub(crate) create: Option<Size>,
     /// Key of the volume: FILE for a wrapped key, raw:FILE for a raw one, - for standard input [default: VOLUME.key]
@@ -314,7 +314,7 @@ pub(crate) struct VolumeCreate {
     /// The file to make
     #[arg(value_name = "VOLUME")]
     pub(crate) volume: PathBuf,
-    /// Its size in bytes (units k, M, G, T or KiB, MiB, GiB, TiB): a multiple of the data unit
+    /// Its size in bytes (units k, M, G, T, P, E or KiB, MiB, ... EiB): a multiple of the data unit
     #[arg(long, value_name = "SIZE")]
     pub(crate) size: Size,
     /// Its key: FILE for a wrapped key, raw:FILE for a raw one, - for standard input [default: a new one in VOLUME.key]
@@ -459,6 +459,10 @@ pub(crate) struct Status {
 /// Check a config.
 #[derive(Args, Debug)]
 #[command(after_help = "\
+Not looked at, since it changes by the moment or shows only when the file is opened for writing:
+  whether a volume, a socket or a port is in use; whether this host has an address to listen on;
+  whether the length of a file and the data units fit O_DIRECT (direct = true)
+
 Examples:
   inlinecrypt check servers.toml")]
 pub(crate) struct Check {

@@ -23,13 +23,17 @@ impl FromStr for Size {
             "m" | "mib" => 20,
             "g" | "gib" => 30,
             "t" | "tib" => 40,
-            "kb" | "mb" | "gb" | "tb" => {
+            "p" | "pib" => 50,
+            "e" | "eib" => 60,
+            "kb" | "mb" | "gb" | "tb" | "pb" | "eb" => {
                 let letter = unit.chars().next().expect("two letters").to_ascii_uppercase();
                 return Err(format!(
                     "{unit} means powers of 1000 to some and of 1024 to others: write {letter}iB for 1024"
                 ));
             }
-            _ => return Err(format!("no unit {unit:?}: use k, M, G, T or KiB, MiB, GiB, TiB")),
+            _ => {
+                return Err(format!("no unit {unit:?}: use k, M, G, T, P, E or KiB, MiB, GiB, TiB, PiB, EiB"));
+            }
         };
         number
             .checked_shl(shift)
@@ -42,9 +46,9 @@ impl FromStr for Size {
 /// Exact if a power of 1024 divides it, else with the bytes: `1 GiB`, `10.3 MiB (10809344 bytes)`.
 impl fmt::Display for Size {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        const UNITS: [&str; 4] = ["KiB", "MiB", "GiB", "TiB"];
+        const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
         let bytes = self.0;
-        let power = (0..4).rev().find(|&power| bytes >> (10 * (power + 1)) > 0);
+        let power = (0..UNITS.len()).rev().find(|&power| bytes >> (10 * (power + 1)) > 0);
         match power {
             None => write!(f, "{bytes} bytes"),
             Some(power) => {
@@ -77,6 +81,8 @@ mod tests {
             ("1 GiB", 1 << 30),
             ("2t", 2 << 40),
             ("16777215TiB", 16_777_215 << 40),
+            ("1P", 1 << 50),
+            ("15 EiB", 15 << 60),
         ] {
             assert_eq!(text.parse(), Ok(Size(bytes)), "{text}");
         }
@@ -91,7 +97,9 @@ mod tests {
             ("-1", "whole number"),
             ("1GB", "write GiB"),
             ("1kb", "write KiB"),
-            ("1E", "no unit"),
+            ("1Z", "no unit"),
+            ("1EB", "write EiB"),
+            ("16E", "2^64"),
             ("16777216T", "2^64"),
             ("99999999999999999999", "whole number"),
         ] {
@@ -108,7 +116,7 @@ mod tests {
             (1024, "1 KiB"),
             (1 << 30, "1 GiB"),
             (10_809_344, "10.3 MiB (10809344 bytes)"),
-            (u64::MAX, "16777215.9 TiB (18446744073709551615 bytes)"),
+            (u64::MAX, "15.9 EiB (18446744073709551615 bytes)"),
         ] {
             assert_eq!(Size(bytes).to_string(), text);
         }
