@@ -8,6 +8,7 @@ use inlinecrypt_io::export::CountersSnapshot;
 use inlinecrypt_io::listen::{Listen, ListenOptions, Listener, Stopper, Stream};
 use serde::{Deserialize, Serialize};
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
@@ -237,4 +238,32 @@ fn send(path: &Path, request: &Request) -> io::Result<serde_json::Value> {
     let mut answer = Vec::new();
     stream.take(ANSWER_BYTES_MAX).read_to_end(&mut answer)?;
     Ok(serde_json::from_slice(&answer)?)
+}
+
+/// Removes the control sockets that killed servers of ours left in `directory`: sockets of this user, named by a process,
+/// that refuse connections.
+pub(crate) fn remove_stale(directory: &Path) {
+    let Ok(entries) = std::fs::read_dir(directory) else { return };
+    for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
+        if let Some(inode) = our_socket(&path)
+            && UnixStream::connect(&path)
+                .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+            // A server that has come meanwhile has another.
+            && our_socket(&path) == Some(inode)
+        {
+            tracing::debug!("{}: its server was killed", path.display());
+            let _ = std::fs::remove_file(&path);
+        }
+    }
+}
+
+/// Which file it is, if it is a socket that a server of this user made by default.
+fn our_socket(path: &Path) -> Option<(u64, u64)> {
+    let (stem, extension) = (path.file_stem()?.to_str()?, path.extension()?);
+    if extension != "sock" || stem.parse::<u32>().is_err() {
+        return None;
+    }
+    let metadata = path.symlink_metadata().ok()?;
+    let ours = metadata.uid() == rustix::process::geteuid().as_raw() && metadata.file_type().is_socket();
+    ours.then(|| (metadata.dev(), metadata.ino()))
 }

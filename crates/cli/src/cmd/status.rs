@@ -43,10 +43,11 @@ fn ask(path: &Path) -> Result<Value, Failure> {
     })
 }
 
-/// All servers of this user whose sockets are where they usually are. Sockets that a dead server left are passed over.
+/// All servers of this user whose sockets are where they usually are. Sockets that killed servers left are removed.
 fn find_all() -> Vec<Value> {
     let mut paths = BTreeSet::new();
     for directory in places::control_directories() {
+        control::remove_stale(&directory);
         let Ok(entries) = std::fs::read_dir(&directory) else { continue };
         paths.extend(
             entries
