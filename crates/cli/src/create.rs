@@ -18,6 +18,11 @@ use inlinecrypt_engine::Root;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
+/// What the longest of a volume's files has behind the volume's name.
+const DESCRIPTION_SUFFIX: &str = ".toml";
+/// Longest name of a volume in bytes, so that its description can have one: `NAME_MAX`, less the suffix.
+const NAME_BYTES_MAX: usize = 255 - DESCRIPTION_SUFFIX.len();
+
 /// A volume to be made.
 #[derive(Debug)]
 pub(crate) struct NewVolume<'a> {
@@ -119,6 +124,17 @@ impl NewVolume<'_> {
                     path.display()
                 ),
                 "Choose another name.",
+            ));
+        }
+        let bytes = path.file_name().unwrap_or_default().len();
+        if bytes > NAME_BYTES_MAX {
+            return Err(Failure::new(
+                Code::Wrong,
+                format!(
+                    "the name of the new volume is {bytes} bytes long, and {NAME_BYTES_MAX} is the most: its \
+                     description has {DESCRIPTION_SUFFIX} behind it"
+                ),
+                "Choose a shorter name.",
             ));
         }
         let directory = directory_of(path);

@@ -2,15 +2,17 @@
 //! `serve` share it.
 
 use crate::cli::{FallbackArg, TlsArg};
-use crate::files::Medium;
+use crate::files::{self, Medium, quoted, shell_word};
 use crate::identifier::Identifier;
 use crate::keyfile::{KeySource, LoadedKey, Wanted};
 use crate::orders::{self, Candidate};
-use crate::plan::{EnginePlan, LayoutPlan, Plan, SlotsPlan, TlsPlan, VolumePlan};
+use crate::places::{self, beside};
+use crate::plan::{EnginePlan, LayoutPlan, Plan, Settings, SlotsPlan, TlsPlan, VolumePlan};
 use crate::report::{Code, Failure, note};
 use crate::size::Size;
 use inlinecrypt_core::admission::{Fallback, Mode, Reason, Terms, Timestamp};
-use inlinecrypt_core::config::{Hardware, InvalidKey, KeyType};
+use inlinecrypt_core::backing::Access;
+use inlinecrypt_core::config::{DataUnitSize, Hardware, InvalidKey, KeyType};
 use inlinecrypt_core::disk::LARGE_BUFFER_BYTES;
 use inlinecrypt_core::env::Clock;
 use inlinecrypt_core::error::{Error, ErrorKind};
@@ -19,8 +21,11 @@ use inlinecrypt_core::keyslot::Policy;
 use inlinecrypt_core::memory::MemoryPool;
 use inlinecrypt_core::profile::{Admission, CryptoProfile};
 use inlinecrypt_core::volume::Layout;
-use inlinecrypt_engine::{EngineSpec, Root, SoftwareSpec, WrappingKeyId};
+use inlinecrypt_engine::{EngineSpec, Root, RootSpec, SoftwareSpec, WrappingKeyId};
 use inlinecrypt_io::export::nbd::{ClientCertificates, TlsFiles, TlsMode, TlsSetup};
+use rustix::io::Errno;
+use std::fmt::Write as _;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -140,10 +145,14 @@ impl Host {
             let medium = match Medium::look(&volume.path) {
                 Ok(medium) => medium,
                 Err(failure) => {
-                    failures.push(relabel(failure, volume));
+                    failures.push(missing(relabel(failure, &volume.path, &volume.label), volume, plan));
                     continue;
                 }
             };
+            if let Err(failure) = check_writable(volume) {
+                failures.push(failure);
+                continue;
+            }
             let Some(engine) = &host.engines[volume.engine] else { continue };
             match admit(volume, &medium, engine) {
                 Ok(ready) => host.volumes.push(ready),
@@ -220,11 +229,10 @@ impl Host {
 }
 
 /// The label says more than the path alone, if it is longer.
-fn relabel(failure: Failure, volume: &VolumePlan) -> Failure {
-    let path = volume.path.display().to_string();
-    match failure.what.strip_prefix(&path) {
-        Some(rest) => Failure { what: format!("{}{rest}", volume.label), ..failure },
-        None => failure.within(&volume.label),
+pub(crate) fn relabel(failure: Failure, path: &Path, label: &str) -> Failure {
+    match failure.what.strip_prefix(&path.display().to_string()) {
+        Some(rest) => Failure { what: format!("{label}{rest}"), ..failure },
+        None => failure.within(label),
     }
 }
 
@@ -257,6 +265,78 @@ fn admit(volume: &VolumePlan, medium: &Medium, engine: &HostEngine) -> Result<Re
     }
     let unused_bytes = medium.len_bytes - layout.size_bytes();
     Ok(Ready { plan: volume.clone(), layout, admission, identifier, unused_bytes })
+}
+
+/// Refuses a volume that is to be written and that this user may not write.
+fn check_writable(volume: &VolumePlan) -> Result<(), Failure> {
+    use rustix::fs::{Access as May, AtFlags, CWD, accessat};
+    if volume.access == Access::ReadOnly {
+        return Ok(());
+    }
+    // As whom the system opens it, which access(2) alone does not ask.
+    match accessat(CWD, &volume.path, May::WRITE_OK, AtFlags::EACCESS) {
+        Err(errno @ (Errno::ACCESS | Errno::PERM | Errno::ROFS)) => Err(Failure::of_io(
+            format!("{} is not writable", volume.label),
+            &errno.into(),
+            "Serve it with --read-only (read_only = true in a config), or get the right to write it.",
+        )),
+        // Whatever else there is, opening it tells better.
+        _ => Ok(()),
+    }
+}
+
+/// A volume that is missing is made with one command, whose options are those it is to be served with.
+fn missing(failure: Failure, volume: &VolumePlan, plan: &Plan) -> Failure {
+    if files::exists(&volume.path) {
+        return failure;
+    }
+    let LayoutPlan { mode, data_unit, block, iv_offset } = volume.layout;
+    let mut options = String::new();
+    let mut option = |name: &str, value: String| {
+        let _ = write!(options, " --{name} {}", quoted(&value));
+    };
+    let sibling = beside(&volume.path, ".key");
+    let has_own_key = volume.key.wanted == Wanted::Wrapped && volume.key.path() == Some(&*sibling);
+    if !has_own_key {
+        option("key", volume.key.written());
+    }
+    if mode != Settings::default().layout().mode {
+        option("mode", mode.to_string());
+    }
+    if data_unit != DataUnitSize::DEFAULT {
+        option("data-unit", data_unit.to_string());
+    }
+    if let Some(block) = block {
+        option("block", block.to_string());
+    }
+    if iv_offset != 0 {
+        option("iv-offset", iv_offset.to_string());
+    }
+    let EnginePlan { spec, root, .. } = &plan.engines[volume.engine];
+    let derives_as_usual = match spec {
+        EngineSpec::Software(spec) => spec.kdf == SoftwareSpec::default().kdf,
+        EngineSpec::Ice(_) => false,
+    };
+    if !derives_as_usual {
+        option("engine", spec.to_string());
+    }
+    if places::default_root().ok().as_ref() != Some(root) {
+        let RootSpec::File(path) = root;
+        option("root", format!("file:{}", path.display()));
+    }
+    let path = shell_word(&volume.path);
+    if options.is_empty() && volume.label == volume.path.display().to_string() {
+        // On the command line: `serve --create` does it, as the failure says.
+        return failure;
+    }
+    let key = match (&volume.key.wanted, volume.key.path()) {
+        (Wanted::Wrapped, Some(key)) if !has_own_key && !files::exists(key) => {
+            let root = options.find(" --engine").or(options.find(" --root")).map_or("", |at| &options[at..]);
+            format!("inlinecrypt key generate{root} --out {} && ", shell_word(key))
+        }
+        _ => String::new(),
+    };
+    failure.advise(format!("To make it: {key}inlinecrypt volume create --size SIZE{options} {path}"))
 }
 
 /// Refuses a volume that has lost its end since `said_by` noted how long it is: it would be served smaller, and clients

@@ -74,6 +74,18 @@ impl KeySource {
         Some(OsString::from_vec([prefix, path.as_os_str().as_bytes()].concat()))
     }
 
+    /// As it is written on a command line.
+    pub(crate) fn written(&self) -> String {
+        let place = match &self.place {
+            Place::File(path) => path.display().to_string(),
+            Place::Stdin | Place::Given(_) => "-".to_owned(),
+        };
+        match self.wanted {
+            Wanted::Wrapped => place,
+            Wanted::Raw => format!("raw:{place}"),
+        }
+    }
+
     /// The file, if it is one.
     pub(crate) fn path(&self) -> Option<&Path> {
         match &self.place {

@@ -9,6 +9,7 @@ use crate::cli::{
 };
 use crate::config::{ConfigFile, EngineTable, ListenTable, ServerTable, VolumeTable};
 use crate::files::{self, Medium};
+use crate::host;
 use crate::identifier::Identifier;
 use crate::keyfile::KeySource;
 use crate::places::{self, beside, directory_of, relative_to};
@@ -22,6 +23,7 @@ use inlinecrypt_engine::{EngineSpec, RootSpec};
 use inlinecrypt_io::backing::Caching;
 use inlinecrypt_io::listen::Listen;
 use std::fmt::Display;
+use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use toml::Spanned;
@@ -455,6 +457,16 @@ impl Builder {
             // That the volume itself is missing is the more useful message.
             None if !files::exists(path) => KeySource::wrapped(sibling),
             None => {
+                // What is no volume needs no key.
+                let looked = Medium::look(path)
+                    .map_err(|failure| host::relabel(failure, path, &label))
+                    .and_then(|medium| {
+                        host::check_size(settings.size, &said_by, &medium, &label)?;
+                        host::layout(&settings.layout(), medium.len_bytes, &label)
+                    });
+                if let Err(failure) = looked {
+                    return self.failures.push(failure);
+                }
                 self.failures.push(Failure::new(
                     Code::File,
                     format!("{label} has no key: none is named, and {} does not exist", sibling.display()),
@@ -485,6 +497,12 @@ impl Builder {
         });
     }
 
+    /// Exports whose names no client could ask for.
+    fn check_names(&mut self) {
+        let wrong = self.volumes.iter().filter_map(|volume| check_name(&volume.name, &volume.label));
+        self.failures.extend(wrong.collect::<Vec<_>>());
+    }
+
     /// What cannot be seen in one volume alone.
     fn compare_volumes(&mut self) {
         for (i, volume) in self.volumes.iter().enumerate() {
@@ -508,6 +526,63 @@ impl Builder {
             }
         }
     }
+}
+
+/// Longest string of the NBD protocol in bytes, and so the longest name of an export.
+const EXPORT_NAME_BYTES_MAX: usize = 4096;
+
+/// Why no client could ask for the export `name`.
+pub(crate) fn check_name(name: &str, label: &str) -> Option<Failure> {
+    let why = if name.len() > EXPORT_NAME_BYTES_MAX {
+        format!("is {} bytes long, and the protocol takes {EXPORT_NAME_BYTES_MAX} at most", name.len())
+    } else if name.contains('\0') {
+        "has a NUL in it, and the protocol takes none".to_owned()
+    } else {
+        return None;
+    };
+    Some(Failure::new(
+        Code::Wrong,
+        format!("{label}: the name of its export {why}"),
+        "Choose another with --name, or name = \"...\" in the config.",
+    ))
+}
+
+/// Longest path of a Unix socket in bytes: `sun_path` of `unix(7)`, without the closing NUL.
+const SOCKET_PATH_BYTES_MAX: usize = 107;
+
+/// Why nothing can listen there, as far as can be seen without trying.
+pub(crate) fn check_place(place: &Listen) -> Option<Failure> {
+    let Listen::Unix(path) = place else { return None };
+    let refused = |why: String, advice: String| {
+        Some(Failure::new(Code::File, format!("cannot listen on {place}: {why}"), advice))
+    };
+    let len = path.as_os_str().len();
+    if len > SOCKET_PATH_BYTES_MAX {
+        return refused(
+            format!("the path is {len} bytes long, and the system takes {SOCKET_PATH_BYTES_MAX} at most"),
+            "Name a shorter one: --nbd unix:/short/path (nbd = [\"unix:/short/path\"] in a config)."
+                .to_owned(),
+        );
+    }
+    if let Ok(found) = path.symlink_metadata()
+        && !found.file_type().is_socket()
+    {
+        return refused(
+            "something else has that name, which is no socket".to_owned(),
+            "It was left alone. Name another place with --nbd, or move it away.".to_owned(),
+        );
+    }
+    let directory = match directory_of(path) {
+        none if none.as_os_str().is_empty() => Path::new("."),
+        directory => directory,
+    };
+    if !directory.is_dir() {
+        return refused(
+            format!("{} is not a directory", directory.display()),
+            format!("Make it first: mkdir -p {}", files::shell_word(directory)),
+        );
+    }
+    None
 }
 
 impl Plan {
@@ -649,6 +724,7 @@ impl Plan {
     }
 
     fn finish(mut builder: Builder, listen: ListenPlan, server: ServerPlan) -> Result<Self, Vec<Failure>> {
+        builder.check_names();
         builder.compare_volumes();
         let Builder { engines, volumes, failures } = builder;
         if failures.is_empty() { Ok(Self { engines, volumes, listen, server }) } else { Err(failures) }

@@ -2,7 +2,7 @@
 
 use crate::cli::Check;
 use crate::host::{self, Host};
-use crate::plan::Plan;
+use crate::plan::{self, Plan};
 use crate::report::{Failures, print};
 use crate::size::Size;
 use inlinecrypt_core::admission::ServedBy;
@@ -15,6 +15,7 @@ pub(super) fn run(args: &Check) -> Result<(), Failures> {
     };
     let mut failures = Vec::new();
     plan.listen.check(&mut failures);
+    failures.extend(plan.listen.places.iter().filter_map(plan::check_place));
     if failures.is_empty() {
         failures.extend(host::tls(&plan.listen.tls).err());
     }

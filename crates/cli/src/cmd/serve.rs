@@ -29,7 +29,7 @@ use inlinecrypt_core::key::KeyId;
 use inlinecrypt_core::profile::CryptoProfile;
 use inlinecrypt_core::volume::{Discard, Volume};
 use inlinecrypt_engine::{EngineSpec, WrappingKeyId};
-use inlinecrypt_io::backing::{BackingSpec, DiscardPolicy, OpenOptions};
+use inlinecrypt_io::backing::{BackingSpec, Caching, DiscardPolicy, OpenOptions};
 use inlinecrypt_io::export::ExportSpec;
 use inlinecrypt_io::export::nbd::{NbdServer, ServerOptions};
 use inlinecrypt_io::listen::{self, Listen, ListenOptions, Listener};
@@ -53,12 +53,18 @@ pub(super) fn run(mut args: Serve) -> Result<(), Failures> {
         key.take_stdin()?;
     }
     if args.create.is_some() {
+        if activated.is_empty() || !args.nbd.is_empty() {
+            check_places(&args)?;
+        }
         create(&args)?;
     }
     let plan = Plan::for_serve(&args)
         .or_else(|failures| Failures::check(failures).map(|()| unreachable!("failed")))?;
     let tls = host::tls(&plan.listen.tls)?;
-    let (host, failures) = Host::prepare(&plan);
+    let (host, mut failures) = Host::prepare(&plan);
+    if activated.is_empty() || plan.listen.asked_for {
+        failures.extend(plan.listen.places.iter().filter_map(plan::check_place));
+    }
     Failures::check(failures)?;
     host.tell_notes();
 
@@ -151,6 +157,15 @@ fn refuse_with_config(args: &Serve) -> Result<(), Failure> {
     }
 }
 
+/// What would keep a new volume from being served, told before it is made.
+fn check_places(args: &Serve) -> Result<(), Failures> {
+    let usual = args.volumes.first().map(|volume| Listen::Unix(places::beside(volume, ".sock")));
+    let places = if args.nbd.is_empty() { usual.as_slice() } else { &args.nbd[..] };
+    let mut failures: Vec<Failure> = places.iter().filter_map(plan::check_place).collect();
+    failures.extend(args.name.as_deref().and_then(|name| plan::check_name(name, "--name")));
+    Failures::check(failures)
+}
+
 fn create(args: &Serve) -> Result<(), Failures> {
     let (Some(size), [path]) = (args.create, &args.volumes[..]) else {
         return Err(Failure::new(
@@ -219,7 +234,10 @@ fn default_control_path() -> Result<PathBuf, Failure> {
     let mut failure = None;
     for directory in &directories {
         match files::make_private_directory(directory) {
-            Ok(()) => return Ok(directory.join(format!("{}.sock", std::process::id()))),
+            Ok(()) => {
+                control::remove_stale(directory);
+                return Ok(directory.join(format!("{}.sock", std::process::id())));
+            }
             Err(why) => failure = Some(why),
         }
     }
@@ -462,9 +480,21 @@ impl Served {
         let options = OpenOptions { access: plan.access, caching: plan.caching, discard };
         let backing = inlinecrypt_io::backing::open(&BackingSpec::File(plan.path.clone()), options)
             .map_err(|error| Failure::of_file(&plan.label, &error))?;
+        let align_bytes = backing.facts().align_bytes;
         let backing = Arc::new(Watched::new(backing));
-        let volume = Volume::new(layout, admission, backing.clone(), plan.access, plan.discard)
-            .map_err(|error| Failure::of(&plan.label, &error))?;
+        let unit_bytes = layout.data_unit_size().bytes();
+        let volume =
+            Volume::new(layout, admission, backing.clone(), plan.access, plan.discard).map_err(|error| {
+                let failure = Failure::of(&plan.label, &error);
+                if plan.caching == Caching::Direct && align_bytes > unit_bytes {
+                    failure.advise(format!(
+                        "Leave --direct (direct = true) out, or make a volume with data units of {align_bytes} bytes \
+                         or more."
+                    ))
+                } else {
+                    failure
+                }
+            })?;
         Ok(Self {
             volume: Arc::new(volume),
             backing,

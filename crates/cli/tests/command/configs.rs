@@ -254,3 +254,53 @@ fn tls_files_are_checked() {
     place.run(["serve", "--tls-cert", "cert.pem", "--tls-key", "key.pem", "a.img"]).refused(4, &["cert.pem"]);
     assert_eq!(place.run(["serve", "--tls-cert", "cert.pem", "a.img"]).code, Some(1));
 }
+
+#[test]
+fn check_finds_where_serve_could_not_listen_and_names_nobody_could_ask_for() {
+    let place = Place::new();
+    place.create("a.img");
+    place.write("file", b"no socket");
+    for (line, why) in [
+        ("[listen]\nnbd = [\"unix:file\"]", "something else has that name"),
+        ("[listen]\nnbd = [\"unix:no/where/s\"]", "no/where is not a directory"),
+    ] {
+        place.write("c.toml", format!("[[volume]]\npath = \"a.img\"\n{line}\n").as_bytes());
+        place.run(["check", "c.toml"]).refused(4, &["cannot listen on unix:", why]);
+        place.run(["serve", "--config", "c.toml"]).refused(4, &["cannot listen on unix:", why]);
+    }
+    for (name, why) in [("x".repeat(4097), "4097 bytes long"), ("a\\u0000b".to_owned(), "NUL")] {
+        place.write("c.toml", format!("[[volume]]\npath = \"a.img\"\nname = \"{name}\"\n").as_bytes());
+        place.run(["check", "c.toml"]).refused(1, &["c.toml:1: a.img: the name of its export", why]);
+        place.run(["serve", "--config", "c.toml"]).refused(1, &[why]);
+    }
+}
+
+#[test]
+fn check_says_in_its_help_what_it_does_not_look_at() {
+    let place = Place::new();
+    let said = place.run(["check", "--help"]);
+    for text in ["in use", "O_DIRECT"] {
+        assert!(said.done().out.contains(text), "{text}: {said}");
+    }
+}
+
+/// The advice is a command line that makes what the config wants.
+#[test]
+fn a_missing_volume_is_made_by_the_command_in_the_advice() {
+    let place = Place::new();
+    place.write(
+        "c.toml",
+        b"[[volume]]\npath = \"vm1.img\"\nkey = \"vm1.key\"\nmode = \"Adiantum\"\ndata_unit = 512\n\
+          [listen]\nnbd = [\"unix:s\"]\n",
+    );
+    let said = place.run(["check", "c.toml"]);
+    let create =
+        "inlinecrypt volume create --size SIZE --key vm1.key --mode Adiantum --data-unit 512 vm1.img";
+    said.refused(4, &["vm1.img does not exist", "inlinecrypt key generate --out vm1.key && ", create]);
+    let advice = said.err.lines().find_map(|line| line.trim().strip_prefix("To make it: ")).unwrap();
+    for command in advice.replace("SIZE", "1MiB").split(" && ") {
+        place.run(command.split(' ').skip(1)).done();
+    }
+    place.run(["check", "c.toml"]).done();
+    place.serve("s", ["--config", "c.toml"]).stop();
+}

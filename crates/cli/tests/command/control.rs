@@ -149,3 +149,31 @@ fn a_socket_that_a_dead_server_left_is_passed_over_and_replaced() {
     server.client("").read(0, 512).unwrap();
     server.stop();
 }
+
+#[test]
+fn sockets_of_killed_servers_are_removed_and_nothing_else() {
+    let place = Place::new();
+    place.create("v.img");
+    let run = place.path("run/inlinecrypt");
+    let killed = || {
+        let mut server = place.serve("v.img.sock", ["v.img"]);
+        server.greeting();
+        let socket = run.join(format!("{}.sock", server.pid()));
+        assert!(socket.exists());
+        server.process.kill().unwrap();
+        socket
+    };
+    let socket = killed();
+    // Not a server's names, and not a socket.
+    let other = run.join("mine.sock");
+    drop(std::os::unix::net::UnixListener::bind(&other).unwrap());
+    let file = place.write("run/inlinecrypt/1.sock", b"no socket");
+    place.run(["status"]).done();
+    assert!(!socket.exists() && other.exists() && file.exists());
+    let socket = killed();
+    let server = place.serve("v.img.sock", ["v.img"]);
+    server.greeting();
+    assert!(!socket.exists() && other.exists() && file.exists());
+    assert!(run.join(format!("{}.sock", server.pid())).exists());
+    server.stop();
+}

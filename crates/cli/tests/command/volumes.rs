@@ -145,6 +145,55 @@ fn a_volume_that_lost_its_end_is_refused_and_one_that_grew_is_told() {
 }
 
 #[test]
+fn what_is_wrong_with_the_file_is_said_before_that_it_has_no_key() {
+    let place = Place::new();
+    fs::create_dir(place.path("folder")).unwrap();
+    place.sparse("empty.img", 0);
+    rustix::fs::mknodat(
+        rustix::fs::CWD,
+        place.path("fifo"),
+        rustix::fs::FileType::Fifo,
+        rustix::fs::Mode::RUSR,
+        0,
+    )
+    .unwrap();
+    for (name, why) in [
+        ("folder", "folder is a directory"),
+        ("fifo", "fifo is neither"),
+        ("/dev/null", "/dev/null is neither"),
+        ("empty.img", "empty.img has 0 bytes"),
+    ] {
+        let said = place.run(["serve", name]);
+        said.refused(4, &[why]);
+        assert!(!said.err.contains("no key"), "{said}");
+    }
+}
+
+#[test]
+fn nothing_is_made_that_could_not_be_served() {
+    let place = Place::new();
+    let folder = "d".repeat(100);
+    fs::create_dir(place.path(&folder)).unwrap();
+    let deep = format!("{folder}/v.img");
+    place
+        .run(["serve", "--create", "1M", &deep])
+        .refused(4, &["cannot listen on unix:", "111 bytes", "107 at most", "--nbd unix:/short/path"]);
+    let long = "n".repeat(5000);
+    place.run(["serve", "--create", "1M", "--name", &long, "v.img"]).refused(1, &["5000 bytes", "4096"]);
+    let name = "v".repeat(251);
+    let nbd = ["serve", "--create", "1M", "--nbd", "unix:s", &name];
+    place.run(nbd).refused(1, &["251 bytes long", "250 is the most", "shorter"]);
+    place.run(["volume", "create", "--size", "1M", &name]).refused(1, &["251 bytes long"]);
+    let names: Vec<_> =
+        fs::read_dir(place.folder()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(names.len(), 2, "{names:?}");
+    assert_eq!(fs::read_dir(place.path(&folder)).unwrap().count(), 0);
+    // The same place is fine with a socket elsewhere, and so is the longest name.
+    place.serve("s", ["--create", "1M", "--nbd", "unix:s", &deep]).stop();
+    place.serve("s", ["--create", "1M", "--nbd", "unix:s", &name[1..]]).stop();
+}
+
+#[test]
 fn an_unused_tail_is_told() {
     let place = Place::new();
     place.sparse("v.img", MIB + 100);
@@ -213,7 +262,7 @@ fn every_layout_can_be_made_and_served_again() {
         ("xts512", vec!["--data-unit", "512"]),
         ("essiv", vec!["--mode", "AES-128-CBC-ESSIV"]),
         ("adiantum", vec!["--mode", "Adiantum", "--data-unit", "64k"]),
-        ("sm4", vec!["--mode", "sm4-xts", "--iv-offset", "123456789", "--block", "1k"]),
+        ("sm4", vec!["--mode", "sm4-xts", "--iv-offset", "123456784", "--block", "1k"]),
         ("kdf", vec!["--engine", "software:slots=2,kdf=legacykdf", "--root", "other.key"]),
         ("hwkm1", vec!["--engine", "ice:hwkm-v1"]),
         ("hwkm2", vec!["--engine", "ice:hwkm-v2"]),
@@ -246,7 +295,7 @@ fn layouts_that_cannot_be_are_refused() {
         (vec!["--mode", "AES-256-GCM"], "the modes are: AES-256-XTS"),
         (vec!["--block", "8192"], "from 512 to the data unit"),
         (vec!["--mode", "Adiantum", "--block", "512"], "interrupted write would damage"),
-        (vec!["--iv-offset", "18446744073709551615"], "overflow"),
+        (vec!["--iv-offset", "18446744073709551608"], "overflow"),
         (vec!["--engine", "warp"], "the engines are: software"),
         (vec!["--engine", "software:slots=x"], "not a number"),
     ] {
@@ -340,6 +389,11 @@ fn a_file_that_may_not_be_written_can_be_served_read_only() {
     let Some(command) = as_nobody(&place, &["serve", "--key", "raw:raw", "v.img"]) else { return };
     std::os::unix::fs::chown(raw, rustix::process::geteuid().is_root().then_some(65_534), None).unwrap();
     run_command(command).refused(2, &["v.img is not writable", "--read-only"]);
+    place.write("c.toml", b"[[volume]]\npath = \"v.img\"\nkey = \"raw:raw\"\n");
+    if rustix::process::geteuid().is_root() {
+        std::os::unix::fs::chown(place.path("c.toml"), Some(65_534), None).unwrap();
+    }
+    run_command(as_nobody(&place, &["check", "c.toml"]).unwrap()).refused(2, &["v.img is not writable"]);
     let command = as_nobody(&place, &["serve", "--read-only", "--key", "raw:raw", "v.img"]).unwrap();
     place.start("v.img.sock", command).stop();
 }
@@ -381,5 +435,26 @@ fn names_of_every_kind_work() {
         assert!(greeting.contains("%") || name == "-dash.img", "{greeting}");
         server.client("").read(0, 512).unwrap();
         server.stop();
+    }
+}
+
+#[test]
+fn direct_with_data_units_that_are_too_small_says_what_helps() {
+    let place = Place::new();
+    place.run(["volume", "create", "--size", "1M", "--data-unit", "512", "v.img"]).done();
+    let mut command = place.command();
+    command.args(["serve", "--direct", "v.img"]);
+    // Not every filesystem asks for more than 512 bytes, or can do it at all.
+    let mut process = inlinecrypt_testkit::ServerProcess::start(
+        command.stderr(fs::File::create(place.path("err")).unwrap()).stdout(std::process::Stdio::null()),
+    )
+    .unwrap();
+    if process.wait(std::time::Duration::from_secs(3)).is_ok() {
+        let said = fs::read_to_string(place.path("err")).unwrap();
+        assert!(said.contains("--direct"), "{said}");
+        eprintln!("{said}");
+    } else {
+        eprintln!("SKIPPED: direct I/O takes 512 bytes here");
+        process.kill().unwrap();
     }
 }
