@@ -19,6 +19,7 @@
 //!
 //! Start reading at [`Session::run`](session::Session::run).
 
+pub mod activity;
 mod execute;
 pub mod negotiate;
 mod reply;

@@ -1,5 +1,6 @@
 //! What all threads of a connection have in common: above all the outbox, whose lock keeps a reply together.
 
+use super::activity::{Activity, Busy};
 use super::negotiate::Terms;
 use super::session::Ended;
 use super::status::NbdError;
@@ -51,6 +52,7 @@ pub(super) struct Shared<'a, W> {
     failed_late: AtomicBool,
     log_lines: AtomicU32,
     hang_up: &'a (dyn Fn() + Sync),
+    activity: Option<&'a Activity>,
 }
 
 impl<W> fmt::Debug for Shared<'_, W> {
@@ -63,7 +65,12 @@ impl<W> fmt::Debug for Shared<'_, W> {
 }
 
 impl<'a, W: Write> Shared<'a, W> {
-    pub(super) fn new(terms: &'a Terms, outbox: Outbox<W>, hang_up: &'a (dyn Fn() + Sync)) -> Self {
+    pub(super) fn new(
+        terms: &'a Terms,
+        outbox: Outbox<W>,
+        hang_up: &'a (dyn Fn() + Sync),
+        activity: Option<&'a Activity>,
+    ) -> Self {
         Self {
             terms,
             disk: terms.export.disk(),
@@ -72,7 +79,13 @@ impl<'a, W: Write> Shared<'a, W> {
             failed_late: AtomicBool::new(false),
             log_lines: AtomicU32::new(0),
             hang_up,
+            activity,
         }
+    }
+
+    /// A request is under way until what this returns is dropped.
+    pub(super) fn busy(&self) -> Busy<'a> {
+        self.activity.map_or_else(Busy::untold, Activity::busy)
     }
 
     pub(super) fn disk(&self) -> &'a dyn Disk {

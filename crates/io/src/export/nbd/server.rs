@@ -1,5 +1,6 @@
 //! The server: listeners in, one thread for each connection, and an orderly end.
 
+use super::activity::Activity;
 use super::negotiate::{Handshake, Next, Terms, TlsState, greet, haggle};
 use super::session::{Ended, Session};
 use super::stream::Inbox;
@@ -34,13 +35,19 @@ const LARGE_SEND_ROOMS_MAX: usize = 64;
 /// How long connections get to notice that they were cut off, once the drain deadline has passed.
 const CUT_OFF_GRACE: Duration = Duration::from_secs(1);
 
+/// How long a connection must have been idle to be closed for another when there are too many: no program that works
+/// pauses so long between two requests and minds being connected anew, and who opens connections only to keep others out
+/// must come back for each of them every minute.
+const IDLE_TIME_MIN: Duration = Duration::from_secs(60);
+
 /// At most one line about refused connections in this time.
 const REFUSAL_LOG_INTERVAL: Duration = Duration::from_secs(10);
 
 /// How a server behaves.
 #[derive(Clone, Debug)]
 pub struct ServerOptions {
-    /// Most connections at once. One more is closed.
+    /// Most connections at once. One more takes the place of the one that has been idle longest, if that was for more than
+    /// a minute; else it is closed.
     pub connections_max: usize,
     /// How long a client may take from connecting to transmission, TLS included.
     pub handshake_time_max: Duration,
@@ -80,11 +87,43 @@ struct Inner {
 
 #[derive(Debug, Default)]
 struct Table {
-    connections: HashMap<u64, Arc<Stream>>,
+    connections: HashMap<u64, Connection>,
     stoppers: Vec<Stopper>,
     next_id: u64,
     acceptors: usize,
     refusal_logged: Option<Instant>,
+}
+
+#[derive(Debug)]
+struct Connection {
+    socket: Arc<Stream>,
+    activity: Arc<Activity>,
+    /// It was closed to make room, and its thread is about to notice.
+    closed: bool,
+}
+
+impl Table {
+    /// Sees to it that there is room for one more, and says whether there is.
+    fn make_room(&mut self, connections_max: usize, now: Instant) -> bool {
+        if self.connections.len() < connections_max {
+            return true;
+        }
+        let open = self.connections.iter_mut().filter(|(_, connection)| !connection.closed);
+        let mut count = 0;
+        let longest = open
+            .inspect(|_| count += 1)
+            .filter_map(|(id, connection)| Some((connection.activity.idle_time(now)?, *id, connection)))
+            .filter(|(idle_time, ..)| *idle_time > IDLE_TIME_MIN)
+            .max_by_key(|(idle_time, ..)| *idle_time);
+        if count < connections_max {
+            return true;
+        }
+        let Some((idle_time, id, connection)) = longest else { return false };
+        connection.closed = true;
+        let _ = connection.socket.shutdown(Shutdown::Both);
+        tracing::info!(connection = id, ?idle_time, "closed to make room for another");
+        true
+    }
 }
 
 impl fmt::Debug for Inner {
@@ -274,8 +313,8 @@ impl Inner {
     /// Shuts all connections in one or both directions. Returns how many there are.
     fn shut_all(&self, how: Shutdown) -> usize {
         let table = self.lock();
-        for socket in table.connections.values() {
-            let _ = socket.shutdown(how);
+        for connection in table.connections.values() {
+            let _ = connection.socket.shutdown(how);
         }
         table.connections.len()
     }
@@ -313,12 +352,13 @@ impl Inner {
     /// Enters the connection and starts its thread.
     fn start(self: Arc<Self>, socket: Stream) -> io::Result<()> {
         let socket = Arc::new(socket);
+        let activity = Arc::new(Activity::default());
         let id = {
             let mut table = self.lock();
             // Asked while the table is locked: either `stop` sees this connection, or we see that it stops.
             let why = if self.stopping.load(Ordering::Acquire) {
                 Some("stopping")
-            } else if table.connections.len() >= self.options.connections_max {
+            } else if !table.make_room(self.options.connections_max, Instant::now()) {
                 Some("too many connections")
             } else {
                 None
@@ -328,13 +368,14 @@ impl Inner {
             }
             table.next_id += 1;
             let id = table.next_id;
-            table.connections.insert(id, socket.clone());
+            let connection = Connection { socket: socket.clone(), activity: activity.clone(), closed: false };
+            table.connections.insert(id, connection);
             id
         };
         let inner = self.clone();
         let spawned =
             thread::Builder::new().name("nbd".to_owned()).stack_size(STACK_BYTES).spawn(move || {
-                inner.converse(id, &socket);
+                inner.converse(id, &socket, &activity);
                 inner.leave(id, socket);
             });
         if let Err(error) = spawned {
@@ -354,7 +395,7 @@ impl Inner {
     }
 
     /// The whole life of a connection.
-    fn converse(&self, id: u64, socket: &Stream) {
+    fn converse(&self, id: u64, socket: &Stream, activity: &Activity) {
         // Replies leave when we say so.
         let few = self.lock().connections.len() <= LARGE_SEND_ROOMS_MAX;
         if few && let Err(error) = socket.set_send_room(SEND_ROOM_BYTES) {
@@ -372,12 +413,12 @@ impl Inner {
         match self.shake_hands(timed) {
             Ok(Shaken::Plain(mut inbox, terms)) => {
                 inbox.reader_mut().deadline = None;
-                self.transmit(id, socket, &terms, &mut inbox, Timed { socket, deadline: None });
+                self.transmit(id, socket, activity, &terms, &mut inbox, Timed { socket, deadline: None });
             }
             Ok(Shaken::Tls(tls, mut inbox, terms)) => {
                 inbox.reader_mut().transport().deadline = None;
                 let writer = tls.writer(Timed { socket, deadline: None });
-                self.transmit(id, socket, &terms, &mut inbox, writer);
+                self.transmit(id, socket, activity, &terms, &mut inbox, writer);
                 tls.close(Timed { socket, deadline: Some(Instant::now() + CUT_OFF_GRACE) });
             }
             Ok(Shaken::Closed(why)) => tracing::debug!(connection = id, why, "closed in handshake"),
@@ -427,6 +468,7 @@ impl Inner {
         &self,
         id: u64,
         socket: &Stream,
+        activity: &Activity,
         terms: &Terms,
         inbox: &mut Inbox<R>,
         writer: W,
@@ -437,7 +479,8 @@ impl Inner {
         let hang_up = || {
             let _ = socket.shutdown(Shutdown::Both);
         };
-        let ended = Session::new(terms, &self.stopping, self.options.workers, &hang_up).run(inbox, writer);
+        let session = Session::new(terms, &self.stopping, self.options.workers, &hang_up).telling(activity);
+        let ended = session.run(inbox, writer);
         terms.export.counters().disconnected();
         match ended {
             Ended::Disconnected | Ended::Left | Ended::Stopped => {
@@ -511,5 +554,50 @@ impl Write for Timed<'_> {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn who_has_been_idle_longest_makes_room_and_who_works_does_not() {
+        let mut table = Table::default();
+        let mut clients = Vec::new();
+        for id in 0..3 {
+            let (client, socket) = UnixStream::pair().unwrap();
+            client.set_nonblocking(true).unwrap();
+            clients.push(client);
+            let connection = Connection {
+                socket: Arc::new(socket.into()),
+                activity: Arc::new(Activity::default()),
+                closed: false,
+            };
+            table.connections.insert(id, connection);
+            thread::sleep(Duration::from_millis(1));
+        }
+        // The first works; of the others, the second has had nothing to do since before the third came.
+        let working = table.connections[&0].activity.clone();
+        let busy = working.busy();
+        let closed = |clients: &[UnixStream]| -> Vec<bool> {
+            clients.iter().map(|mut client| matches!(client.read(&mut [0]), Ok(0))).collect()
+        };
+        let now = Instant::now();
+        assert!(table.make_room(4, now), "there is room as it is");
+        assert!(!table.make_room(3, now + Duration::from_secs(59)), "nobody was idle for a minute");
+        assert_eq!(closed(&clients), [false; 3]);
+        let later = now + Duration::from_secs(61);
+        assert!(table.make_room(3, later));
+        assert_eq!(closed(&clients), [false, true, false]);
+        assert!(table.make_room(3, later), "who was closed does not count");
+        assert_eq!(closed(&clients), [false, true, false]);
+        assert!(table.make_room(2, later));
+        assert_eq!(closed(&clients), [false, true, true]);
+        assert!(!table.make_room(1, later), "who works is left alone");
+        drop(busy);
+        assert!(table.make_room(1, later));
+        assert_eq!(closed(&clients), [true; 3]);
     }
 }

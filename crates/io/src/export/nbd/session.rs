@@ -3,6 +3,7 @@
 //! The loop of [`Session::run`] is the only place that waits for the client. Before it does, it sends what has gathered.
 //! What a request does stands in `execute.rs`; whether it is done here or by a worker makes no difference there.
 
+use super::activity::Activity;
 use super::execute::Executor;
 use super::negotiate::{REQUEST_BYTES_MAX, Terms};
 use super::reply::{Failure, Shared};
@@ -45,6 +46,7 @@ pub struct Session<'a> {
     stopping: &'a AtomicBool,
     workers: usize,
     hang_up: &'a (dyn Fn() + Sync),
+    activity: Option<&'a Activity>,
 }
 
 impl fmt::Debug for Session<'_> {
@@ -66,7 +68,13 @@ impl<'a> Session<'a> {
         workers: usize,
         hang_up: &'a (dyn Fn() + Sync),
     ) -> Self {
-        Self { terms, stopping, workers, hang_up }
+        Self { terms, stopping, workers, hang_up, activity: None }
+    }
+
+    /// The same, telling `activity` of each request.
+    #[must_use]
+    pub fn telling(self, activity: &'a Activity) -> Self {
+        Self { activity: Some(activity), ..self }
     }
 
     /// Serves until the end. All requests that were received whole are answered then, as far as the client takes it.
@@ -76,7 +84,7 @@ impl<'a> Session<'a> {
     ///
     /// Waits for the client, and for the disk.
     pub fn run<R: Read, W: Write + Send>(&self, inbox: &mut Inbox<R>, writer: W) -> Ended {
-        let shared = Shared::new(self.terms, Outbox::new(writer), self.hang_up);
+        let shared = Shared::new(self.terms, Outbox::new(writer), self.hang_up, self.activity);
         if self.workers == 0 {
             return self.serve(inbox, &shared, None);
         }
@@ -149,6 +157,7 @@ impl<'a> Session<'a> {
                 return Ok(Ended::Violation("wrong magic in a request"));
             };
             inbox.consume(REQUEST_BYTES);
+            let _busy = shared.busy();
 
             let payload_len = payload_len(&header);
             if payload_len > DISCARD_BYTES_MAX {

@@ -3,6 +3,7 @@
 //! The number in flight is bounded: twice as many as there are workers. Who submits waits for room, so a client that
 //! sends faster than the disk works is held up by its own socket.
 
+use super::activity::Busy;
 use super::execute::Executor;
 use super::reply::Shared;
 use super::request::{Request, WriteRequest};
@@ -21,7 +22,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 pub(super) struct Workers<'s, 'a, W> {
     shared: &'s Shared<'a, W>,
     /// Nothing else is locked while this is held.
-    queue: Mutex<Queue>,
+    queue: Mutex<Queue<'a>>,
     /// There is something to do, or there never will be.
     work: Condvar,
     /// There is room, or nothing is left to do.
@@ -30,8 +31,8 @@ pub(super) struct Workers<'s, 'a, W> {
 }
 
 #[derive(Debug, Default)]
-struct Queue {
-    jobs: VecDeque<Job>,
+struct Queue<'a> {
+    jobs: VecDeque<(Job, Busy<'a>)>,
     running: usize,
     closed: bool,
 }
@@ -94,7 +95,7 @@ impl<'s, 'a, W: Write> Workers<'s, 'a, W> {
     /// What each worker does until it is sent home.
     pub(super) fn work(&self) {
         let mut executor = Executor::new(self.shared);
-        while let Some(job) = self.next() {
+        while let Some((job, _busy)) = self.next() {
             let done = match job {
                 Job::Request(request, cookie) => executor.execute(&request, cookie),
                 Job::Part(part) => executor.write_part(part),
@@ -113,12 +114,12 @@ impl<'s, 'a, W: Write> Workers<'s, 'a, W> {
         while queue.jobs.len() >= self.waiting_max {
             queue = self.room.wait(queue).unwrap_or_else(PoisonError::into_inner);
         }
-        queue.jobs.push_back(job);
+        queue.jobs.push_back((job, self.shared.busy()));
         drop(queue);
         self.work.notify_one();
     }
 
-    fn next(&self) -> Option<Job> {
+    fn next(&self) -> Option<(Job, Busy<'a>)> {
         let mut queue = self.lock();
         loop {
             if let Some(job) = queue.jobs.pop_front() {
@@ -132,7 +133,7 @@ impl<'s, 'a, W: Write> Workers<'s, 'a, W> {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Queue> {
+    fn lock(&self) -> MutexGuard<'_, Queue<'a>> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
