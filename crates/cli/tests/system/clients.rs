@@ -4,9 +4,11 @@ use crate::rig::{MIB, Place, Server, run, run_to_fail};
 use inlinecrypt_testkit::{pattern, require_tool};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use serde_json::Value;
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 /// A disk image with data, zeroes and holes in it.
 fn image(place: &Place, name: &str, len: u64) -> (PathBuf, Vec<u8>) {
@@ -26,8 +28,10 @@ fn created(size: &str, more: &[&str]) -> (Place, Server) {
     (place, server)
 }
 
-/// Layouts that clients see differently: a small and a large logical block.
-const LAYOUTS: [&[&str]; 2] = [&[], &["--data-unit", "4096", "--block", "4096"]];
+/// Layouts that clients see differently, a small and a large logical block; and an engine on the way to the disk, which no
+/// client can tell from software.
+const LAYOUTS: [&[&str]; 3] =
+    [&[], &["--data-unit", "4096", "--block", "4096"], &["--engine", "ice:hwkm-v2,slots=2"]];
 
 #[test]
 fn qemu_img_converts_there_and_back_and_finds_no_difference() {
@@ -263,6 +267,40 @@ fn fio(program: &Path, place: &Place, uri: &str, block: &str, more: &[&str]) -> 
     fio
 }
 
+/// A controller that is reset once a second loses its keyslots each time; nobody notices but by a pause.
+#[test]
+fn fio_verifies_while_the_engine_is_reset_once_a_second() {
+    let Some(program) = require_tool("fio") else { return };
+    let (place, server) = created("24MiB", &["--engine", "ice:hwkm-v2,slots=2,program-latency=1ms"]);
+    let long = std::env::var_os("CI").is_some_and(|value| value == "true");
+    let end = Instant::now() + Duration::from_secs(if long { 60 } else { 5 });
+    let control = place.path("control");
+    std::thread::scope(|scope| {
+        let place = &place;
+        scope.spawn(move || {
+            while Instant::now() < end {
+                std::thread::sleep(Duration::from_secs(1));
+                place.run_ok([
+                    OsStr::new("engine"),
+                    "reset".as_ref(),
+                    "--control".as_ref(),
+                    control.as_os_str(),
+                ]);
+            }
+        });
+        while Instant::now() < end {
+            let said =
+                run(&mut fio(&program, place, &server.uri("v"), "512", &["--do_verify=1", "--rate=24m"]));
+            assert!(said.matches("err= 0").count() == 1 && !said.contains("verify:"), "{said}");
+        }
+    });
+    let status = server.status(&place);
+    let engine = &status["servers"][0]["engines"][0];
+    assert!(engine["keyslots"]["resets"].as_u64().unwrap() >= 3, "{engine}");
+    assert_eq!(status["servers"][0]["volumes"][0]["counters"]["errors"], 0);
+    server.stop();
+}
+
 #[test]
 fn fio_finds_what_it_wrote_and_notices_when_it_does_not() {
     let Some(program) = require_tool("fio") else { return };
@@ -270,7 +308,7 @@ fn fio_finds_what_it_wrote_and_notices_when_it_does_not() {
         crate::rig::skip("this fio has no NBD engine");
         return;
     }
-    for (layout, block) in LAYOUTS.into_iter().zip(["512", "4k"]) {
+    for (layout, block) in LAYOUTS.into_iter().zip(["512", "4k", "512"]) {
         let (place, server) = created("24MiB", layout);
         let said = run(&mut fio(&program, &place, &server.uri("v"), block, &["--do_verify=1"]));
         assert_eq!(said.matches("err= 0").count(), 1, "{said}");
