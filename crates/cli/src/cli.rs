@@ -41,6 +41,12 @@ pub(crate) struct Cli {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Serve volumes over NBD until SIGTERM or SIGINT
+    ///
+    /// Each VOLUME is a file or block device. Its description VOLUME.toml, if there is one, says how to read it and by
+    /// which key; options and config may add to it but not contradict it. The second signal ends the server at once.
+    ///
+    /// Sockets that the service manager hands over (systemd socket activation) are served, too; with them, no socket is
+    /// made unless --nbd asks for it.
     Serve(Box<Serve>),
     /// Make volumes and look at them
     #[command(subcommand)]
@@ -178,13 +184,7 @@ A config:
   [server]
   # control, workers, connections_max, stop_seconds";
 
-/// Serve volumes over NBD until SIGTERM or SIGINT.
-///
-/// Each VOLUME is a file or block device. Its description VOLUME.toml, if there is one, says how to read it and by which
-/// key; options and config may add to it but not contradict it. The second signal ends the server at once.
-///
-/// Sockets that the service manager hands over (systemd socket activation) are served, too; with them, no socket is
-/// made unless --nbd asks for it.
+/// Serve volumes.
 #[derive(Args, Debug)]
 #[command(after_help = SERVE_EXAMPLES)]
 pub(crate) struct Serve {

@@ -32,7 +32,9 @@ impl FromStr for Size {
                 ));
             }
             _ => {
-                return Err(format!("no unit {unit:?}: use k, M, G, T, P, E or KiB, MiB, GiB, TiB, PiB, EiB"));
+                return Err(format!(
+                    "no unit {unit:?}: use k, M, G, T, P, E or KiB, MiB, GiB, TiB, PiB, EiB"
+                ));
             }
         };
         number

@@ -99,3 +99,11 @@ fn volume_info_says_what_is_known() {
     assert_eq!(info["root_id"].as_str().unwrap().len(), 16);
     place.run(["volume", "info", "missing"]).refused(4, &["missing does not exist"]);
 }
+
+#[test]
+fn the_help_of_serve_says_what_a_description_and_a_handed_over_socket_do() {
+    let said = Place::new().run(["serve", "--help"]);
+    for text in ["VOLUME.toml", "may add to it", "second signal", "socket activation"] {
+        assert!(said.done().out.contains(text), "{text}: {said}");
+    }
+}
