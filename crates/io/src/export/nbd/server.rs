@@ -560,7 +560,40 @@ impl Write for Timed<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::export::ram::RamDisk;
+    use inlinecrypt_testkit::Client;
+    use inlinecrypt_testkit::nbd::cmd;
     use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn a_connection_is_idle_until_it_gets_a_request_and_once_it_answered() {
+        for workers in [0, 2] {
+            let disk = Arc::new(RamDisk::new(1 << 20));
+            let spec = ExportSpec { name: "disk".to_owned(), description: String::new(), disk: disk.clone() };
+            let options = ServerOptions { workers, ..ServerOptions::default() };
+            let server = NbdServer::new([spec], options).unwrap();
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            server.serve(theirs).unwrap();
+            let mut client = Client::connect(ours, "disk").unwrap();
+            let activity = server.0.lock().connections.values().next().unwrap().activity.clone();
+            let idle_time = || activity.idle_time(Instant::now());
+            assert!(idle_time().is_some());
+            disk.delay(Duration::from_millis(400));
+            for index in 0..3 {
+                client.send_header(cmd::READ, 0, index * 4096, 4096).unwrap();
+            }
+            thread::sleep(Duration::from_millis(100));
+            assert_eq!(idle_time(), None, "workers: {workers}");
+            for _ in 0..3 {
+                client.receive().unwrap();
+            }
+            let deadline = Instant::now() + Duration::from_secs(20);
+            while idle_time().is_none() {
+                assert!(Instant::now() < deadline, "never idle again");
+                thread::sleep(Duration::from_millis(1));
+            }
+        }
+    }
 
     #[test]
     fn who_has_been_idle_longest_makes_room_and_who_works_does_not() {
