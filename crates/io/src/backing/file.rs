@@ -393,7 +393,7 @@ pub(super) fn world_error(op: Op, errno: Errno, offset: u64, len: u64) -> Error 
 }
 
 /// Whether the system has no room: on the medium, in a quota, or below the largest length a file may have.
-fn is_no_space(errno: Errno) -> bool {
+pub(super) fn is_no_space(errno: Errno) -> bool {
     matches!(errno, Errno::NOSPC | Errno::DQUOT | Errno::FBIG)
 }
 

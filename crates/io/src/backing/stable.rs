@@ -9,7 +9,7 @@
 //! - a medium that became shorter is such a failure too;
 //! - a call that succeeded counts only once every call that overlapped it in time has told its outcome.
 
-use super::file::world_error;
+use super::file::{is_no_space, world_error};
 use inlinecrypt_core::error::{Error, ErrorKind, Op};
 use rustix::io::Errno;
 use std::io;
@@ -80,6 +80,10 @@ impl Ledger {
                     Failed::Lost(errno) => {
                         // Not the first failure: then the first one is the one to tell of later.
                         let _ = self.lost.set(Lost { op, range, cause: Cause::Failed(errno) });
+                        if is_no_space(errno) {
+                            // That would be taken for a refusal.
+                            self.check(op, range)?;
+                        }
                         errno
                     }
                 };
@@ -149,6 +153,11 @@ mod tests {
         let write = ledger.settle(Op::Write, Some((512, 512)), || refused).unwrap_err();
         assert_eq!(write.kind(), ErrorKind::NoSpace);
         ledger.settle(Op::Flush, None, || Ok(())).expect("nothing that was accepted is lost");
+
+        let other = Ledger::default();
+        let write =
+            other.settle(Op::Write, Some((512, 512)), || Err(Failed::Lost(Errno::NOSPC))).unwrap_err();
+        assert_eq!(write.kind(), ErrorKind::FlushLost, "older data found no room");
 
         let lost = Err(Failed::Lost(Errno::IO));
         let write = ledger.settle(Op::Write, Some((4096, 512)), || lost).unwrap_err();
