@@ -40,7 +40,7 @@ pub use blob::{BlobError, BlobInfo, Form, WrappingKeyId, inspect, looks_like_wra
 pub use hardening::harden_process;
 pub use ice::{Chance, Faults, IceEngine, IceSpec, IceVariant};
 pub use inlinecrypt_cipher::kdf::KdfVariant;
-pub use root::{Root, RootSpec};
+pub use root::{Ask, Root, RootMaterial, RootSpec};
 pub use spec::{EngineSpec, SoftwareSpec};
 pub use verify::{Sample, Verified};
 
