@@ -104,6 +104,12 @@ pub struct ModeInfo {
 }
 
 impl ModeInfo {
+    /// Whether a key whose halves are equal is refused.
+    #[must_use]
+    pub fn refuses_equal_halves(&self) -> bool {
+        self.halves_differ
+    }
+
     /// Whether `key` can be used with this mode. Takes the same time for every key of the right length.
     ///
     /// # Errors

@@ -1,6 +1,5 @@
 //! The public name of a key: 16 bytes that say which key it is, and nothing about its bytes.
 
-use inlinecrypt_cipher::kdf::{key_identifier_raw, key_identifier_wrapped};
 use inlinecrypt_core::error::Error;
 use inlinecrypt_core::key::KeyForm;
 use inlinecrypt_core::profile::CryptoProfile;
@@ -14,10 +13,7 @@ pub(crate) struct Identifier([u8; 16]);
 impl Identifier {
     /// The identifier of `key`. A wrapped key's depends on how the engine of `profile` derives keys.
     pub(crate) fn of(key: &KeyForm, profile: &CryptoProfile) -> Result<Self, Error> {
-        Ok(Self(match key {
-            KeyForm::Raw(key) => key_identifier_raw(key.expose()),
-            KeyForm::Wrapped(blob) => key_identifier_wrapped(profile.derive_software_secret(blob)?.expose()),
-        }))
+        profile.key_identifier(key).map(Self)
     }
 }
 

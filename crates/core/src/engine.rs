@@ -2,12 +2,16 @@
 
 use crate::caps::Capabilities;
 use crate::config::KeyType;
-use crate::error::Error;
-use crate::key::{EphemeralWrappedKey, Key, LongTermWrappedKey, RawKey, SoftwareSecret};
+use crate::error::{Error, ErrorKind, Op};
+use crate::key::{
+    EphemeralWrappedKey, KEY_IDENTIFIER_BYTES, Key, KeyForm, LongTermWrappedKey, RawKey, SoftwareSecret,
+};
 use crate::memory::{Memory, MemorySource};
 use inlinecrypt_cipher::Dun;
+use inlinecrypt_cipher::kdf::{key_identifier_raw, key_identifier_wrapped};
 use std::fmt;
 use std::ops::Range;
+use std::sync::Arc;
 
 /// Which keyslot of an engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -155,6 +159,74 @@ pub trait Engine: fmt::Debug + Send + Sync {
     fn lifecycle(&self) -> Option<&dyn Lifecycle> {
         None
     }
+
+    /// Takes a raw key into its keeping and returns the form in which to use it. Engines in this process have nowhere
+    /// better to keep it and return the key itself; one in another process returns a ticket, and the key is wiped here.
+    ///
+    /// `again` says where the key can be had again without asking anybody, should the engine have to be started anew.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineFailed`](crate::error::ErrorKind::EngineFailed), [`EngineGone`](crate::error::ErrorKind::EngineGone).
+    ///
+    /// # Blocking
+    ///
+    /// May wait for the engine.
+    fn deposit(&self, raw: RawKey, again: Option<Arc<dyn RawKeySource>>) -> Result<KeyForm, Error> {
+        let _ = again;
+        Ok(KeyForm::Raw(raw))
+    }
+
+    /// The public name of a key, as fscrypt computes it: from the raw key, or from a wrapped key's software secret.
+    ///
+    /// # Errors
+    ///
+    /// [`KeyRejected`](crate::error::ErrorKind::KeyRejected) if a blob does not authenticate, what the engine says else.
+    ///
+    /// # Blocking
+    ///
+    /// May wait for the engine.
+    fn key_identifier(&self, form: &KeyForm) -> Result<[u8; KEY_IDENTIFIER_BYTES], Error> {
+        match form {
+            KeyForm::Raw(key) => Ok(key_identifier_raw(key.expose())),
+            KeyForm::Deposited(key) => Ok(key.identifier),
+            KeyForm::Wrapped(blob) => {
+                let unsupported = || Error::new(ErrorKind::Unsupported, Op::DeriveSecret);
+                let secret = self.key_ladder().ok_or_else(unsupported)?.derive_software_secret(blob)?;
+                Ok(key_identifier_wrapped(secret.expose()))
+            }
+        }
+    }
+
+    /// The process in which it runs, if that is another one.
+    fn process(&self) -> Option<EngineProcess> {
+        None
+    }
+}
+
+/// Where a raw key can be had again without asking anybody.
+pub trait RawKeySource: fmt::Debug + Send + Sync {
+    /// The key.
+    ///
+    /// # Errors
+    ///
+    /// Whatever keeps it from being read.
+    fn read(&self) -> Result<RawKey, Error>;
+}
+
+/// An engine's own process at one moment, for status displays.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EngineProcess {
+    /// Its number; `None` while none runs.
+    pub pid: Option<u32>,
+    /// How often it had to be started again.
+    pub restarts: u64,
+    /// For how long requests had to wait for the last restart, in nanoseconds; 0 without one.
+    pub last_pause_ns: u64,
+    /// Why none runs and none will be started, if that is so.
+    pub stopped: Option<String>,
+    /// What keeps it to itself, and what the system lacks for that: a line each.
+    pub sandbox: Vec<String>,
 }
 
 /// For how long a request needs its keyslot: a property of the engine, since sizing keyslots depends on it.
@@ -235,7 +307,17 @@ pub trait KeyLadder: Send + Sync {
     /// [`KeyRejected`](crate::error::ErrorKind::KeyRejected) if the blob does not authenticate.
     fn prepare(&self, long_term: &LongTermWrappedKey) -> Result<EphemeralWrappedKey, Error>;
 
-    /// Derives the secret that software may see. Also the cheapest proof that a blob is good.
+    /// Whether a blob is good: what [`derive_software_secret`](Self::derive_software_secret) would say, without letting
+    /// anybody see the secret.
+    ///
+    /// # Errors
+    ///
+    /// Its.
+    fn check(&self, ephemeral: &EphemeralWrappedKey) -> Result<(), Error> {
+        self.derive_software_secret(ephemeral).map(drop)
+    }
+
+    /// Derives the secret that software may see.
     ///
     /// # Errors
     ///

@@ -225,6 +225,11 @@ pub enum Op {
     Allocate,
 }
 
+impl Op {
+    /// Every operation.
+    pub const ALL: &[Self] = &[Self::InitKey, Self::Admit, Self::Program, Self::Evict, Self::Crypt, Self::Import, Self::Generate, Self::Prepare, Self::DeriveSecret, Self::Open, Self::Create, Self::Read, Self::Write, Self::Flush, Self::Trim, Self::WriteZeroes, Self::Extents, Self::Allocate];
+}
+
 impl fmt::Display for Op {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -301,6 +306,12 @@ impl Error {
     #[must_use]
     pub fn op(&self) -> Op {
         self.0.op
+    }
+
+    /// The detail that was given, if any.
+    #[must_use]
+    pub fn detail_text(&self) -> Option<&str> {
+        self.0.detail.as_deref()
     }
 
     /// The errno that Linux would return.

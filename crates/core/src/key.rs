@@ -18,6 +18,8 @@ pub const RAW_KEY_BYTES_MAX: usize = 64;
 pub const WRAPPED_KEY_BYTES_MAX: usize = 128;
 /// Bytes of a software secret (`BLK_CRYPTO_SW_SECRET_SIZE`).
 pub const SOFTWARE_SECRET_BYTES: usize = 32;
+/// Bytes of a key's public name (`FSCRYPT_KEY_IDENTIFIER_SIZE`).
+pub const KEY_IDENTIFIER_BYTES: usize = 16;
 
 /// Bytes that are wiped when dropped and do not print.
 struct Secret(Zeroizing<Box<[u8]>>);
@@ -124,26 +126,44 @@ impl fmt::Debug for SoftwareSecret {
     }
 }
 
+/// A raw key that an engine keeps: what its owner has left is a ticket, with which nobody can encrypt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DepositedKey {
+    /// By what the engine finds the key again. Never 0, and no secret.
+    pub ticket: u64,
+    /// Length of the key, in bytes.
+    pub len_bytes: usize,
+    /// Whether its two halves are equal, which XTS refuses.
+    pub has_equal_halves: bool,
+    /// Its public name, as [`Engine::key_identifier`](crate::engine::Engine::key_identifier) gives it.
+    pub identifier: [u8; KEY_IDENTIFIER_BYTES],
+}
+
 /// The form in which a key is used for I/O.
 #[derive(Debug)]
 pub enum KeyForm {
     /// The bytes themselves.
     Raw(RawKey),
+    /// A raw key that the engine keeps ([`Engine::deposit`](crate::engine::Engine::deposit)).
+    Deposited(DepositedKey),
     /// A blob of this boot.
     Wrapped(EphemeralWrappedKey),
 }
 
 impl KeyForm {
-    fn bytes(&self) -> &[u8] {
+    /// Length of the key or blob, in bytes.
+    #[must_use]
+    pub fn len_bytes(&self) -> usize {
         match self {
-            Self::Raw(key) => key.expose(),
-            Self::Wrapped(blob) => blob.as_bytes(),
+            Self::Raw(key) => key.expose().len(),
+            Self::Deposited(key) => key.len_bytes,
+            Self::Wrapped(blob) => blob.as_bytes().len(),
         }
     }
 
     fn key_type(&self) -> KeyType {
         match self {
-            Self::Raw(_) => KeyType::Raw,
+            Self::Raw(_) | Self::Deposited(_) => KeyType::Raw,
             Self::Wrapped(_) => KeyType::HardwareWrapped,
         }
     }
@@ -239,9 +259,9 @@ impl Key {
         hardware: Hardware,
     ) -> Result<Arc<Self>, InvalidKey> {
         let info = mode.info();
-        let actual = form.bytes().len();
+        let actual = form.len_bytes();
         let (min, max) = match form {
-            KeyForm::Raw(_) => (info.key_bytes, info.key_bytes),
+            KeyForm::Raw(_) | KeyForm::Deposited(_) => (info.key_bytes, info.key_bytes),
             KeyForm::Wrapped(_) => (info.security_bytes, WRAPPED_KEY_BYTES_MAX),
         };
         if !(min..=max).contains(&actual) {
@@ -266,6 +286,11 @@ impl Key {
                     InvalidKey::KeySize { actual, min: expected, max: expected }
                 }
             })?;
+        }
+        if let KeyForm::Deposited(DepositedKey { has_equal_halves: true, .. }) = form
+            && info.refuses_equal_halves()
+        {
+            return Err(InvalidKey::EqualHalves);
         }
         let config = CryptoConfig { mode, data_unit_size, dun_bytes, key_type: form.key_type(), hardware };
         Ok(Arc::new(Self { id: KeyId::next(), config, form }))

@@ -10,11 +10,11 @@ use crate::admission::{
 use crate::caps::Capabilities;
 use crate::config::KeyType;
 use crate::context::runs;
-use crate::engine::{Direction, Engine, KeyLadder, KeyRef, Piece, SlotHold};
+use crate::engine::{Direction, Engine, EngineProcess, KeyLadder, KeyRef, Piece, RawKeySource, SlotHold};
 use crate::env::Clock;
 use crate::error::{Error, ErrorKind, Op};
 use crate::key::{
-    EphemeralWrappedKey, Key, KeyForm, KeyId, LongTermWrappedKey, RAW_KEY_BYTES_MAX, RawKey, SoftwareSecret,
+    EphemeralWrappedKey, KEY_IDENTIFIER_BYTES, Key, KeyForm, KeyId, LongTermWrappedKey, RAW_KEY_BYTES_MAX, RawKey, SoftwareSecret,
     WRAPPED_KEY_BYTES_MAX,
 };
 use crate::keyslot::{KeyslotGuard, Keyslots, KeyslotsStatus, Policy};
@@ -75,6 +75,8 @@ pub struct ProfileStatus {
     pub mode: Mode,
     /// Its keyslots; `None` for an engine without.
     pub keyslots: Option<KeyslotsStatus>,
+    /// The engine's process; `None` if it runs in this one.
+    pub process: Option<EngineProcess>,
 }
 
 impl CryptoProfile {
@@ -151,9 +153,8 @@ impl CryptoProfile {
         if served_by == ServedBy::Engine {
             if let KeyForm::Wrapped(blob) = key.form() {
                 // The engine opens the blob now, so that a bad one is refused here and not at the first write.
-                let secret =
-                    self.derive_software_secret(blob).map_err(|error| refuse(Reason::Rejected(error)))?;
-                drop(secret);
+                let checked = self.ladder(Op::Admit).and_then(|ladder| ladder.check(blob));
+                checked.map_err(|error| refuse(Reason::Rejected(error)))?;
             }
             let (id, key_type, fallback_ready) = (key.id(), config.key_type(), software_may);
             let application = Application { key: id, key_type, hold, fallback_ready, label, now };
@@ -299,6 +300,24 @@ impl CryptoProfile {
         self.ladder(Op::DeriveSecret)?.derive_software_secret(ephemeral)
     }
 
+    /// Gives a raw key into the engine's keeping, and returns the form in which to use it ([`Engine::deposit`]).
+    ///
+    /// # Errors
+    ///
+    /// What the engine says.
+    pub fn deposit(&self, raw: RawKey, again: Option<Arc<dyn RawKeySource>>) -> Result<KeyForm, Error> {
+        self.engine.deposit(raw, again)
+    }
+
+    /// The public name of a key ([`Engine::key_identifier`]).
+    ///
+    /// # Errors
+    ///
+    /// What the engine says.
+    pub fn key_identifier(&self, form: &KeyForm) -> Result<[u8; KEY_IDENTIFIER_BYTES], Error> {
+        self.engine.key_identifier(form)
+    }
+
     /// Resets the engine, if that can be done to it, and programs every key again that was in a keyslot.
     ///
     /// Also to be called when the engine has lost its keyslots by itself: it is safe at any time.
@@ -335,6 +354,7 @@ impl CryptoProfile {
             spills: self.spills.load(Ordering::Relaxed),
             mode,
             keyslots: self.keyslots.as_ref().map(Keyslots::status),
+            process: self.engine.process(),
         }
     }
 

@@ -24,15 +24,17 @@
 //! Start reading at [`software`], the smallest complete engine; then [`blob`] for the format of wrapped keys, and
 //! [`root`] for where their wrapping key lives; then [`ice`], the model of hardware.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 pub mod blob;
 pub mod hardening;
 pub mod ice;
+pub mod isolated;
 mod ladder;
 mod random;
 pub mod root;
 pub mod software;
+mod sys;
 mod spec;
 pub mod verify;
 
@@ -42,6 +44,7 @@ pub use ice::{Chance, Faults, IceEngine, IceSpec, IceVariant};
 pub use inlinecrypt_cipher::kdf::KdfVariant;
 pub use root::{Ask, Root, RootMaterial, RootSpec};
 pub use spec::{EngineSpec, SoftwareSpec};
+pub use sys::SecretAllocator;
 pub use verify::{Sample, Verified};
 
 use inlinecrypt_core::engine::Engine;

@@ -64,6 +64,7 @@ impl SoftwareEngine {
         let cipher = match (key.form(), &self.ladder) {
             (KeyForm::Raw(raw), _) => mode.info().expand(raw.expose()),
             (KeyForm::Wrapped(blob), Some(ladder)) => mode.info().expand(&ladder.inline_key(blob, mode, op)?),
+            (KeyForm::Deposited(_), _) => return Err(deposited_elsewhere(op)),
             (KeyForm::Wrapped(_), None) => {
                 return Err(unsupported(Unsupported::KeyType(key.config().key_type())));
             }
@@ -192,6 +193,11 @@ impl Keyslot {
         // Wiped here, outside the lock.
         drop(former);
     }
+}
+
+/// What an engine says to a ticket for a raw key that it never got.
+pub(crate) fn deposited_elsewhere(op: Op) -> Error {
+    Error::new(ErrorKind::KeyRejected, op).detail("the raw key is kept by another engine")
 }
 
 fn invalid(op: Op, why: impl Into<Cow<'static, str>>) -> Error {

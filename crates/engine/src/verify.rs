@@ -166,7 +166,7 @@ impl Verified {
             (KeyForm::Wrapped(blob), Some(opener)) if mode == Mode::Aes256Xts => {
                 mode.info().expand(&opener.inline_key(blob)?).ok()?
             }
-            (KeyForm::Wrapped(_), _) => return None,
+            (KeyForm::Wrapped(_) | KeyForm::Deposited(_), _) => return None,
         };
         let unit_bytes = usize::try_from(key.config().data_unit_size().bytes()).ok()?;
         Some(Reference { key: key.id(), cipher, unit_bytes })

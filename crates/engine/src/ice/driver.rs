@@ -247,6 +247,9 @@ impl Driver {
                 let cfg = CryptoCfg { dusize, capidx: cipher, reserved: 0, cfge: CryptoCfg::CFG_ENABLE_VAL };
                 controller.writel(cfg.to_register(), regs::cryptocfg(slot));
             }
+            KeyForm::Deposited(_) => {
+                return Err(DriverError::new(Errno::Einval, "the raw key is kept by another engine"));
+            }
             KeyForm::Raw(raw) => {
                 if self.use_hwkm && !secure.takes_both() {
                     return Err(DriverError::new(Errno::Einval, "got a raw key when using HWKM"));

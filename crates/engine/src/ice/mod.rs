@@ -315,7 +315,7 @@ impl Engine for IceEngine {
             KeyForm::Wrapped(blob) => {
                 self.blob_failed(Op::Program, secure, Form::Ephemeral, blob.as_bytes(), why)
             }
-            KeyForm::Raw(_) => Self::failed(Op::Program, why),
+            KeyForm::Raw(_) | KeyForm::Deposited(_) => Self::failed(Op::Program, why),
         })
     }
 

@@ -1,0 +1,966 @@
+//! The host's side: an [`Engine`] like any other, whose work is done elsewhere.
+
+use super::launch::{Launched, Launcher};
+use super::process::LANES_MAX;
+use super::proto::{self, Answer, Inbox, Order, RootParts, Secret, VERSION, WireForm, WireKey, WireStep};
+use super::ring::{Head, LANE_BYTES, Lane, PIECES_MAX, RESULT_LOST, WirePiece};
+use crate::blob::WrappingKeyId;
+use crate::root::RootMaterial;
+use crate::sys::{Part, Parts, Region};
+use inlinecrypt_core::caps::Capabilities;
+use inlinecrypt_core::config::KeyType;
+use inlinecrypt_core::engine::{
+    Direction, Engine, EngineProcess, Exclusive, KeyLadder, KeyRef, Lifecycle, Piece, RawKeySource, SlotHold, SlotIndex,
+};
+use inlinecrypt_core::error::{Error, ErrorKind, Op};
+use inlinecrypt_core::key::{
+    DepositedKey, EphemeralWrappedKey, KEY_IDENTIFIER_BYTES, Key, KeyForm, KeyId, LongTermWrappedKey, RawKey,
+    SoftwareSecret,
+};
+use inlinecrypt_core::memory::{Memory, MemorySource};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::thread::futex;
+use std::collections::{HashMap, VecDeque};
+use std::fmt;
+use std::os::fd::{AsFd, OwnedFd};
+use std::process::Child;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
+use std::time::{Duration, Instant};
+use zeroize::Zeroizing;
+
+/// Gives the root's material for each start of the engine process.
+pub type RootGiver = dyn Fn() -> Result<RootMaterial, Error> + Send + Sync;
+
+/// So many ends within [`DEATHS_TIME`] are too many: something is wrong that another start does not cure.
+const DEATHS_MAX: usize = 3;
+const DEATHS_TIME: Duration = Duration::from_secs(60);
+
+/// What is to run in an engine process, and how.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The engine's spec.
+    pub spec: String,
+    /// The spec of another engine beside it, for what that one cannot serve.
+    pub fallback: Option<String>,
+    /// How many orders it works on at once: 1 to 64.
+    pub lanes: u32,
+    /// How much data may be on its way through it, in bytes. Takes no memory until used.
+    pub data_bytes: usize,
+    /// Whether to refuse a process that is not locked up entirely.
+    pub require_sandbox: bool,
+}
+
+impl Options {
+    /// Runs `spec` with the usual numbers: as many lanes as there are CPUs, but at least four, and a gibibyte of room.
+    #[must_use]
+    pub fn new(spec: impl Into<String>) -> Self {
+        let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
+        Self {
+            spec: spec.into(),
+            fallback: None,
+            lanes: u32::try_from(cpus).unwrap_or(LANES_MAX).clamp(4, LANES_MAX),
+            data_bytes: 1 << 30,
+            require_sandbox: false,
+        }
+    }
+}
+
+/// Engines in one process.
+#[derive(Debug)]
+pub struct Isolated {
+    /// The engine that was asked for.
+    pub engine: Arc<IsolatedEngine>,
+    /// The one beside it.
+    pub fallback: Option<Arc<IsolatedEngine>>,
+    /// The root that wraps its keys.
+    pub root: Option<WrappingKeyId>,
+}
+
+/// Starts an engine process and the engines in it.
+///
+/// # Errors
+///
+/// Whatever keeps process, root or engines from starting.
+///
+/// # Blocking
+///
+/// Waits for the process.
+pub fn start(
+    launcher: Arc<dyn Launcher>,
+    root: Option<Arc<RootGiver>>,
+    options: Options,
+) -> Result<Isolated, Error> {
+    let no_memory = |why| Error::new(ErrorKind::OutOfMemory, Op::Open).detail("no shared memory").because(why);
+    let lanes = options.lanes.clamp(1, LANES_MAX) as usize;
+    let floor = (lanes * LANE_BYTES).next_multiple_of(4096);
+    let region = Arc::new(Region::create(floor + options.data_bytes).map_err(no_memory)?);
+    let host = Arc::new(Host {
+        launcher,
+        root,
+        parts: Parts::new(region.clone(), floor),
+        region,
+        busy: (0..lanes).map(|_| AtomicBool::new(false)).collect(),
+        freed: AtomicU32::new(0),
+        waiting: AtomicU32::new(0),
+        is_gone: AtomicBool::new(true),
+        line: Mutex::new(Line::default()),
+        changed: Condvar::new(),
+        prepared: Mutex::default(),
+        deposits: Mutex::default(),
+        committed: [Mutex::new(None), Mutex::new(None)],
+        options,
+    });
+    let (report, started) = mpsc::channel();
+    let watched = host.clone();
+    // All starts are this thread's: the process ends when the thread that started it does.
+    let watch = std::thread::Builder::new()
+        .name("engine watch".to_owned())
+        .spawn(move || watched.watch(&report))
+        .map_err(|why| Error::new(ErrorKind::OutOfMemory, Op::Open).because(why))?;
+    let gone = |_ended| Error::new(ErrorKind::EngineGone, Op::Open).detail("the engine process did not start");
+    let opened = started.recv().map_err(gone).and_then(|started| started);
+    let handle = Arc::new(Handle { host, watch: Mutex::new(Some(watch)) });
+    let Opened { engine, fallback, root } = opened?;
+    let make = |index, facts| Arc::new(IsolatedEngine::new(handle.clone(), index, facts));
+    Ok(Isolated { engine: make(0, engine), fallback: fallback.map(|facts| make(1, facts)), root })
+}
+
+/// What an engine said of itself when it was started.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Facts {
+    name: String,
+    capabilities: Capabilities,
+    slot_hold: SlotHold,
+    is_exclusive: bool,
+    has_lifecycle: bool,
+}
+
+impl From<proto::WireEngine<'_>> for Facts {
+    fn from(wire: proto::WireEngine<'_>) -> Self {
+        Self {
+            name: wire.name.to_owned(),
+            capabilities: wire.capabilities(),
+            slot_hold: wire.slot_hold(),
+            is_exclusive: wire.is_exclusive,
+            has_lifecycle: wire.has_lifecycle,
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Opened {
+    engine: Facts,
+    fallback: Option<Facts>,
+    root: Option<WrappingKeyId>,
+}
+
+/// Ends the process when the last engine in it is dropped.
+#[derive(Debug)]
+struct Handle {
+    host: Arc<Host>,
+    watch: Mutex<Option<std::thread::JoinHandle<()>>>,
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        {
+            let mut line = self.host.line();
+            line.is_closing = true;
+            if let Some(session) = &line.session {
+                let _ = rustix::net::shutdown(&session.socket, rustix::net::Shutdown::Both);
+            }
+        }
+        self.host.changed.notify_all();
+        if let Some(watch) = self.watch.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            let _ = watch.join();
+        }
+    }
+}
+
+/// One engine process after the other.
+struct Host {
+    launcher: Arc<dyn Launcher>,
+    root: Option<Arc<RootGiver>>,
+    options: Options,
+    region: Arc<Region>,
+    parts: Arc<Parts>,
+    /// Which lanes are taken by a thread of ours.
+    busy: Box<[AtomicBool]>,
+    /// Counts lanes that were given back while somebody waited for one.
+    freed: AtomicU32,
+    /// How many threads wait for a lane.
+    waiting: AtomicU32,
+    /// There is no process, so nobody answers orders in lanes.
+    is_gone: AtomicBool,
+    line: Mutex<Line>,
+    changed: Condvar,
+    /// Blobs of this start and earlier ones, and what they were prepared from.
+    prepared: Mutex<HashMap<Vec<u8>, Prepared>>,
+    deposits: Mutex<HashMap<u64, Deposit>>,
+    /// What each engine was told to serve, to be told again.
+    committed: [Mutex<Option<KeyType>>; 2],
+}
+
+/// The line to the process of the moment. Its lock is held for a look only.
+#[derive(Debug, Default)]
+struct Line {
+    session: Option<Arc<Session>>,
+    stopped: Option<String>,
+    is_closing: bool,
+    starts: u64,
+    last_pause_ns: u64,
+    sandbox: Vec<String>,
+}
+
+/// A running process.
+#[derive(Debug)]
+struct Session {
+    socket: OwnedFd,
+    pid: u32,
+    /// Which start this is.
+    generation: u64,
+    /// One order at a time. Held while the process works on it.
+    inbox: Mutex<Inbox>,
+}
+
+#[derive(Debug)]
+struct Prepared {
+    long_term: Vec<u8>,
+    generation: u64,
+    now: Vec<u8>,
+}
+
+#[derive(Debug)]
+struct Deposit {
+    again: Option<Arc<dyn RawKeySource>>,
+    generation: u64,
+    now: u64,
+}
+
+/// Why an order was not answered.
+enum Trouble {
+    /// The process is gone; another may come.
+    Gone,
+    /// It said no.
+    Said(Error),
+}
+
+impl From<Error> for Trouble {
+    fn from(error: Error) -> Self {
+        Self::Said(error)
+    }
+}
+
+impl Session {
+    /// Gives an order and reads the answer.
+    fn exchange<T>(
+        &self,
+        order: &Order<'_>,
+        op: Op,
+        read: impl FnOnce(Answer<'_>) -> Result<T, Error>,
+    ) -> Result<T, Trouble> {
+        self.exchange_with(order, &[], op, read)
+    }
+
+    fn exchange_with<T>(
+        &self,
+        order: &Order<'_>,
+        descriptors: &[std::os::fd::BorrowedFd<'_>],
+        op: Op,
+        read: impl FnOnce(Answer<'_>) -> Result<T, Error>,
+    ) -> Result<T, Trouble> {
+        let mut inbox = self.inbox.lock().unwrap_or_else(PoisonError::into_inner);
+        proto::send(self.socket.as_fd(), order, descriptors).map_err(|why| match why.kind() {
+            std::io::ErrorKind::InvalidInput => {
+                Trouble::Said(Error::new(ErrorKind::Invalid, op).detail("too long for the engine process").because(why))
+            }
+            _ => Trouble::Gone,
+        })?;
+        let len = match inbox.receive(&self.socket) {
+            Ok((0, _)) | Err(_) => return Err(Trouble::Gone),
+            Ok((len, _)) => len,
+        };
+        let answer = inbox.parse(len).map_err(|why| Error::new(ErrorKind::Bug, op).because(why))?;
+        let read = read(answer);
+        // What was received may have been a secret.
+        *inbox = Inbox::default();
+        Ok(read?)
+    }
+
+    fn done(&self, order: &Order<'_>, op: Op) -> Result<(), Trouble> {
+        self.exchange(order, op, |answer| match answer {
+            Answer::Done => Ok(()),
+            other => Err(other.into_error(op)),
+        })
+    }
+
+    fn blob(&self, order: &Order<'_>, op: Op) -> Result<Vec<u8>, Trouble> {
+        self.exchange(order, op, |answer| match answer {
+            Answer::Blob(blob) => Ok(blob.to_vec()),
+            other => Err(other.into_error(op)),
+        })
+    }
+
+    fn deposit(&self, raw: &RawKey) -> Result<DepositedKey, Trouble> {
+        let order = Order::Deposit(Secret(raw.expose()));
+        self.exchange(&order, Op::InitKey, |answer| match answer {
+            Answer::Deposited { ticket, has_equal_halves, identifier } => {
+                Ok(DepositedKey { ticket, len_bytes: raw.expose().len(), has_equal_halves, identifier })
+            }
+            other => Err(other.into_error(Op::InitKey)),
+        })
+    }
+}
+
+impl fmt::Debug for Host {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Host").field("options", &self.options).field("launcher", &self.launcher).finish_non_exhaustive()
+    }
+}
+
+impl Host {
+    fn line(&self) -> MutexGuard<'_, Line> {
+        self.line.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lane(&self, index: usize) -> Lane<'_> {
+        Lane::new(&self.region, index)
+    }
+
+    // The watch thread.
+
+    fn watch(&self, report: &mpsc::Sender<Result<Opened, Error>>) {
+        let (mut child, opened) = match self.begin(1) {
+            Ok(begun) => begun,
+            Err(error) => {
+                let _ = report.send(Err(error));
+                return;
+            }
+        };
+        let _ = report.send(Ok(opened.clone()));
+        let mut deaths = VecDeque::new();
+        loop {
+            self.wait_for_end(child);
+            let ended = Instant::now();
+            self.is_gone.store(true, Ordering::SeqCst);
+            let generation = {
+                let mut line = self.line();
+                line.session = None;
+                if line.is_closing {
+                    return;
+                }
+                line.starts + 1
+            };
+            // Every thread of the process has ended: what it was working on stays as it is.
+            (0..self.busy.len()).for_each(|index| self.lane(index).take_back());
+            deaths.push_back(ended);
+            while deaths.front().is_some_and(|death| ended.duration_since(*death) > DEATHS_TIME) {
+                deaths.pop_front();
+            }
+            if deaths.len() >= DEATHS_MAX {
+                return self.stop(format!(
+                    "the engine process ended {DEATHS_MAX} times within a minute; see its messages, and restart the server"
+                ));
+            }
+            tracing::warn!("the engine process has ended; starting another");
+            match self.begin(generation) {
+                Ok((next, again)) if again == opened => child = next,
+                Ok((next, _)) => {
+                    drop(next);
+                    return self.stop("the engine came back as another one; restart the server".to_owned());
+                }
+                Err(error) => {
+                    return self.stop(format!("the engine process cannot be started again: {}", error.chain()));
+                }
+            }
+            let pause = ended.elapsed();
+            self.line().last_pause_ns = u64::try_from(pause.as_nanos()).unwrap_or(u64::MAX);
+            tracing::warn!(pause_ms = pause.as_millis(), "the engine process was started again");
+        }
+    }
+
+    fn stop(&self, why: String) {
+        tracing::error!("{why}");
+        self.line().stopped = Some(why);
+        self.changed.notify_all();
+    }
+
+    /// Starts a process and its engines, and tells them what others were told before.
+    fn begin(&self, generation: u64) -> Result<(Option<Child>, Opened), Error> {
+        let Launched { socket, mut child } = self.launcher.launch()?;
+        let begun = self.greet(socket, generation);
+        if begun.is_err()
+            && let Some(child) = &mut child
+        {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        Ok((child, begun?))
+    }
+
+    fn greet(&self, socket: OwnedFd, generation: u64) -> Result<Opened, Error> {
+        let gone = |trouble| match trouble {
+            Trouble::Gone => Error::new(ErrorKind::EngineGone, Op::Open)
+                .detail("the engine process ended as soon as it was started; see its messages"),
+            Trouble::Said(error) => error,
+        };
+        (0..self.busy.len()).for_each(|index| self.lane(index).clear());
+        let mut session = Session { socket, pid: 0, generation, inbox: Mutex::default() };
+        let hello = Order::Hello {
+            version: VERSION,
+            lanes: u32::try_from(self.busy.len()).expect("at most LANES_MAX"),
+            shared_bytes: self.region.len_bytes() as u64,
+            require_sandbox: self.options.require_sandbox,
+        };
+        let ready = session.exchange_with(&hello, &[self.region.descriptor()], Op::Open, |answer| match answer {
+            Answer::Ready { pid, steps, missing } => {
+                let missing = missing.lines().map(|line| format!("MISSING {line}"));
+                Ok((pid, steps.lines().map(str::to_owned).chain(missing).collect::<Vec<_>>()))
+            }
+            other => Err(other.into_error(Op::Open)),
+        });
+        let (pid, sandbox) = ready.map_err(gone)?;
+        session.pid = pid;
+        let root = self.root.as_ref().map(|give| give()).transpose()?.map(RootMaterial::into_parts);
+        let descriptors: Vec<_> =
+            root.iter().flat_map(|root| &root.descriptors).map(AsFd::as_fd).collect();
+        let open = Order::Open {
+            spec: &self.options.spec,
+            fallback: self.options.fallback.as_deref(),
+            root: root.as_ref().map(|root| RootParts {
+                kind: root.kind,
+                public: &root.plain,
+                secret: Secret(&root.secret),
+            }),
+        };
+        let opened = session.exchange_with(&open, &descriptors, Op::Open, |answer| match answer {
+            Answer::Opened { engine, fallback, root } => Ok(Opened {
+                engine: engine.into(),
+                fallback: fallback.map(Facts::from),
+                root: root.map(WrappingKeyId::from_bytes),
+            }),
+            other => Err(other.into_error(Op::Open)),
+        });
+        let opened = opened.map_err(gone)?;
+        for (engine, committed) in (0u8..).zip(&self.committed) {
+            let committed = *committed.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(key_type) = committed {
+                let wrapped = key_type == KeyType::HardwareWrapped;
+                session.done(&Order::Commit { engine, wrapped }, Op::Admit).map_err(gone)?;
+            }
+        }
+        let mut line = self.line();
+        line.session = Some(Arc::new(session));
+        line.starts = generation;
+        line.sandbox = sandbox;
+        let is_closing = line.is_closing;
+        self.is_gone.store(false, Ordering::SeqCst);
+        drop(line);
+        self.changed.notify_all();
+        if is_closing { Err(Error::new(ErrorKind::Stopping, Op::Open)) } else { Ok(opened) }
+    }
+
+    /// Waits until the process has closed its socket, and every thread of it has ended.
+    fn wait_for_end(&self, child: Option<Child>) {
+        let session = self.line().session.clone().expect("there is one until this thread says otherwise");
+        let mut ends = [PollFd::new(&session.socket, PollFlags::empty())];
+        while matches!(poll(&mut ends, None), Err(rustix::io::Errno::INTR)) {}
+        match child {
+            Some(mut child) => {
+                let _ = child.kill();
+                let _ = child.wait();
+            }
+            None => wait_for_process(session.pid),
+        }
+    }
+
+    // The threads that serve.
+
+    /// The running process; waits while one is being started.
+    fn session(&self, op: Op) -> Result<Arc<Session>, Error> {
+        let mut line = self.line();
+        loop {
+            if let Some(why) = &line.stopped {
+                return Err(Error::new(ErrorKind::EngineGone, op).detail(why.clone()));
+            }
+            if let Some(session) = &line.session {
+                return Ok(session.clone());
+            }
+            if line.is_closing {
+                return Err(Error::new(ErrorKind::Stopping, op));
+            }
+            line = self.changed.wait(line).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Does `work` with the running process; again with the next one if it ends meanwhile.
+    fn ask<T>(&self, op: Op, mut work: impl FnMut(&Session) -> Result<T, Trouble>) -> Result<T, Error> {
+        loop {
+            let session = self.session(op)?;
+            match work(&session) {
+                Ok(done) => return Ok(done),
+                Err(Trouble::Said(error)) => return Err(error),
+                Err(Trouble::Gone) => self.wait_past(session.generation),
+            }
+        }
+    }
+
+    /// Waits until the process of `generation` is known to be gone.
+    fn wait_past(&self, generation: u64) {
+        let mut line = self.line();
+        while line.session.as_ref().is_some_and(|session| session.generation == generation) && !line.is_closing {
+            line = self.changed.wait_timeout(line, Duration::from_millis(10)).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// What the key's blob is called in the process of `session`.
+    fn blob_now(&self, session: &Session, engine: u8, blob: &[u8]) -> Result<Vec<u8>, Trouble> {
+        let mut prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
+        // Not one of ours: the engine says what it thinks of it.
+        let Some(known) = prepared.get_mut(blob) else { return Ok(blob.to_vec()) };
+        if known.generation != session.generation {
+            known.now = session.blob(&Order::Prepare { engine, blob: &known.long_term }, Op::Prepare)?;
+            known.generation = session.generation;
+        }
+        Ok(known.now.clone())
+    }
+
+    fn ticket_now(&self, session: &Session, ticket: u64) -> Result<u64, Trouble> {
+        let mut deposits = self.deposits.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(deposit) = deposits.get_mut(&ticket) else { return Ok(ticket) };
+        if deposit.generation != session.generation {
+            let again = deposit.again.as_ref().ok_or_else(|| {
+                Error::new(ErrorKind::EngineGone, Op::Program).detail(
+                    "the engine process was started again, and this raw key cannot be had again without asking; restart the \
+                     server",
+                )
+            })?;
+            deposit.now = session.deposit(&again.read()?)?.ticket;
+            deposit.generation = session.generation;
+        }
+        Ok(deposit.now)
+    }
+
+    /// Calls `work` with `key` as the process of `session` knows it.
+    fn with_key<T>(
+        &self,
+        session: &Session,
+        engine: u8,
+        key: &Key,
+        work: impl FnOnce(WireKey<'_>) -> Result<T, Trouble>,
+    ) -> Result<T, Trouble> {
+        let blob;
+        let form = match key.form() {
+            KeyForm::Raw(raw) => WireForm::Raw(Secret(raw.expose())),
+            KeyForm::Deposited(deposited) => WireForm::Ticket(self.ticket_now(session, deposited.ticket)?),
+            KeyForm::Wrapped(wrapped) => {
+                blob = self.blob_now(session, engine, wrapped.as_bytes())?;
+                WireForm::Wrapped(&blob)
+            }
+        };
+        work(WireKey::new(key.config(), form))
+    }
+
+    /// Takes a lane; waits while all are taken.
+    fn take_lane(&self) -> TakenLane<'_> {
+        let free = || {
+            let mut lanes = self.busy.iter().enumerate();
+            // Looked at first: a look is cheaper than a try.
+            lanes.find(|(_, busy)| !busy.load(Ordering::Relaxed) && !busy.swap(true, Ordering::SeqCst))
+        };
+        loop {
+            if let Some((index, _)) = free() {
+                return TakenLane { host: self, index };
+            }
+            // Whoever gives a lane back from now on sees that somebody waits, and counts.
+            self.waiting.fetch_add(1, Ordering::SeqCst);
+            let freed = self.freed.load(Ordering::SeqCst);
+            let found = free();
+            if found.is_none() {
+                let _ = futex::wait(&self.freed, futex::Flags::PRIVATE, freed, None);
+            }
+            self.waiting.fetch_sub(1, Ordering::SeqCst);
+            if let Some((index, _)) = found {
+                return TakenLane { host: self, index };
+            }
+        }
+    }
+}
+
+/// Waits until a process that is not our child has ended.
+fn wait_for_process(pid: u32) {
+    if pid == std::process::id() {
+        // A thread of this very process: it has closed its socket as the last thing it did.
+        return;
+    }
+    let Some(pid) = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw) else { return };
+    if let Ok(process) = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()) {
+        let mut ends = [PollFd::new(&process, PollFlags::IN)];
+        while matches!(poll(&mut ends, None), Err(rustix::io::Errno::INTR)) {}
+    }
+}
+
+/// A lane that is a thread's own until dropped.
+struct TakenLane<'h> {
+    host: &'h Host,
+    index: usize,
+}
+
+impl Drop for TakenLane<'_> {
+    fn drop(&mut self) {
+        self.host.busy[self.index].store(false, Ordering::SeqCst);
+        if self.host.waiting.load(Ordering::SeqCst) > 0 {
+            self.host.freed.fetch_add(1, Ordering::SeqCst);
+            let _ = futex::wake(&self.host.freed, futex::Flags::PRIVATE, 1);
+        }
+    }
+}
+
+/// An engine in another process.
+pub struct IsolatedEngine {
+    handle: Arc<Handle>,
+    index: u8,
+    facts: Facts,
+    source: SharedSource,
+    /// Data unit size of the key in each keyslot, in bytes.
+    units: Box<[AtomicU32]>,
+    /// Keys that an engine without keyslots remembers: since which start, and under which handle.
+    remembered: Mutex<HashMap<KeyId, (u64, u32)>>,
+}
+
+impl IsolatedEngine {
+    fn new(handle: Arc<Handle>, index: u8, facts: Facts) -> Self {
+        let source = SharedSource(handle.host.parts.clone());
+        let units = (0..facts.capabilities.keyslots).map(|_| AtomicU32::new(0)).collect();
+        Self { handle, index, facts, source, units, remembered: Mutex::default() }
+    }
+
+    fn host(&self) -> &Host {
+        &self.handle.host
+    }
+
+    fn done(&self, op: Op, order: &Order<'_>) -> Result<(), Error> {
+        self.host().ask(op, |session| session.done(order, op))
+    }
+
+    /// Under which handle an engine without keyslots knows `key`.
+    fn remember(&self, key: &Key) -> Result<u32, Error> {
+        self.host().ask(Op::Crypt, |session| {
+            let mut remembered = self.remembered.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some((generation, handle)) = remembered.get(&key.id())
+                && *generation == session.generation
+            {
+                return Ok(*handle);
+            }
+            let engine = self.index;
+            let handle = self.host().with_key(session, engine, key, |key| {
+                session.exchange(&Order::Remember { engine, key }, Op::Crypt, |answer| match answer {
+                    Answer::Remembered(handle) => Ok(handle),
+                    other => Err(other.into_error(Op::Crypt)),
+                })
+            })?;
+            remembered.insert(key.id(), (session.generation, handle));
+            Ok(handle)
+        })
+    }
+
+    /// One order: what is left of `pieces`, as far as it fits. `Ok(false)` if the process was gone; then what was done has been
+    /// taken off.
+    fn order(
+        &self,
+        key: (u32, bool),
+        unit_bytes: usize,
+        direction: Direction,
+        memory_at: u64,
+        pieces: &mut [Piece],
+    ) -> Result<bool, Error> {
+        let host = self.host();
+        let taken = host.take_lane();
+        let lane = host.lane(taken.index);
+        let head = Head {
+            engine: self.index,
+            is_slot: key.1,
+            encrypt: direction == Direction::Encrypt,
+            key: key.0,
+            cpu: u32::try_from(rustix::thread::sched_getcpu()).unwrap_or(u32::MAX),
+            pieces: u32::try_from(pieces.len()).expect("at most PIECES_MAX"),
+        };
+        lane.post(head, pieces.iter().map(|Piece { first, range }| WirePiece {
+            offset: memory_at + range.start as u64,
+            len: range.len() as u64,
+            first: *first,
+        }));
+        lane.wait(|| host.is_gone.load(Ordering::SeqCst));
+        match lane.result() {
+            0 => {
+                pieces.iter_mut().for_each(Piece::finish);
+                Ok(true)
+            }
+            RESULT_LOST => {
+                lane.take_off(pieces, unit_bytes);
+                Ok(false)
+            }
+            code => {
+                let kind = u8::try_from(code - 1).map_or(ErrorKind::EngineFailed, proto::kind_of);
+                if kind == ErrorKind::NoKey {
+                    lane.take_off(pieces, unit_bytes);
+                }
+                let text = lane.text();
+                let error = Error::new(kind, Op::Crypt);
+                Err(if text.is_empty() { error } else { error.detail(text) })
+            }
+        }
+    }
+}
+
+impl fmt::Debug for IsolatedEngine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("IsolatedEngine").field("facts", &self.facts).finish_non_exhaustive()
+    }
+}
+
+impl Engine for IsolatedEngine {
+    fn name(&self) -> &str {
+        &self.facts.name
+    }
+
+    fn capabilities(&self) -> &Capabilities {
+        &self.facts.capabilities
+    }
+
+    fn memory(&self) -> &dyn MemorySource {
+        &self.source
+    }
+
+    fn program(&self, slot: SlotIndex, key: &Key) -> Result<(), Error> {
+        let engine = self.index;
+        self.host().ask(Op::Program, |session| {
+            self.host().with_key(session, engine, key, |key| {
+                session.done(&Order::Program { engine, slot: slot.0, key }, Op::Program)
+            })
+        })?;
+        if let Some(unit) = self.units.get(slot.0 as usize) {
+            unit.store(key.config().data_unit_size().bytes(), Ordering::Release);
+        }
+        Ok(())
+    }
+
+    fn evict(&self, slot: Option<SlotIndex>, key: &Key) -> Result<(), Error> {
+        let engine = self.index;
+        match slot {
+            Some(slot) => self.done(Op::Evict, &Order::Evict { engine, slot: slot.0 }),
+            None => {
+                let known = self.remembered.lock().unwrap_or_else(PoisonError::into_inner).remove(&key.id());
+                let Some((generation, handle)) = known else { return Ok(()) };
+                self.host().ask(Op::Evict, |session| match generation == session.generation {
+                    true => session.done(&Order::Forget { engine, handle }, Op::Evict),
+                    // It went with its process.
+                    false => Ok(()),
+                })
+            }
+        }
+    }
+
+    fn crypt(
+        &self,
+        key: KeyRef<'_>,
+        direction: Direction,
+        memory: &mut dyn Memory,
+        pieces: &mut [Piece],
+    ) -> Result<(), Error> {
+        let at = memory.mapped_at();
+        let len = memory.bytes().len();
+        if let Some(piece) = pieces.iter().find(|piece| piece.range.end > len || piece.range.start > piece.range.end) {
+            return Err(Error::new(ErrorKind::Invalid, Op::Crypt)
+                .detail(format!("bytes {:?} are not in the memory given", piece.range)));
+        }
+        for batch in pieces.chunks_mut(PIECES_MAX) {
+            loop {
+                let (number, unit_bytes) = match key {
+                    KeyRef::Slot(slot) => {
+                        let unit = self.units.get(slot.0 as usize).map_or(0, |unit| unit.load(Ordering::Acquire));
+                        ((slot.0, true), unit)
+                    }
+                    KeyRef::Inline(key) => ((self.remember(key)?, false), key.config().data_unit_size().bytes()),
+                };
+                let unit_bytes = (unit_bytes as usize).max(1);
+                match (self.order(number, unit_bytes, direction, at, batch), key) {
+                    (Ok(true), _) => break,
+                    (Ok(false), KeyRef::Slot(slot)) => {
+                        // Not until the new process is there: the framework programs the key again next.
+                        self.host().session(Op::Crypt)?;
+                        return Err(Error::new(ErrorKind::NoKey, Op::Crypt)
+                            .detail(format!("keyslot {slot} went with its engine process")));
+                    }
+                    // Remembered by the next process, and handed in again.
+                    (Ok(false), KeyRef::Inline(_)) => drop(self.host().session(Op::Crypt)?),
+                    (Err(error), KeyRef::Inline(key)) if error.kind() == ErrorKind::NoKey => {
+                        self.remembered.lock().unwrap_or_else(PoisonError::into_inner).remove(&key.id());
+                    }
+                    (Err(error), _) => return Err(error),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn key_ladder(&self) -> Option<&dyn KeyLadder> {
+        self.facts.capabilities.key_types.contains(KeyType::HardwareWrapped).then_some(self as _)
+    }
+
+    fn slot_hold(&self) -> SlotHold {
+        self.facts.slot_hold
+    }
+
+    fn exclusive(&self) -> Option<&dyn Exclusive> {
+        self.facts.is_exclusive.then_some(self as _)
+    }
+
+    fn lifecycle(&self) -> Option<&dyn Lifecycle> {
+        self.facts.has_lifecycle.then_some(self as _)
+    }
+
+    fn deposit(&self, raw: RawKey, again: Option<Arc<dyn RawKeySource>>) -> Result<KeyForm, Error> {
+        let (deposited, generation) =
+            self.host().ask(Op::InitKey, |session| Ok((session.deposit(&raw)?, session.generation)))?;
+        // One number per start would not be unique over all of them.
+        let ticket = generation << 32 | deposited.ticket;
+        let deposit = Deposit { again, generation, now: deposited.ticket };
+        self.host().deposits.lock().unwrap_or_else(PoisonError::into_inner).insert(ticket, deposit);
+        Ok(KeyForm::Deposited(DepositedKey { ticket, ..deposited }))
+    }
+
+    fn key_identifier(&self, form: &KeyForm) -> Result<[u8; KEY_IDENTIFIER_BYTES], Error> {
+        match form {
+            KeyForm::Raw(raw) => Ok(inlinecrypt_cipher::kdf::key_identifier_raw(raw.expose())),
+            KeyForm::Deposited(key) => Ok(key.identifier),
+            KeyForm::Wrapped(blob) => self.host().ask(Op::DeriveSecret, |session| {
+                let blob = self.host().blob_now(session, self.index, blob.as_bytes())?;
+                let order = Order::Identify { engine: self.index, blob: &blob };
+                session.exchange(&order, Op::DeriveSecret, |answer| match answer {
+                    Answer::Identifier(identifier) => Ok(identifier),
+                    other => Err(other.into_error(Op::DeriveSecret)),
+                })
+            }),
+        }
+    }
+
+    fn process(&self) -> Option<EngineProcess> {
+        let line = self.host().line();
+        Some(EngineProcess {
+            pid: line.session.as_ref().map(|session| session.pid),
+            restarts: line.starts.saturating_sub(1),
+            last_pause_ns: line.last_pause_ns,
+            stopped: line.stopped.clone(),
+            sandbox: line.sandbox.clone(),
+        })
+    }
+}
+
+impl KeyLadder for IsolatedEngine {
+    fn import(&self, raw: &RawKey) -> Result<LongTermWrappedKey, Error> {
+        let order = Order::Import { engine: self.index, raw: Secret(raw.expose()) };
+        let blob = self.host().ask(Op::Import, |session| session.blob(&order, Op::Import))?;
+        Ok(LongTermWrappedKey::new(&blob))
+    }
+
+    fn generate(&self) -> Result<LongTermWrappedKey, Error> {
+        let order = Order::Generate { engine: self.index };
+        let blob = self.host().ask(Op::Generate, |session| session.blob(&order, Op::Generate))?;
+        Ok(LongTermWrappedKey::new(&blob))
+    }
+
+    fn prepare(&self, long_term: &LongTermWrappedKey) -> Result<EphemeralWrappedKey, Error> {
+        let order = Order::Prepare { engine: self.index, blob: long_term.as_bytes() };
+        let (blob, generation) = self.host().ask(Op::Prepare, |session| {
+            Ok((session.blob(&order, Op::Prepare)?, session.generation))
+        })?;
+        let known = Prepared { long_term: long_term.as_bytes().to_vec(), generation, now: blob.clone() };
+        self.host().prepared.lock().unwrap_or_else(PoisonError::into_inner).insert(blob.clone(), known);
+        Ok(EphemeralWrappedKey::new(&blob))
+    }
+
+    fn check(&self, ephemeral: &EphemeralWrappedKey) -> Result<(), Error> {
+        self.host().ask(Op::Admit, |session| {
+            let blob = self.host().blob_now(session, self.index, ephemeral.as_bytes())?;
+            session.done(&Order::Check { engine: self.index, blob: &blob }, Op::Admit)
+        })
+    }
+
+    fn derive_software_secret(&self, ephemeral: &EphemeralWrappedKey) -> Result<SoftwareSecret, Error> {
+        self.host().ask(Op::DeriveSecret, |session| {
+            let blob = self.host().blob_now(session, self.index, ephemeral.as_bytes())?;
+            let order = Order::DeriveSecret { engine: self.index, blob: &blob };
+            session.exchange(&order, Op::DeriveSecret, |answer| match answer {
+                Answer::Secret(Secret(bytes)) => {
+                    let mut secret = Zeroizing::new([0; inlinecrypt_core::key::SOFTWARE_SECRET_BYTES]);
+                    if bytes.len() != secret.len() {
+                        return Err(Error::new(ErrorKind::Bug, Op::DeriveSecret));
+                    }
+                    secret.copy_from_slice(bytes);
+                    Ok(SoftwareSecret::new(secret))
+                }
+                other => Err(other.into_error(Op::DeriveSecret)),
+            })
+        })
+    }
+}
+
+impl Exclusive for IsolatedEngine {
+    fn committed(&self) -> Option<KeyType> {
+        *self.host().committed[usize::from(self.index)].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn commit(&self, key_type: KeyType) -> Result<(), Error> {
+        let order = Order::Commit { engine: self.index, wrapped: key_type == KeyType::HardwareWrapped };
+        self.done(Op::Admit, &order)?;
+        let committed = &self.host().committed[usize::from(self.index)];
+        *committed.lock().unwrap_or_else(PoisonError::into_inner) = Some(key_type);
+        Ok(())
+    }
+}
+
+impl Lifecycle for IsolatedEngine {
+    fn reset(&self) -> Result<(), Error> {
+        self.done(Op::Open, &Order::Lifecycle { engine: self.index, step: WireStep::Reset })
+    }
+
+    fn suspend(&self) -> Result<(), Error> {
+        self.done(Op::Open, &Order::Lifecycle { engine: self.index, step: WireStep::Suspend })
+    }
+
+    fn resume(&self) -> Result<(), Error> {
+        self.done(Op::Open, &Order::Lifecycle { engine: self.index, step: WireStep::Resume })
+    }
+}
+
+/// Memory that the engine process has mapped, too.
+#[derive(Debug)]
+struct SharedSource(Arc<Parts>);
+
+impl MemorySource for SharedSource {
+    fn allocate(&self, len_bytes: usize) -> Result<Box<dyn Memory>, Error> {
+        let part = self.0.lend(len_bytes).ok_or_else(|| {
+            Error::new(ErrorKind::OutOfMemory, Op::Allocate).detail("the memory shared with the engine process is used up")
+        })?;
+        Ok(Box::new(SharedMemory(part)))
+    }
+}
+
+#[derive(Debug)]
+struct SharedMemory(Part);
+
+impl Memory for SharedMemory {
+    fn bytes(&self) -> &[u8] {
+        self.0.bytes()
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        self.0.bytes_mut()
+    }
+
+    fn mapped_at(&self) -> u64 {
+        self.0.offset() as u64
+    }
+}

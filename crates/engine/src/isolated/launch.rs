@@ -1,0 +1,104 @@
+//! How an engine process comes to be.
+
+use super::process;
+use inlinecrypt_core::error::{Error, ErrorKind, Op};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with, socketpair};
+use std::ffi::OsString;
+use std::fmt;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+
+/// An engine process that was started, or found running.
+#[derive(Debug)]
+pub struct Launched {
+    /// The host's end of its control socket.
+    pub socket: OwnedFd,
+    /// The process, if it is ours to wait for.
+    pub child: Option<Child>,
+}
+
+/// Starts engine processes.
+pub trait Launcher: fmt::Debug + Send + Sync {
+    /// Starts one.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineGone`](ErrorKind::EngineGone) if it does not start.
+    fn launch(&self) -> Result<Launched, Error>;
+}
+
+fn failed(what: String, why: io::Error) -> Error {
+    Error::new(ErrorKind::EngineGone, Op::Open).detail(what).because(why)
+}
+
+fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
+    Ok(socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?)
+}
+
+/// Runs a program that calls [`process::run`] with its standard input, a socket.
+#[derive(Clone, Debug)]
+pub struct ProcessLauncher {
+    /// The program.
+    pub program: PathBuf,
+    /// Its arguments. Anybody may see them.
+    pub arguments: Vec<OsString>,
+}
+
+impl ProcessLauncher {
+    /// This very program, also if the file has been replaced meanwhile.
+    #[must_use]
+    pub fn this_program(arguments: &[&str]) -> Self {
+        Self { program: "/proc/self/exe".into(), arguments: arguments.iter().map(OsString::from).collect() }
+    }
+}
+
+impl Launcher for ProcessLauncher {
+    fn launch(&self) -> Result<Launched, Error> {
+        let (ours, its) = pair().map_err(|why| failed("no socket for the engine process".into(), why))?;
+        let child = Command::new(&self.program)
+            .args(&self.arguments)
+            .env_clear()
+            .stdin(Stdio::from(its))
+            .stdout(Stdio::null())
+            .spawn()
+            .map_err(|why| failed(format!("cannot start {} as the engine process", self.program.display()), why))?;
+        Ok(Launched { socket: ours, child: Some(child) })
+    }
+}
+
+/// Connects to an engine service, which starts a process for each host.
+#[derive(Clone, Debug)]
+pub struct SocketLauncher {
+    /// Where it listens.
+    pub path: PathBuf,
+}
+
+impl Launcher for SocketLauncher {
+    fn launch(&self) -> Result<Launched, Error> {
+        let connected = || {
+            let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+            connect(&socket, &SocketAddrUnix::new(&self.path)?)?;
+            Ok(socket)
+        };
+        let connected = connected()
+            .map_err(|why: io::Error| failed(format!("no engine service answers at {}", self.path.display()), why))?;
+        Ok(Launched { socket: connected, child: None })
+    }
+}
+
+/// Plays the engine process on a thread of this process: the same bargain without its protection, for tests and embedders.
+#[derive(Clone, Copy, Debug)]
+pub struct ThreadLauncher;
+
+impl Launcher for ThreadLauncher {
+    fn launch(&self) -> Result<Launched, Error> {
+        let (ours, its) = pair().map_err(|why| failed("no socket for the engine thread".into(), why))?;
+        std::thread::Builder::new()
+            .name("engine".to_owned())
+            .spawn(move || process::serve_uncaged(its))
+            .map_err(|why| failed("no thread for the engine".into(), why))?;
+        Ok(Launched { socket: ours, child: None })
+    }
+}

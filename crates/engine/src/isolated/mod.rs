@@ -1,0 +1,26 @@
+//! Engines in a process of their own: whoever reads the memory of the process that serves clients finds no key in it.
+//!
+//! ```text
+//!   host process                                     engine process (process.rs), in its cage (sandbox.rs)
+//!     IsolatedEngine  (an Engine like any other)       software or ice; keyslots, raw keys and wrapping keys in secret memory
+//!       program, evict, ladder -- proto.rs ---------->   control thread
+//!       crypt ------------------- ring.rs ----------->   lane threads, on data in shared memory
+//!     watch thread: starts the process, and again when it ends
+//! ```
+//!
+//! If the engine process ends, the watch thread starts another, opens the root again and repeats what was decided; keyslots are
+//! found empty and programmed again by the framework; wrapped keys are prepared again from their long-term form, raw ones got
+//! again from where they came, if that is possible without asking. What was in flight is put back as it was (ring.rs) and handed
+//! in again. Clients see a pause.
+//!
+//! Start reading at [`client`], then `ring.rs`, then `process.rs`.
+
+pub mod client;
+mod launch;
+pub mod process;
+pub(crate) mod proto;
+mod ring;
+mod sandbox;
+
+pub use client::{Isolated, IsolatedEngine, Options, start};
+pub use launch::{Launched, Launcher, ProcessLauncher, SocketLauncher, ThreadLauncher};

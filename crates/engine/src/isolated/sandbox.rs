@@ -1,0 +1,157 @@
+//! The cage of an engine process, step by step. The numbers are those of `docs/threat-model.md`.
+//!
+//! Everything is done before the first key or root arrives. A step that the kernel cannot do is reported, and the others are
+//! done all the same; who asked for all of them gets no process instead.
+
+use crate::sys::{self, Forbidden, SecretMemory};
+use landlock::{
+    ABI, Access as _, AccessFs, AccessNet, CompatLevel, Compatible as _, Ruleset, RulesetAttr as _, RulesetStatus, Scope,
+};
+use rustix::process::{Resource, Rlimit, setrlimit};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+};
+use std::collections::BTreeMap;
+use std::io;
+
+/// What was done, and what could not be: a line each.
+#[derive(Debug, Default)]
+pub(crate) struct Report {
+    pub(crate) steps: Vec<String>,
+    pub(crate) missing: Vec<String>,
+}
+
+impl Report {
+    fn note(&mut self, step: u8, what: &str, result: io::Result<()>) {
+        match result {
+            Ok(()) => self.steps.push(format!("{step} {what}")),
+            Err(why) => self.missing.push(format!("{step} {what}: {why}")),
+        }
+    }
+
+    pub(crate) fn note_memory(&mut self, memory: SecretMemory) {
+        match memory {
+            SecretMemory::Secret { .. } => self.steps.push(format!("4 {memory}")),
+            SecretMemory::Locked { .. } | SecretMemory::Unlocked { .. } => self.missing.push(format!("4 {memory}")),
+        }
+    }
+
+    /// Steps 1 to 3: before any memory is filled.
+    pub(crate) fn begin(&mut self) {
+        self.note(1, "no new privileges", Ok(rustix::thread::set_no_new_privs(true)).and_then(|done| Ok(done?)));
+        let hardened = crate::harden_process().map_err(|why| io::Error::other(why.chain()));
+        self.note(2, "not dumpable, not traceable by its user", hardened);
+        self.note(3, "ends with its host", sys::end_with_parent());
+    }
+
+    /// Steps 5 to 9: after the last thread was started and the last descriptor but those of keys has come.
+    pub(crate) fn lock(&mut self) {
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+        let unlocked = sys::guard_ordinary_memory(&maps);
+        let guarded = match unlocked {
+            0 if maps.is_empty() => Err(io::Error::other("/proc is not mounted")),
+            0 => Ok(()),
+            bytes => Err(io::Error::other(format!("{bytes} bytes are not locked: RLIMIT_MEMLOCK is too low"))),
+        };
+        drop(maps);
+        self.note(5, "statics and first stack locked, in no dump and no child", guarded);
+        self.note(6, "limits: no files grow, no processes, few descriptors", limits());
+        self.note(7, "no files, no network, no signals to others (landlock)", landlock());
+        self.note(8, "few system calls (seccomp)", seccomp());
+        let refused: Vec<_> = Forbidden::ALL
+            .into_iter()
+            .map(|call| match sys::try_forbidden(call) {
+                Ok(()) => Err(format!("{} is possible", call.name())),
+                Err(errno) => Ok(format!("{} refused ({})", call.name(), io::Error::from(errno))),
+            })
+            .collect();
+        for line in &refused {
+            if let Err(possible) = line {
+                self.missing.push(format!("9 tried from inside: {possible}"));
+            }
+        }
+        let refused: Vec<_> = refused.into_iter().flatten().collect();
+        if !refused.is_empty() {
+            self.steps.push(format!("9 tried from inside: {}", refused.join(", ")));
+        }
+    }
+}
+
+/// Descriptors of the process: three of the start, the socket, shared memory, what comes with a root, and some to spare.
+const DESCRIPTORS_MAX: u64 = 16;
+
+fn limits() -> io::Result<()> {
+    let none = |resource, most| setrlimit(resource, Rlimit { current: Some(most), maximum: Some(most) });
+    none(Resource::Fsize, 0)?;
+    none(Resource::Nproc, 0)?;
+    none(Resource::Nofile, DESCRIPTORS_MAX)?;
+    none(Resource::Msgqueue, 0)?;
+    Ok(())
+}
+
+fn landlock() -> io::Result<()> {
+    let abi = ABI::V6;
+    let status = Ruleset::default()
+        .set_compatibility(CompatLevel::BestEffort)
+        .handle_access(AccessFs::from_all(abi))
+        .and_then(|rules| rules.handle_access(AccessNet::from_all(abi)))
+        .and_then(|rules| rules.scope(Scope::from_all(abi)))
+        .and_then(Ruleset::create)
+        .and_then(|rules| rules.restrict_self())
+        .map_err(io::Error::other)?;
+    match status.ruleset {
+        RulesetStatus::FullyEnforced => Ok(()),
+        RulesetStatus::PartiallyEnforced => Err(io::Error::other("only in part: the kernel is older")),
+        RulesetStatus::NotEnforced => Err(io::Error::other("the kernel has none of it")),
+    }
+}
+
+/// The system calls that an engine process makes, each with the code that needs it. Anything else gets EPERM, as a test from
+/// inside must be able to tell.
+const ALLOWED: &[(i64, &str)] = &[
+    (libc::SYS_recvmsg, "orders: isolated/process.rs"),
+    (libc::SYS_sendmsg, "answers: isolated/process.rs"),
+    (libc::SYS_read, "a root file or the pipe of a root's helper, by descriptor: root.rs"),
+    (libc::SYS_close, "those descriptors"),
+    (libc::SYS_fstat, "how long such a file is"),
+    (libc::SYS_lseek, "reading one from its beginning"),
+    (libc::SYS_futex, "waiting for orders and waking the host: isolated/ring.rs; locks"),
+    (libc::SYS_sched_setaffinity, "a lane follows its host thread to another CPU: isolated/process.rs"),
+    (libc::SYS_sched_yield, "locks of the standard library under contention"),
+    (libc::SYS_getrandom, "new keys: random.rs"),
+    (libc::SYS_clock_nanosleep, "the time that the ICE model takes to program: ice/mod.rs"),
+    (libc::SYS_clock_gettime, "clocks, where the kernel does not answer in user space"),
+    (libc::SYS_madvise, "what an allocation of megabytes is marked with: sys/secret.rs"),
+    (libc::SYS_munmap, "the end of one"),
+    (libc::SYS_rt_sigprocmask, "the C library ends a thread"),
+    (libc::SYS_rt_sigreturn, "the end of a signal handler"),
+    (libc::SYS_restart_syscall, "the kernel continues a sleep after a stop"),
+    (libc::SYS_exit, "the end of a thread"),
+    (libc::SYS_exit_group, "the end of the process"),
+];
+
+fn seccomp() -> io::Result<()> {
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
+        ALLOWED.iter().map(|(number, _reason)| (*number, Vec::new())).collect();
+    // Memory for opening a root with a passphrase: anonymous, and nothing that can be executed.
+    let anonymous = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS).unsigned_abs().into();
+    let data = (libc::PROT_READ | libc::PROT_WRITE).unsigned_abs().into();
+    let condition = |argument, value| {
+        SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value).map_err(io::Error::other)
+    };
+    let memory = SeccompRule::new(vec![condition(2, data)?, condition(3, anonymous)?]).map_err(io::Error::other)?;
+    rules.insert(libc::SYS_mmap, vec![memory]);
+    // The last words of a panic, on standard error.
+    let standard_error = || SeccompRule::new(vec![condition(0, 2)?]).map_err(io::Error::other);
+    rules.insert(libc::SYS_write, vec![standard_error()?]);
+    rules.insert(libc::SYS_writev, vec![standard_error()?]);
+    let filter = SeccompFilter::new(
+        rules,
+        SeccompAction::Errno(libc::EPERM.unsigned_abs()),
+        SeccompAction::Allow,
+        std::env::consts::ARCH.try_into().map_err(io::Error::other)?,
+    )
+    .map_err(io::Error::other)?;
+    let program: BpfProgram = filter.try_into().map_err(io::Error::other)?;
+    sys::restrict_system_calls(&program)
+}
