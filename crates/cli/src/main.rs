@@ -9,6 +9,7 @@
 //!     create     new volumes: key, description and image, in an order that a crash cannot spoil
 //!     control    the socket by which `status` asks a running server
 //!   report       messages and exit codes
+//!   engine-process   not for people: this program as the process in which engines run (`inlinecrypt_engine::isolated`)
 //! ```
 //!
 //! Start reading at `cmd/serve.rs`.
@@ -31,10 +32,23 @@ mod size;
 mod watch;
 
 use clap::Parser as _;
+use inlinecrypt_engine::isolated;
 use report::{Code, Failure, Failures};
+use std::os::fd::AsFd as _;
 use std::process::ExitCode;
 
+/// The system's allocator, but in an engine process, where all memory is secret memory.
+#[global_allocator]
+static ALLOCATOR: inlinecrypt_engine::SecretAllocator = inlinecrypt_engine::SecretAllocator;
+
 fn main() -> ExitCode {
+    // Before anything else opens a descriptor, starts a thread or reads what it does not need.
+    if std::env::args_os().nth(1).is_some_and(|verb| verb == isolated::PROCESS_VERB) {
+        return match std::io::stdin().as_fd().try_clone_to_owned() {
+            Ok(socket) => isolated::process::run(socket),
+            Err(_closed) => Code::Wrong.into(),
+        };
+    }
     let arguments = match cli::Cli::try_parse() {
         Ok(arguments) => arguments,
         Err(error) => {

@@ -227,7 +227,26 @@ pub enum Op {
 
 impl Op {
     /// Every operation.
-    pub const ALL: &[Self] = &[Self::InitKey, Self::Admit, Self::Program, Self::Evict, Self::Crypt, Self::Import, Self::Generate, Self::Prepare, Self::DeriveSecret, Self::Open, Self::Create, Self::Read, Self::Write, Self::Flush, Self::Trim, Self::WriteZeroes, Self::Extents, Self::Allocate];
+    pub const ALL: &[Self] = &[
+        Self::InitKey,
+        Self::Admit,
+        Self::Program,
+        Self::Evict,
+        Self::Crypt,
+        Self::Import,
+        Self::Generate,
+        Self::Prepare,
+        Self::DeriveSecret,
+        Self::Open,
+        Self::Create,
+        Self::Read,
+        Self::Write,
+        Self::Flush,
+        Self::Trim,
+        Self::WriteZeroes,
+        Self::Extents,
+        Self::Allocate,
+    ];
 }
 
 impl fmt::Display for Op {

@@ -14,8 +14,8 @@ use crate::engine::{Direction, Engine, EngineProcess, KeyLadder, KeyRef, Piece, 
 use crate::env::Clock;
 use crate::error::{Error, ErrorKind, Op};
 use crate::key::{
-    EphemeralWrappedKey, KEY_IDENTIFIER_BYTES, Key, KeyForm, KeyId, LongTermWrappedKey, RAW_KEY_BYTES_MAX, RawKey, SoftwareSecret,
-    WRAPPED_KEY_BYTES_MAX,
+    EphemeralWrappedKey, KEY_IDENTIFIER_BYTES, Key, KeyForm, KeyId, LongTermWrappedKey, RAW_KEY_BYTES_MAX,
+    RawKey, SoftwareSecret, WRAPPED_KEY_BYTES_MAX,
 };
 use crate::keyslot::{KeyslotGuard, Keyslots, KeyslotsStatus, Policy};
 use crate::memory::{Buffer, Memory, MemoryPool};

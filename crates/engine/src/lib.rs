@@ -34,8 +34,8 @@ mod ladder;
 mod random;
 pub mod root;
 pub mod software;
-mod sys;
 mod spec;
+mod sys;
 pub mod verify;
 
 pub use blob::{BlobError, BlobInfo, Form, WrappingKeyId, inspect, looks_like_wrapped_key};

@@ -15,7 +15,10 @@ use inlinecrypt_core::key::{
     EphemeralWrappedKey, Key, KeyForm, LongTermWrappedKey, RawKey, SoftwareSecret, WRAPPED_KEY_BYTES_MAX,
 };
 use inlinecrypt_core::memory::{ALIGN_BYTES, Memory, MemorySource};
-use inlinecrypt_engine::{EngineSpec, Root, open};
+use inlinecrypt_engine::isolated::client::RootGiver;
+use inlinecrypt_engine::isolated::{self, IsolatedEngine, ThreadLauncher};
+use inlinecrypt_engine::root::Unattended;
+use inlinecrypt_engine::{EngineSpec, Root, RootSpec, open};
 use proptest::prelude::*;
 use std::collections::HashMap;
 use std::ops::Range;
@@ -776,6 +779,45 @@ fn every_engine_keeps_the_bargain() {
             }
         }
     }
+}
+
+/// The engine of `spec` at the other end of a socket and of shared memory, decided for `key_type` if it must be.
+fn isolated(spec: &EngineSpec, root: Option<&RootSpec>, key_type: KeyType) -> Arc<IsolatedEngine> {
+    let root = root.cloned();
+    let giver = root.map(|root| Arc::new(move || root.gather(&mut Unattended)) as Arc<RootGiver>);
+    let options = isolated::Options { data_bytes: 64 << 20, ..isolated::Options::new(spec.to_string()) };
+    let engine = isolated::start(Arc::new(ThreadLauncher), giver, options).unwrap().engine;
+    if let Some(exclusive) = engine.exclusive() {
+        exclusive.commit(key_type).unwrap();
+    }
+    engine
+}
+
+#[test]
+fn every_engine_keeps_the_bargain_from_afar() {
+    let (directory, _root) = new_root();
+    let root = RootSpec::File(directory.path().join("root"));
+    for spec in EngineSpec::all_for_tests() {
+        let near = open(&spec, None).unwrap();
+        for (root, key_type) in
+            [(None, KeyType::Raw), (Some(&root), KeyType::Raw), (Some(&root), KeyType::HardwareWrapped)]
+        {
+            let served = isolated_serves(&spec, root, key_type);
+            if !served {
+                continue;
+            }
+            let engine = isolated(&spec, root, key_type);
+            assert_eq!(engine.name(), near.name());
+            println!("{spec} from afar, {key_type:?}");
+            run(&spec, &*engine);
+        }
+    }
+}
+
+/// Whether the engine of `spec` serves keys of `key_type` at all.
+fn isolated_serves(spec: &EngineSpec, root: Option<&RootSpec>, key_type: KeyType) -> bool {
+    let root = root.map(|root| Root::open(root).unwrap());
+    open(spec, root.as_ref()).unwrap().capabilities().key_types.contains(key_type)
 }
 
 #[test]

@@ -10,7 +10,8 @@ use crate::sys::{Part, Parts, Region};
 use inlinecrypt_core::caps::Capabilities;
 use inlinecrypt_core::config::KeyType;
 use inlinecrypt_core::engine::{
-    Direction, Engine, EngineProcess, Exclusive, KeyLadder, KeyRef, Lifecycle, Piece, RawKeySource, SlotHold, SlotIndex,
+    Direction, Engine, EngineProcess, Exclusive, KeyLadder, KeyRef, Lifecycle, Piece, RawKeySource, SlotHold,
+    SlotIndex,
 };
 use inlinecrypt_core::error::{Error, ErrorKind, Op};
 use inlinecrypt_core::key::{
@@ -91,7 +92,8 @@ pub fn start(
     root: Option<Arc<RootGiver>>,
     options: Options,
 ) -> Result<Isolated, Error> {
-    let no_memory = |why| Error::new(ErrorKind::OutOfMemory, Op::Open).detail("no shared memory").because(why);
+    let no_memory =
+        |why| Error::new(ErrorKind::OutOfMemory, Op::Open).detail("no shared memory").because(why);
     let lanes = options.lanes.clamp(1, LANES_MAX) as usize;
     let floor = (lanes * LANE_BYTES).next_multiple_of(4096);
     let region = Arc::new(Region::create(floor + options.data_bytes).map_err(no_memory)?);
@@ -118,7 +120,8 @@ pub fn start(
         .name("engine watch".to_owned())
         .spawn(move || watched.watch(&report))
         .map_err(|why| Error::new(ErrorKind::OutOfMemory, Op::Open).because(why))?;
-    let gone = |_ended| Error::new(ErrorKind::EngineGone, Op::Open).detail("the engine process did not start");
+    let gone =
+        |_ended| Error::new(ErrorKind::EngineGone, Op::Open).detail("the engine process did not start");
     let opened = started.recv().map_err(gone).and_then(|started| started);
     let handle = Arc::new(Handle { host, watch: Mutex::new(Some(watch)) });
     let Opened { engine, fallback, root } = opened?;
@@ -272,9 +275,9 @@ impl Session {
     ) -> Result<T, Trouble> {
         let mut inbox = self.inbox.lock().unwrap_or_else(PoisonError::into_inner);
         proto::send(self.socket.as_fd(), order, descriptors).map_err(|why| match why.kind() {
-            std::io::ErrorKind::InvalidInput => {
-                Trouble::Said(Error::new(ErrorKind::Invalid, op).detail("too long for the engine process").because(why))
-            }
+            std::io::ErrorKind::InvalidInput => Trouble::Said(
+                Error::new(ErrorKind::Invalid, op).detail("too long for the engine process").because(why),
+            ),
             _ => Trouble::Gone,
         })?;
         let len = match inbox.receive(&self.socket) {
@@ -315,7 +318,10 @@ impl Session {
 
 impl fmt::Debug for Host {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Host").field("options", &self.options).field("launcher", &self.launcher).finish_non_exhaustive()
+        f.debug_struct("Host")
+            .field("options", &self.options)
+            .field("launcher", &self.launcher)
+            .finish_non_exhaustive()
     }
 }
 
@@ -371,7 +377,8 @@ impl Host {
                     return self.stop("the engine came back as another one; restart the server".to_owned());
                 }
                 Err(error) => {
-                    return self.stop(format!("the engine process cannot be started again: {}", error.chain()));
+                    return self
+                        .stop(format!("the engine process cannot be started again: {}", error.chain()));
                 }
             }
             let pause = ended.elapsed();
@@ -413,18 +420,18 @@ impl Host {
             shared_bytes: self.region.len_bytes() as u64,
             require_sandbox: self.options.require_sandbox,
         };
-        let ready = session.exchange_with(&hello, &[self.region.descriptor()], Op::Open, |answer| match answer {
-            Answer::Ready { pid, steps, missing } => {
-                let missing = missing.lines().map(|line| format!("MISSING {line}"));
-                Ok((pid, steps.lines().map(str::to_owned).chain(missing).collect::<Vec<_>>()))
-            }
-            other => Err(other.into_error(Op::Open)),
-        });
+        let ready =
+            session.exchange_with(&hello, &[self.region.descriptor()], Op::Open, |answer| match answer {
+                Answer::Ready { pid, steps, missing } => {
+                    let missing = missing.lines().map(|line| format!("MISSING {line}"));
+                    Ok((pid, steps.lines().map(str::to_owned).chain(missing).collect::<Vec<_>>()))
+                }
+                other => Err(other.into_error(Op::Open)),
+            });
         let (pid, sandbox) = ready.map_err(gone)?;
         session.pid = pid;
         let root = self.root.as_ref().map(|give| give()).transpose()?.map(RootMaterial::into_parts);
-        let descriptors: Vec<_> =
-            root.iter().flat_map(|root| &root.descriptors).map(AsFd::as_fd).collect();
+        let descriptors: Vec<_> = root.iter().flat_map(|root| &root.descriptors).map(AsFd::as_fd).collect();
         let open = Order::Open {
             spec: &self.options.spec,
             fallback: self.options.fallback.as_deref(),
@@ -509,8 +516,14 @@ impl Host {
     /// Waits until the process of `generation` is known to be gone.
     fn wait_past(&self, generation: u64) {
         let mut line = self.line();
-        while line.session.as_ref().is_some_and(|session| session.generation == generation) && !line.is_closing {
-            line = self.changed.wait_timeout(line, Duration::from_millis(10)).unwrap_or_else(PoisonError::into_inner).0;
+        while line.session.as_ref().is_some_and(|session| session.generation == generation)
+            && !line.is_closing
+        {
+            line = self
+                .changed
+                .wait_timeout(line, Duration::from_millis(10))
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
         }
     }
 
@@ -686,11 +699,14 @@ impl IsolatedEngine {
             cpu: u32::try_from(rustix::thread::sched_getcpu()).unwrap_or(u32::MAX),
             pieces: u32::try_from(pieces.len()).expect("at most PIECES_MAX"),
         };
-        lane.post(head, pieces.iter().map(|Piece { first, range }| WirePiece {
-            offset: memory_at + range.start as u64,
-            len: range.len() as u64,
-            first: *first,
-        }));
+        lane.post(
+            head,
+            pieces.iter().map(|Piece { first, range }| WirePiece {
+                offset: memory_at + range.start as u64,
+                len: range.len() as u64,
+                first: *first,
+            }),
+        );
         lane.wait(|| host.is_gone.load(Ordering::SeqCst));
         match lane.result() {
             0 => {
@@ -750,6 +766,9 @@ impl Engine for IsolatedEngine {
         let engine = self.index;
         match slot {
             Some(slot) => self.done(Op::Evict, &Order::Evict { engine, slot: slot.0 }),
+            None if self.facts.capabilities.keyslots > 0 => {
+                Err(Error::new(ErrorKind::Invalid, Op::Evict).detail("which keyslot? The engine has some"))
+            }
             None => {
                 let known = self.remembered.lock().unwrap_or_else(PoisonError::into_inner).remove(&key.id());
                 let Some((generation, handle)) = known else { return Ok(()) };
@@ -771,18 +790,27 @@ impl Engine for IsolatedEngine {
     ) -> Result<(), Error> {
         let at = memory.mapped_at();
         let len = memory.bytes().len();
-        if let Some(piece) = pieces.iter().find(|piece| piece.range.end > len || piece.range.start > piece.range.end) {
+        if let Some(piece) =
+            pieces.iter().find(|piece| piece.range.end > len || piece.range.start > piece.range.end)
+        {
             return Err(Error::new(ErrorKind::Invalid, Op::Crypt)
                 .detail(format!("bytes {:?} are not in the memory given", piece.range)));
+        }
+        if matches!(key, KeyRef::Inline(_)) && self.facts.capabilities.keyslots > 0 {
+            return Err(Error::new(ErrorKind::Invalid, Op::Crypt)
+                .detail("the engine has keyslots, it takes no key with a request"));
         }
         for batch in pieces.chunks_mut(PIECES_MAX) {
             loop {
                 let (number, unit_bytes) = match key {
                     KeyRef::Slot(slot) => {
-                        let unit = self.units.get(slot.0 as usize).map_or(0, |unit| unit.load(Ordering::Acquire));
+                        let unit =
+                            self.units.get(slot.0 as usize).map_or(0, |unit| unit.load(Ordering::Acquire));
                         ((slot.0, true), unit)
                     }
-                    KeyRef::Inline(key) => ((self.remember(key)?, false), key.config().data_unit_size().bytes()),
+                    KeyRef::Inline(key) => {
+                        ((self.remember(key)?, false), key.config().data_unit_size().bytes())
+                    }
                 };
                 let unit_bytes = (unit_bytes as usize).max(1);
                 match (self.order(number, unit_bytes, direction, at, batch), key) {
@@ -873,9 +901,9 @@ impl KeyLadder for IsolatedEngine {
 
     fn prepare(&self, long_term: &LongTermWrappedKey) -> Result<EphemeralWrappedKey, Error> {
         let order = Order::Prepare { engine: self.index, blob: long_term.as_bytes() };
-        let (blob, generation) = self.host().ask(Op::Prepare, |session| {
-            Ok((session.blob(&order, Op::Prepare)?, session.generation))
-        })?;
+        let (blob, generation) = self
+            .host()
+            .ask(Op::Prepare, |session| Ok((session.blob(&order, Op::Prepare)?, session.generation)))?;
         let known = Prepared { long_term: long_term.as_bytes().to_vec(), generation, now: blob.clone() };
         self.host().prepared.lock().unwrap_or_else(PoisonError::into_inner).insert(blob.clone(), known);
         Ok(EphemeralWrappedKey::new(&blob))
@@ -942,7 +970,8 @@ struct SharedSource(Arc<Parts>);
 impl MemorySource for SharedSource {
     fn allocate(&self, len_bytes: usize) -> Result<Box<dyn Memory>, Error> {
         let part = self.0.lend(len_bytes).ok_or_else(|| {
-            Error::new(ErrorKind::OutOfMemory, Op::Allocate).detail("the memory shared with the engine process is used up")
+            Error::new(ErrorKind::OutOfMemory, Op::Allocate)
+                .detail("the memory shared with the engine process is used up")
         })?;
         Ok(Box::new(SharedMemory(part)))
     }

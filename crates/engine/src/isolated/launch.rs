@@ -47,10 +47,16 @@ pub struct ProcessLauncher {
 }
 
 impl ProcessLauncher {
-    /// This very program, also if the file has been replaced meanwhile.
+    /// `program` in its other role.
     #[must_use]
-    pub fn this_program(arguments: &[&str]) -> Self {
-        Self { program: "/proc/self/exe".into(), arguments: arguments.iter().map(OsString::from).collect() }
+    pub fn new(program: impl Into<PathBuf>) -> Self {
+        Self { program: program.into(), arguments: vec![super::PROCESS_VERB.into()] }
+    }
+
+    /// This very program in its other role, also if the file has been replaced meanwhile.
+    #[must_use]
+    pub fn this_program() -> Self {
+        Self::new("/proc/self/exe")
     }
 }
 
@@ -63,7 +69,9 @@ impl Launcher for ProcessLauncher {
             .stdin(Stdio::from(its))
             .stdout(Stdio::null())
             .spawn()
-            .map_err(|why| failed(format!("cannot start {} as the engine process", self.program.display()), why))?;
+            .map_err(|why| {
+                failed(format!("cannot start {} as the engine process", self.program.display()), why)
+            })?;
         Ok(Launched { socket: ours, child: Some(child) })
     }
 }
@@ -82,8 +90,9 @@ impl Launcher for SocketLauncher {
             connect(&socket, &SocketAddrUnix::new(&self.path)?)?;
             Ok(socket)
         };
-        let connected = connected()
-            .map_err(|why: io::Error| failed(format!("no engine service answers at {}", self.path.display()), why))?;
+        let connected = connected().map_err(|why: io::Error| {
+            failed(format!("no engine service answers at {}", self.path.display()), why)
+        })?;
         Ok(Launched { socket: connected, child: None })
     }
 }

@@ -23,4 +23,7 @@ mod ring;
 mod sandbox;
 
 pub use client::{Isolated, IsolatedEngine, Options, start};
+/// The first argument of a program that is to become an engine process: it calls [`process::run`] then, before anything else.
+pub const PROCESS_VERB: &str = "engine-process";
+
 pub use launch::{Launched, Launcher, ProcessLauncher, SocketLauncher, ThreadLauncher};

@@ -12,7 +12,8 @@
 //!   keys that it was given anyway.
 
 use super::proto::{
-    self, Answer, Inbox, Order, Secret, VERSION, WireEngine, WireForm, WireKey, WireStep, kind_code, with_failure,
+    self, Answer, Inbox, Order, Secret, VERSION, WireEngine, WireForm, WireKey, WireStep, kind_code,
+    with_failure,
 };
 use super::ring::{CHUNK_BYTES, Head, LANE_BYTES, Lane, PIECES_MAX, Progress, UNDO_BYTES, WirePiece};
 use super::sandbox::Report;
@@ -231,7 +232,8 @@ impl Control {
             Order::Program { engine, slot, key } => {
                 let hosted = self.engine(engine)?;
                 let key = self.key(&key, Op::Program)?;
-                let place = hosted.units.get(slot as usize).ok_or_else(|| nonsense("there is no such keyslot"))?;
+                let place =
+                    hosted.units.get(slot as usize).ok_or_else(|| nonsense("there is no such keyslot"))?;
                 place.store(0, Ordering::Release);
                 hosted.engine.program(SlotIndex(slot), &key)?;
                 place.store(key.config().data_unit_size().bytes(), Ordering::Release);
@@ -240,7 +242,8 @@ impl Control {
             }
             Order::Evict { engine, slot } => {
                 let hosted = self.engine(engine)?;
-                let place = hosted.units.get(slot as usize).ok_or_else(|| nonsense("there is no such keyslot"))?;
+                let place =
+                    hosted.units.get(slot as usize).ok_or_else(|| nonsense("there is no such keyslot"))?;
                 place.store(0, Ordering::Release);
                 let Some(key) = write(&hosted.keys).remove(&slot) else { return Ok(send(Answer::Done)) };
                 hosted.engine.evict(Some(SlotIndex(slot)), &key)?;
@@ -249,6 +252,11 @@ impl Control {
             Order::Remember { engine, key } => {
                 let hosted = self.engine(engine)?;
                 let key = self.key(&key, Op::Program)?;
+                let (mode, unit) = (key.config().mode(), key.config().data_unit_size());
+                if !hosted.engine.capabilities().units[mode.index()].contains(unit) {
+                    return Err(Error::new(ErrorKind::Unsupported, Op::Crypt)
+                        .detail("the engine does not do this mode with this data unit size"));
+                }
                 let mut remembered = write(&hosted.remembered);
                 let free = (0..u32::try_from(DEPOSITS_MAX).unwrap_or(u32::MAX))
                     .find(|handle| !remembered.contains_key(handle))
@@ -344,7 +352,9 @@ impl Control {
 
     fn deposit(&mut self, raw: &[u8], send: &dyn Fn(Answer<'_>) -> Sent) -> Result<Sent, Error> {
         if self.deposits.len() >= DEPOSITS_MAX {
-            return Err(Error::new(ErrorKind::OutOfMemory, Op::Open).detail("too many raw keys are in keeping"));
+            return Err(
+                Error::new(ErrorKind::OutOfMemory, Op::Open).detail("too many raw keys are in keeping")
+            );
         }
         self.last_ticket += 1;
         let ticket = self.last_ticket;
@@ -369,18 +379,21 @@ impl Control {
     }
 
     fn key(&self, key: &WireKey<'_>, op: Op) -> Result<Arc<Key>, Error> {
-        let (mode, unit, dun_bytes, hardware) = key.config().ok_or_else(|| nonsense("a key's numbers mean nothing"))?;
+        let (mode, unit, dun_bytes, hardware) =
+            key.config().ok_or_else(|| nonsense("a key's numbers mean nothing"))?;
         let form = match key.form {
             WireForm::Ticket(ticket) => {
                 let raw = self.deposits.get(&ticket).ok_or_else(|| {
-                    Error::new(ErrorKind::KeyRejected, op).detail("the raw key was deposited with another start")
+                    Error::new(ErrorKind::KeyRejected, op)
+                        .detail("the raw key was deposited with another start")
                 })?;
                 KeyForm::Raw(RawKey::new(raw.expose()))
             }
             WireForm::Raw(Secret(raw)) => KeyForm::Raw(RawKey::new(raw)),
             WireForm::Wrapped(blob) => KeyForm::Wrapped(EphemeralWrappedKey::new(blob)),
         };
-        Key::new(mode, unit, dun_bytes, form, hardware).map_err(|why| Error::new(ErrorKind::Invalid, op).because(why))
+        Key::new(mode, unit, dun_bytes, form, hardware)
+            .map_err(|why| Error::new(ErrorKind::Invalid, op).because(why))
     }
 }
 
@@ -457,7 +470,8 @@ fn transform(
     pieces: &[WirePiece],
 ) -> Result<(), Error> {
     let refused = |why: &'static str| Error::new(ErrorKind::Invalid, Op::Crypt).detail(why);
-    let hosted = hosted.engines.get(usize::from(head.engine)).ok_or_else(|| refused("there is no such engine"))?;
+    let hosted =
+        hosted.engines.get(usize::from(head.engine)).ok_or_else(|| refused("there is no such engine"))?;
     let direction = if head.encrypt { Direction::Encrypt } else { Direction::Decrypt };
     let remembered;
     let (key, unit_bytes) = if head.is_slot {
@@ -467,7 +481,8 @@ fn transform(
         let keys = hosted.remembered.read().unwrap_or_else(PoisonError::into_inner);
         let found = keys.get(&head.key).cloned();
         drop(keys);
-        remembered = found.ok_or_else(|| Error::new(ErrorKind::NoKey, Op::Crypt).detail("no such key is remembered"))?;
+        remembered = found
+            .ok_or_else(|| Error::new(ErrorKind::NoKey, Op::Crypt).detail("no such key is remembered"))?;
         (KeyRef::Inline(&remembered), remembered.config().data_unit_size().bytes())
     };
     if unit_bytes == 0 {
@@ -483,7 +498,8 @@ fn transform(
         let mut view = view.ok_or_else(|| refused("a piece lies outside the shared memory"))?;
         let len = view.bytes().len();
         if !len.is_multiple_of(unit_bytes) || len > u32::MAX as usize {
-            return Err(Error::new(ErrorKind::Misaligned, Op::Crypt).detail("a piece is not a whole number of data units"));
+            return Err(Error::new(ErrorKind::Misaligned, Op::Crypt)
+                .detail("a piece is not a whole number of data units"));
         }
         let index = u8::try_from(index).expect("at most PIECES_MAX");
         let mut done = 0;
@@ -501,7 +517,11 @@ fn transform(
                 return Err(error);
             }
             done = chunk.end;
-            lane.note(Progress { pieces: index, bytes: u32::try_from(done).expect("checked above"), undo_bytes: 0 });
+            lane.note(Progress {
+                pieces: index,
+                bytes: u32::try_from(done).expect("checked above"),
+                undo_bytes: 0,
+            });
         }
     }
     Ok(())
@@ -520,4 +540,3 @@ impl Memory for View<'_> {
         0
     }
 }
-

@@ -14,8 +14,8 @@ use inlinecrypt_core::error::{Error, ErrorKind, Op};
 use inlinecrypt_core::key::KEY_IDENTIFIER_BYTES;
 use rustix::io::Errno;
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, recvmsg, sendmsg,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -342,8 +342,9 @@ pub fn send<T: Serialize>(
     descriptors: &[BorrowedFd<'_>],
 ) -> io::Result<()> {
     let mut bytes = Zeroizing::new([0; MESSAGE_BYTES_MAX]);
-    let bytes = postcard::to_slice(message, &mut *bytes)
-        .map_err(|why| io::Error::new(io::ErrorKind::InvalidInput, format!("a message is too long: {why}")))?;
+    let bytes = postcard::to_slice(message, &mut *bytes).map_err(|why| {
+        io::Error::new(io::ErrorKind::InvalidInput, format!("a message is too long: {why}"))
+    })?;
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
     let mut beside = SendAncillaryBuffer::new(&mut space);
     if !descriptors.is_empty() && !beside.push(SendAncillaryMessage::ScmRights(descriptors)) {
@@ -417,7 +418,8 @@ impl Inbox {
 ///
 /// [`InvalidData`](io::ErrorKind::InvalidData) if they mean nothing.
 pub fn parse<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> io::Result<T> {
-    let invalid = |why: &str| io::Error::new(io::ErrorKind::InvalidData, format!("a message means nothing: {why}"));
+    let invalid =
+        |why: &str| io::Error::new(io::ErrorKind::InvalidData, format!("a message means nothing: {why}"));
     let (message, rest) = postcard::take_from_bytes(bytes).map_err(|why| invalid(&why.to_string()))?;
     if rest.is_empty() { Ok(message) } else { Err(invalid("something is behind it")) }
 }

@@ -126,7 +126,11 @@ impl WirePiece {
 
     fn from_bytes(bytes: &[u8]) -> Self {
         let long = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
-        Self { offset: long(0), len: long(8), first: Dun::from_limbs([long(16), long(24), long(32), long(40)]) }
+        Self {
+            offset: long(0),
+            len: long(8),
+            first: Dun::from_limbs([long(16), long(24), long(32), long(40)]),
+        }
     }
 }
 

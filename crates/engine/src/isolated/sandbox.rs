@@ -5,7 +5,8 @@
 
 use crate::sys::{self, Forbidden, SecretMemory};
 use landlock::{
-    ABI, Access as _, AccessFs, AccessNet, CompatLevel, Compatible as _, Ruleset, RulesetAttr as _, RulesetStatus, Scope,
+    ABI, Access as _, AccessFs, AccessNet, CompatLevel, Compatible as _, Ruleset, RulesetAttr as _,
+    RulesetStatus, Scope,
 };
 use rustix::process::{Resource, Rlimit, setrlimit};
 use seccompiler::{
@@ -32,13 +33,19 @@ impl Report {
     pub(crate) fn note_memory(&mut self, memory: SecretMemory) {
         match memory {
             SecretMemory::Secret { .. } => self.steps.push(format!("4 {memory}")),
-            SecretMemory::Locked { .. } | SecretMemory::Unlocked { .. } => self.missing.push(format!("4 {memory}")),
+            SecretMemory::Locked { .. } | SecretMemory::Unlocked { .. } => {
+                self.missing.push(format!("4 {memory}"))
+            }
         }
     }
 
     /// Steps 1 to 3: before any memory is filled.
     pub(crate) fn begin(&mut self) {
-        self.note(1, "no new privileges", Ok(rustix::thread::set_no_new_privs(true)).and_then(|done| Ok(done?)));
+        self.note(
+            1,
+            "no new privileges",
+            Ok(rustix::thread::set_no_new_privs(true)).and_then(|done| Ok(done?)),
+        );
         let hardened = crate::harden_process().map_err(|why| io::Error::other(why.chain()));
         self.note(2, "not dumpable, not traceable by its user", hardened);
         self.note(3, "ends with its host", sys::end_with_parent());
@@ -51,7 +58,9 @@ impl Report {
         let guarded = match unlocked {
             0 if maps.is_empty() => Err(io::Error::other("/proc is not mounted")),
             0 => Ok(()),
-            bytes => Err(io::Error::other(format!("{bytes} bytes are not locked: RLIMIT_MEMLOCK is too low"))),
+            bytes => {
+                Err(io::Error::other(format!("{bytes} bytes are not locked: RLIMIT_MEMLOCK is too low")))
+            }
         };
         drop(maps);
         self.note(5, "statics and first stack locked, in no dump and no child", guarded);
@@ -137,9 +146,11 @@ fn seccomp() -> io::Result<()> {
     let anonymous = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS).unsigned_abs().into();
     let data = (libc::PROT_READ | libc::PROT_WRITE).unsigned_abs().into();
     let condition = |argument, value| {
-        SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value).map_err(io::Error::other)
+        SeccompCondition::new(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value)
+            .map_err(io::Error::other)
     };
-    let memory = SeccompRule::new(vec![condition(2, data)?, condition(3, anonymous)?]).map_err(io::Error::other)?;
+    let memory =
+        SeccompRule::new(vec![condition(2, data)?, condition(3, anonymous)?]).map_err(io::Error::other)?;
     rules.insert(libc::SYS_mmap, vec![memory]);
     // The last words of a panic, on standard error.
     let standard_error = || SeccompRule::new(vec![condition(0, 2)?]).map_err(io::Error::other);

@@ -392,7 +392,8 @@ impl Pkcs11Spec {
                 .collect()
         };
         let set = |place: &mut Option<String>, name: &str, value: Vec<u8>| {
-            let value = String::from_utf8(value).map_err(|why| format!("{name}: {why}; write it in UTF-8"))?;
+            let value =
+                String::from_utf8(value).map_err(|why| format!("{name}: {why}; write it in UTF-8"))?;
             if place.replace(value).is_some() { Err(twice(name)) } else { Ok(()) }
         };
         for (name, value) in attributes(path, b';')? {
@@ -430,9 +431,11 @@ impl Pkcs11Spec {
                     continue;
                 }
                 "pin-value" => {
-                    return Err("pin-value: a PIN in an argument or config is seen by others; name a file with \
+                    return Err(
+                        "pin-value: a PIN in an argument or config is seen by others; name a file with \
                                 pin-source, or leave it out and be asked"
-                        .into());
+                            .into(),
+                    );
                 }
                 _ => {
                     return Err(format!(

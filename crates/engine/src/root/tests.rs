@@ -65,8 +65,7 @@ fn a_new_root_is_for_its_owner_alone_and_opens_again() {
 #[test]
 fn two_roots_differ() {
     let directory = directory();
-    let [one, other] =
-        ["one", "other"].map(|name| Root::create_file(directory.path().join(name)).unwrap());
+    let [one, other] = ["one", "other"].map(|name| Root::create_file(directory.path().join(name)).unwrap());
     assert_ne!(one.id(), other.id());
 }
 
@@ -195,11 +194,7 @@ fn what_is_not_a_regular_file_is_refused_without_waiting() {
     symlink("/dev/null", at("null")).unwrap();
     for name in ["directory", "fifo", "socket", "loop", "null"] {
         assert_eq!(refusal(&at(name)).0, ErrorKind::Invalid, "{name}");
-        assert_eq!(
-            described(&at(name), Root::open_or_create_file(at(name))).0,
-            ErrorKind::Invalid,
-            "{name}"
-        );
+        assert_eq!(described(&at(name), Root::open_or_create_file(at(name))).0, ErrorKind::Invalid, "{name}");
     }
 }
 
@@ -217,10 +212,7 @@ fn a_missing_file_is_not_found_and_a_file_for_a_directory_invalid() {
     let (directory, path, _) = root_file();
     assert_eq!(refusal(&directory.path().join("none")).0, ErrorKind::NotFound);
     assert_eq!(refusal(&path.join("below")).0, ErrorKind::Invalid);
-    assert_eq!(
-        described(&path.join("below"), Root::create_file(path.join("below"))).0,
-        ErrorKind::Invalid
-    );
+    assert_eq!(described(&path.join("below"), Root::create_file(path.join("below"))).0, ErrorKind::Invalid);
     for nameless in ["/", "", "..", "/tmp/.."] {
         assert_eq!(Root::create_file(nameless).unwrap_err().kind(), ErrorKind::Invalid, "{nameless:?}");
     }
@@ -336,12 +328,20 @@ fn a_root_changes_its_keeper_and_stays_the_same_root() {
     assert_eq!(RootInfo::look(&sealed).unwrap().id(), id);
     assert!(sealed.needs_asking() && !file.needs_asking());
     let stored = fs::read(&sealed_at).unwrap();
-    assert!(!stored.windows(8).any(|bytes| plain[SECRET_AT..CHECK_AT].windows(8).any(|secret| bytes == secret)));
+    assert!(
+        !stored.windows(8).any(|bytes| plain[SECRET_AT..CHECK_AT].windows(8).any(|secret| bytes == secret))
+    );
 
     // In place, through a link: another passphrase.
     let link = directory.path().join("link");
     symlink(&sealed_at, &link).unwrap();
-    Root::rewrap(&sealed, &mut Answers(b"one", 0), &RootSpec::Passphrase(link.clone()), &mut Answers(b"two", 0)).unwrap();
+    Root::rewrap(
+        &sealed,
+        &mut Answers(b"one", 0),
+        &RootSpec::Passphrase(link.clone()),
+        &mut Answers(b"two", 0),
+    )
+    .unwrap();
     assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
     let wrong = Root::open_with(&sealed, &mut Answers(b"one", 0)).unwrap_err();
     assert_eq!(wrong.kind(), ErrorKind::KeyRejected);
@@ -367,7 +367,8 @@ fn a_failed_rewrap_leaves_everything_as_it_was() {
         (format!("passphrase:{}", path.display()), ErrorKind::Invalid),
         (format!("tpm2:{}", path.display()), ErrorKind::EngineFailed),
     ] {
-        let error = Root::rewrap(&file, &mut Unattended, &to.parse().unwrap(), &mut Answers(b"", 0)).unwrap_err();
+        let error =
+            Root::rewrap(&file, &mut Unattended, &to.parse().unwrap(), &mut Answers(b"", 0)).unwrap_err();
         assert_eq!(error.kind(), kind, "{to}: {error}");
         assert_eq!(fs::read(&path).unwrap(), plain);
         assert_eq!(fs::read(at("other")).unwrap(), b"mine");

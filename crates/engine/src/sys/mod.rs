@@ -62,7 +62,9 @@ pub(crate) fn try_forbidden(call: Forbidden) -> Result<(), Errno> {
         Forbidden::Exec => {
             // SAFETY: an empty path names no program, so that even where it is allowed nothing is executed; the two null
             // pointers are what the system takes for empty lists.
-            unsafe { libc::syscall(libc::SYS_execve, c"".as_ptr(), std::ptr::null::<u8>(), std::ptr::null::<u8>()) }
+            unsafe {
+                libc::syscall(libc::SYS_execve, c"".as_ptr(), std::ptr::null::<u8>(), std::ptr::null::<u8>())
+            }
         }
         Forbidden::Fork => {
             // SAFETY: an unknown flag combination (CLONE_THREAD without CLONE_SIGHAND) is refused by the system before it
@@ -84,7 +86,11 @@ pub(crate) fn try_forbidden(call: Forbidden) -> Result<(), Errno> {
             }
         }
     };
-    if answer >= 0 { Ok(()) } else { Err(Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO)) }
+    if answer >= 0 {
+        Ok(())
+    } else {
+        Err(Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO))
+    }
 }
 
 /// What an engine process must not be able to do.
@@ -157,5 +163,6 @@ const MLOCK_ONFAULT: libc::c_uint = 1;
 pub(crate) fn has_fixed_length(descriptor: impl AsFd, len_bytes: u64) -> io::Result<bool> {
     let seals = rustix::fs::fcntl_get_seals(&descriptor)?;
     let length = rustix::fs::fstat(&descriptor)?.st_size;
-    Ok(seals.contains(rustix::fs::SealFlags::SHRINK) && u64::try_from(length).is_ok_and(|len| len >= len_bytes))
+    Ok(seals.contains(rustix::fs::SealFlags::SHRINK)
+        && u64::try_from(length).is_ok_and(|len| len >= len_bytes))
 }

@@ -32,9 +32,15 @@ impl fmt::Display for SecretMemory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mib = |bytes: &usize| bytes >> 20;
         match self {
-            Self::Secret { bytes } => write!(f, "heap and stacks in secret memory (memfd_secret, {} MiB)", mib(bytes)),
+            Self::Secret { bytes } => {
+                write!(f, "heap and stacks in secret memory (memfd_secret, {} MiB)", mib(bytes))
+            }
             Self::Locked { bytes } => {
-                write!(f, "heap and stacks in locked memory ({} MiB): the kernel has no memfd_secret", mib(bytes))
+                write!(
+                    f,
+                    "heap and stacks in locked memory ({} MiB): the kernel has no memfd_secret",
+                    mib(bytes)
+                )
             }
             Self::Unlocked { bytes } => write!(
                 f,
@@ -117,7 +123,8 @@ unsafe impl GlobalAlloc for SecretAllocator {
             // SAFETY: the caller's promise about `layout` is passed on.
             return unsafe { System.alloc(layout) };
         }
-        if layout.size() >= LARGE_BYTES && layout.align() <= 4096
+        if layout.size() >= LARGE_BYTES
+            && layout.align() <= 4096
             && let Some(at) = map_large(layout.size())
         {
             return at;
@@ -128,7 +135,8 @@ unsafe impl GlobalAlloc for SecretAllocator {
     }
 
     unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
-        let large = (layout.size() >= LARGE_BYTES).then(|| LARGE.iter().find(|it| it.load(Ordering::SeqCst) == at.addr()));
+        let large = (layout.size() >= LARGE_BYTES)
+            .then(|| LARGE.iter().find(|it| it.load(Ordering::SeqCst) == at.addr()));
         if let Some(Some(place)) = large {
             // SAFETY: our own mapping of this size, as LARGE says, which its owner gives up. The system clears pages before anybody
             // else gets them.
@@ -195,7 +203,8 @@ pub(crate) fn enter_secret_memory(wanted_bytes: usize) -> io::Result<SecretMemor
         Some(found) => found,
         None => map_ordinary(wanted_bytes.next_power_of_two().max(ARENA_BYTES_MIN))?,
     };
-    let (SecretMemory::Secret { bytes } | SecretMemory::Locked { bytes } | SecretMemory::Unlocked { bytes }) = kind;
+    let (SecretMemory::Secret { bytes } | SecretMemory::Locked { bytes } | SecretMemory::Unlocked { bytes }) =
+        kind;
     NEXT.store(at.addr(), Ordering::Relaxed);
     START.store(at.addr(), Ordering::Relaxed);
     END.store(at.addr() + bytes, Ordering::Relaxed);
@@ -206,7 +215,8 @@ pub(crate) fn enter_secret_memory(wanted_bytes: usize) -> io::Result<SecretMemor
 fn map_secret(bytes: usize) -> io::Result<*mut u8> {
     // SAFETY: takes one number; what it returns is a descriptor or an error.
     let number = unsafe { libc::syscall(libc::SYS_memfd_secret, libc::O_CLOEXEC) };
-    let number = i32::try_from(number).ok().filter(|number| *number >= 0).ok_or_else(io::Error::last_os_error)?;
+    let number =
+        i32::try_from(number).ok().filter(|number| *number >= 0).ok_or_else(io::Error::last_os_error)?;
     // SAFETY: the system has just made it for us, and nobody else knows of it.
     let descriptor = unsafe { OwnedFd::from_raw_fd(number) };
     rustix::fs::ftruncate(&descriptor, bytes as u64)?;

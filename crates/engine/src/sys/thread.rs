@@ -30,9 +30,7 @@ pub(crate) fn spawn(stack_bytes: usize, work: Box<dyn FnOnce() + Send>) -> io::R
     let work = Box::into_raw(Box::new(work));
     let mut thread = MaybeUninit::<libc::pthread_t>::uninit();
     // SAFETY: initialised attributes, room for a handle, and a function that takes what it is given, once.
-    let status = unsafe {
-        libc::pthread_create(thread.as_mut_ptr(), attributes.as_ptr(), run, work.cast())
-    };
+    let status = unsafe { libc::pthread_create(thread.as_mut_ptr(), attributes.as_ptr(), run, work.cast()) };
     // SAFETY: initialised above, and not used again.
     unsafe { libc::pthread_attr_destroy(attributes.as_mut_ptr()) };
     if status != 0 {
