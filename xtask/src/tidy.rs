@@ -10,7 +10,17 @@ const EDGES: &[(&str, &[&str])] = &[
     ("inlinecrypt-core", &["inlinecrypt-cipher"]),
     ("inlinecrypt-engine", &["inlinecrypt-cipher", "inlinecrypt-core"]),
     ("inlinecrypt-io", &["inlinecrypt-core"]),
-    ("inlinecrypt", &["inlinecrypt-cipher", "inlinecrypt-core", "inlinecrypt-engine", "inlinecrypt-io"]),
+    ("inlinecrypt-roots", &["inlinecrypt-core", "inlinecrypt-engine"]),
+    (
+        "inlinecrypt",
+        &[
+            "inlinecrypt-cipher",
+            "inlinecrypt-core",
+            "inlinecrypt-engine",
+            "inlinecrypt-io",
+            "inlinecrypt-roots",
+        ],
+    ),
     ("inlinecrypt-sim", &["inlinecrypt-core", "inlinecrypt-engine"]),
     ("inlinecrypt-testkit", &[]),
     ("xtask", &[]),

@@ -1,5 +1,6 @@
 //! The one definition of the command line: parsing, help, manual pages and completions all come from it.
 
+use crate::ask::HELPER;
 use crate::keyfile::KeySource;
 use crate::report::EXIT_CODES;
 use crate::size::Size;
@@ -54,6 +55,17 @@ pub(crate) enum Command {
     /// Make keys, wrap them, and look at them
     #[command(subcommand)]
     Key(KeyCommand),
+    /// Make roots, look at them, and change who keeps them
+    ///
+    /// A root wraps keys for storage. It is a secret in a file; what differs is what protects that file:
+    ///
+    /// file: its permissions. passphrase: a passphrase. tpm2: a TPM 2.0, with a PIN and with registers that have to stay
+    /// as they are, if asked for. pkcs11: a key on a token. `inlinecrypt root create --help` shows how each is written.
+    #[command(subcommand)]
+    Root(RootCommand),
+    /// Talk to a TPM or token; started by other commands
+    #[command(name = HELPER, hide = true)]
+    RootHelper,
     /// Look at engines
     #[command(subcommand)]
     Engine(EngineCommand),
@@ -93,12 +105,27 @@ pub(crate) struct EngineArgs {
     /// Engine that encrypts
     #[arg(long, value_name = "SPEC", value_parser = parse_core::<EngineSpec>, help = engine_help())]
     pub(crate) engine: Option<EngineSpec>,
-    /// File of the root, which wraps keys for storage [default: root.key in the home described in `inlinecrypt --help`]
-    #[arg(long, value_name = "PATH", value_parser = parse_core::<RootSpec>)]
+    /// Root, which wraps keys for storage: a file, or what `inlinecrypt root create --help` lists [default: root.key in
+    /// the home described in `inlinecrypt --help`]
+    #[arg(long, value_name = "SPEC", value_parser = parse_core::<RootSpec>)]
     pub(crate) root: Option<RootSpec>,
+    #[command(flatten)]
+    pub(crate) passphrase: PassphraseArgs,
     /// Which keys an engine serves that serves one type only: decided now, or by the first volume [default: first]
     #[arg(long, value_name = "TYPE", value_enum)]
     pub(crate) key_type: Option<KeyTypeArg>,
+}
+
+/// Where passphrases and PINs of roots come from.
+#[derive(Args, Clone, Debug, Default)]
+pub(crate) struct PassphraseArgs {
+    /// Read the root's passphrase or PIN from FILE, for its owner alone; a line feed at the end does not count [default:
+    /// asked for at the terminal]
+    #[arg(long, value_name = "FILE", conflicts_with = "passphrase_fd")]
+    pub(crate) passphrase_file: Option<PathBuf>,
+    /// The same from the open descriptor N
+    #[arg(long, value_name = "N")]
+    pub(crate) passphrase_fd: Option<u32>,
 }
 
 /// What decides which keys an exclusive engine serves.
@@ -165,7 +192,8 @@ A config:
   spec = \"software:slots=8\"
   # key_type = \"first\", \"raw\" or \"wrapped\", for engines that serve one type only
   # policy = \"fair\", or \"upstream\" as in Linux; program_share = 10, the percentage of time for programming keys
-  root = \"root.key\"               # paths are relative to the config
+  root = \"root.key\"               # or tpm2:..., passphrase:..., pkcs11:...; paths are relative to the config
+  # passphrase_file = \"root.pass\", for a root that asks for a passphrase or PIN
 
   [[volume]]
   name = \"db1\"                    # export name; default: the file's, without its extension
@@ -404,6 +432,83 @@ pub(crate) struct KeyInfo {
     pub(crate) engine: EngineArgs,
 }
 
+fn root_help() -> String {
+    format!("How the root is kept. One of:\n{}", RootSpec::HELP)
+}
+
+/// What is done with roots.
+#[derive(Debug, Subcommand)]
+pub(crate) enum RootCommand {
+    /// Make a new root
+    ///
+    /// With pkcs11, a key that is missing on the token is made there: AES-256, and it never leaves the token.
+    #[command(after_help = "\
+Examples:
+  inlinecrypt root create /etc/inlinecrypt/root.key
+  inlinecrypt root create passphrase:root.pass
+  inlinecrypt root create tpm2:root.tpm,pcrs=sha256:7,pin
+  inlinecrypt root create pkcs11:token=vault;object=root?module-path=/usr/lib/softhsm/libsofthsm2.so&file=root.token
+
+In a shell, write quotes around a URI: the characters ; ? and & mean something to it.")]
+    Create(RootCreate),
+    /// Show what a root says about itself, without opening it
+    #[command(after_help = "\
+Examples:
+  inlinecrypt root info
+  inlinecrypt root info --json tpm2:root.tpm")]
+    Info(RootInfoArgs),
+    /// Let another keep a root: the same root, so volumes and wrapped keys stay as they are
+    ///
+    /// The file of --to is new, or that of --from; then it is replaced when the new one is on the disk, and not before.
+    #[command(after_help = "\
+Examples:
+  inlinecrypt root rewrap --to tpm2:root.tpm
+      the usual root, by the TPM; the usual file stays and is a copy
+  inlinecrypt root rewrap --from passphrase:root.pass --to passphrase:root.pass
+      another passphrase
+  inlinecrypt root rewrap --from passphrase:root.pass --to tpm2:new.tpm,pcrs=sha256:7
+      after the registers have changed for good, from a copy that a passphrase opens")]
+    Rewrap(RootRewrap),
+}
+
+/// Make a root.
+#[derive(Args, Debug)]
+pub(crate) struct RootCreate {
+    #[arg(value_name = "SPEC", value_parser = parse_core::<RootSpec>, help = root_help())]
+    pub(crate) root: RootSpec,
+    #[command(flatten)]
+    pub(crate) passphrase: PassphraseArgs,
+}
+
+/// Show a root.
+#[derive(Args, Debug)]
+pub(crate) struct RootInfoArgs {
+    /// The root [default: the usual one]
+    #[arg(value_name = "SPEC", value_parser = parse_core::<RootSpec>)]
+    pub(crate) root: Option<RootSpec>,
+    /// As JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Wrap a root anew.
+#[derive(Args, Debug)]
+pub(crate) struct RootRewrap {
+    /// The root as it is kept now [default: the usual one]
+    #[arg(long, value_name = "SPEC", value_parser = parse_core::<RootSpec>)]
+    pub(crate) from: Option<RootSpec>,
+    #[arg(long, value_name = "SPEC", value_parser = parse_core::<RootSpec>, help = root_help())]
+    pub(crate) to: RootSpec,
+    #[command(flatten)]
+    pub(crate) passphrase: PassphraseArgs,
+    /// Like --passphrase-file, for --to
+    #[arg(long, value_name = "FILE", conflicts_with = "new_passphrase_fd")]
+    pub(crate) new_passphrase_file: Option<PathBuf>,
+    /// Like --passphrase-fd, for --to
+    #[arg(long, value_name = "N")]
+    pub(crate) new_passphrase_fd: Option<u32>,
+}
+
 /// What is done with engines.
 #[derive(Debug, Subcommand)]
 pub(crate) enum EngineCommand {
@@ -469,6 +574,8 @@ pub(crate) struct Check {
     /// A config or a volume's description (TOML)
     #[arg(value_name = "CONFIG")]
     pub(crate) config: PathBuf,
+    #[command(flatten)]
+    pub(crate) passphrase: PassphraseArgs,
 }
 
 /// Print completions.

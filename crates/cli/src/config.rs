@@ -31,6 +31,7 @@ pub(crate) struct EngineTable {
     pub(crate) name: String,
     pub(crate) spec: Option<String>,
     pub(crate) root: Option<String>,
+    pub(crate) passphrase_file: Option<String>,
     pub(crate) key_type: Option<String>,
     pub(crate) policy: Option<String>,
     pub(crate) program_share: Option<u8>,
@@ -85,7 +86,7 @@ pub(crate) struct ServerTable {
 /// Which keys each table may have. A test compares it with the types above.
 const KEYS: &[(&str, &[&str])] = &[
     ("", &["engine", "volume", "listen", "server"]),
-    ("engine", &["name", "spec", "root", "key_type", "policy", "program_share"]),
+    ("engine", &["name", "spec", "root", "passphrase_file", "key_type", "policy", "program_share"]),
     (
         "volume",
         &[

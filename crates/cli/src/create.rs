@@ -4,6 +4,7 @@
 //! volume, and the next attempt uses the key and the description that are there already, if they fit. Nothing that
 //! exists is ever overwritten.
 
+use crate::ask::Asker;
 use crate::cli::FallbackArg;
 use crate::files::{self, Staged, shell_word};
 use crate::host::{self, HostEngine};
@@ -47,7 +48,7 @@ pub(crate) struct Made {
 }
 
 impl NewVolume<'_> {
-    pub(crate) fn make(&self) -> Result<Made, Failures> {
+    pub(crate) fn make(&self, asker: &mut Asker) -> Result<Made, Failures> {
         let Self { path, size, settings, fallback, engine, .. } = self;
         let label = path.display().to_string();
         self.check_names()?;
@@ -62,7 +63,7 @@ impl NewVolume<'_> {
         let root = match source.wanted {
             Wanted::Raw => None,
             Wanted::Wrapped => Some(
-                Root::open_or_create(&engine.root)
+                Root::open_or_create(&engine.root, asker.of(engine))
                     .map_err(|error| Failure::of_file("cannot open the root", &error))?,
             ),
         };
@@ -209,14 +210,14 @@ impl NewVolume<'_> {
             name.escape_default()
         );
         if self.name_engine {
-            let EnginePlan { name: _, spec, root, key_type: _, policy: _ } = &self.engine;
-            let inlinecrypt_engine::RootSpec::File(root) = root;
-            let root = std::path::absolute(root).unwrap_or_else(|_| root.clone());
+            let EnginePlan { name: _, spec, root, passphrase_file: _, key_type: _, policy: _ } = &self.engine;
+            let here = std::env::current_dir().unwrap_or_default();
+            let root = root.clone().relative_to(&here);
             let _ = write!(
                 text,
                 "[[engine]]\nname = \"default\"\nspec = {}\nroot = {}\n\n",
                 string(&spec.to_string()),
-                string(&format!("file:{}", root.display()))
+                string(&root.to_string())
             );
         }
         let _ = writeln!(text, "[[volume]]\npath = {}", string(&name));

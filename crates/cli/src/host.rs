@@ -1,6 +1,7 @@
 //! From a plan to admitted keys: roots, engines, keys, layouts, admissions. Opens nothing for writing, so `check` and
 //! `serve` share it.
 
+use crate::ask::Asker;
 use crate::cli::{FallbackArg, TlsArg};
 use crate::files::{self, Medium, quoted, shell_word};
 use crate::identifier::Identifier;
@@ -21,7 +22,7 @@ use inlinecrypt_core::keyslot::Policy;
 use inlinecrypt_core::memory::MemoryPool;
 use inlinecrypt_core::profile::{Admission, CryptoProfile};
 use inlinecrypt_core::volume::Layout;
-use inlinecrypt_engine::{EngineSpec, Root, RootSpec, SoftwareSpec, WrappingKeyId};
+use inlinecrypt_engine::{EngineSpec, Root, SoftwareSpec, WrappingKeyId};
 use inlinecrypt_io::export::nbd::{ClientCertificates, TlsFiles, TlsMode, TlsSetup};
 use rustix::io::Errno;
 use std::fmt::Write as _;
@@ -99,7 +100,7 @@ pub(crate) struct Host {
 
 impl Host {
     /// Starts the engines and admits the keys of all volumes. Every failure is reported; what failed is left out.
-    pub(crate) fn prepare(plan: &Plan) -> (Self, Vec<Failure>) {
+    pub(crate) fn prepare(plan: &Plan, asker: &mut Asker) -> (Self, Vec<Failure>) {
         let mut failures = Vec::new();
         let mut host = Self::default();
         if plan.volumes.iter().any(|volume| volume.fallback != FallbackArg::Off) {
@@ -112,13 +113,13 @@ impl Host {
             let wants_root =
                 |volume: &VolumePlan| volume.engine == index && volume.key.wanted == Wanted::Wrapped;
             let root = if plan.volumes.iter().any(wants_root) {
-                match Root::open(&engine.root) {
+                match Root::open_with(&engine.root, asker.of(engine)) {
                     Ok(root) => Some(root),
                     Err(error) => {
                         let failure = Failure::of_file(format!("engine {}", engine.name), &error);
-                        failures.push(if error.kind() == ErrorKind::NotFound {
+                        failures.push(if error.kind() == ErrorKind::NotFound && !files::exists(engine.root.path()) {
                             failure.advise(
-                                "Name the root that wrapped the keys with --root PATH, or bring it back; a new one \
+                                "Name the root that wrapped the keys with --root SPEC, or bring it back; a new one \
                                  cannot open them.",
                             )
                         } else {
@@ -321,8 +322,7 @@ fn missing(failure: Failure, volume: &VolumePlan, plan: &Plan) -> Failure {
         option("engine", spec.to_string());
     }
     if places::default_root().ok().as_ref() != Some(root) {
-        let RootSpec::File(path) = root;
-        option("root", format!("file:{}", path.display()));
+        option("root", root.to_string());
     }
     let path = shell_word(&volume.path);
     if options.is_empty() && volume.label == volume.path.display().to_string() {

@@ -8,6 +8,7 @@
 //!     host       plan -> engines, keys, admissions, volumes
 //!     create     new volumes: key, description and image, in an order that a crash cannot spoil
 //!     control    the socket by which `status` asks a running server
+//!   ask          passphrases and PINs, and the process that talks to TPMs and tokens
 //!   report       messages and exit codes
 //!   engine-process   not for people: this program as the process in which engines run (`inlinecrypt_engine::isolated`)
 //! ```
@@ -15,6 +16,7 @@
 //! Start reading at `cmd/serve.rs`.
 #![forbid(unsafe_code)]
 
+mod ask;
 mod cli;
 mod cmd;
 mod config;

@@ -43,6 +43,8 @@ pub(crate) struct EnginePlan {
     pub(crate) name: String,
     pub(crate) spec: EngineSpec,
     pub(crate) root: RootSpec,
+    /// What the root asks for, if it does.
+    pub(crate) passphrase_file: Option<PathBuf>,
     pub(crate) key_type: KeyTypeArg,
     pub(crate) policy: Policy,
 }
@@ -339,6 +341,7 @@ pub(crate) fn engine_from(args: &EngineArgs) -> Result<EnginePlan, Failure> {
         name: "default".to_owned(),
         spec: args.engine.unwrap_or_default(),
         root,
+        passphrase_file: None,
         key_type,
         policy: Policy::default(),
     })
@@ -351,18 +354,20 @@ fn engine_plan(
     failures: &mut Vec<Failure>,
 ) -> Option<EnginePlan> {
     let place = file.place(table);
-    let EngineTable { name, spec, root, key_type, policy, program_share } = table.get_ref();
+    let EngineTable { name, spec, root, passphrase_file, key_type, policy, program_share } = table.get_ref();
     let policy = policy_from(policy.as_deref(), *program_share);
     let key_type = key_type.as_deref().map_or(Ok(KeyTypeArg::First), choice);
     let spec = spec.as_deref().map_or(Ok(EngineSpec::default()), str::parse);
-    let root = match root.as_deref().map(str::parse) {
+    let root = match root.as_deref().map(str::parse::<RootSpec>) {
         None => places::default_root(),
-        Some(Ok(RootSpec::File(path))) => Ok(RootSpec::File(relative_to(base, &path))),
+        Some(Ok(root)) => Ok(root.relative_to(base)),
         Some(Err(error)) => Err(Failure::of("root", &error)),
     };
     match (spec, root, key_type, policy) {
         (Ok(spec), Ok(root), Ok(key_type), Ok(policy)) => {
-            Some(EnginePlan { name: name.clone(), spec, root, key_type, policy })
+            let passphrase_file =
+                passphrase_file.as_ref().map(|path| relative_to(base, Path::new(path)));
+            Some(EnginePlan { name: name.clone(), spec, root, passphrase_file, key_type, policy })
         }
         (spec, root, key_type, policy) => {
             failures.extend(policy.err().map(|why| wrong(&place, &why)));

@@ -107,8 +107,12 @@ pub(crate) fn describe(body: &[u8]) -> Vec<(&'static str, String)> {
     vec![
         ("mechanism", kept.way.name().to_owned()),
         ("token", format!("{} (serial {})", kept.token_label, kept.token_serial)),
-        ("key", format!("{} (id {})", kept.key_label, hex(&kept.key_id))),
+        ("key", format!("{}{}", kept.key_label, with_id(&kept.key_id))),
     ]
+}
+
+fn with_id(id: &[u8]) -> String {
+    if id.is_empty() { String::new() } else { format!(" (id {})", hex(id)) }
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -466,7 +470,7 @@ fn wrong_pin(token: &str, info: Option<&TokenInfo>) -> Error {
         Some(info) if info.user_pin_locked() => return locked(token),
         Some(info) if info.user_pin_final_try() => "one more wrong one, and the token locks itself",
         Some(info) if info.user_pin_count_low() => {
-            "it was wrong before, too: the token counts, and does not say how many tries are left"
+            "the token counts wrong ones, and does not say how many tries are left"
         }
         _ => "the token does not say how many tries are left",
     };

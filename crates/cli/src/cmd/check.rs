@@ -1,5 +1,6 @@
 //! `check CONFIG`: whether all of a config can be served. Opens nothing for writing and changes nothing.
 
+use crate::ask::Asker;
 use crate::cli::Check;
 use crate::host::{self, Host};
 use crate::plan::{self, Plan};
@@ -19,7 +20,7 @@ pub(super) fn run(args: &Check) -> Result<(), Failures> {
     if failures.is_empty() {
         failures.extend(host::tls(&plan.listen.tls).err());
     }
-    let (host, more) = Host::prepare(&plan);
+    let (host, more) = Host::prepare(&plan, &mut Asker::new(&args.passphrase));
     failures.extend(more);
     host.tell_notes();
     Failures::check(failures)?;

@@ -1,6 +1,7 @@
 //! `engine info`: what an engine can do, as sysfs shows it under `queue/crypto`. `engine reset`: what a controller goes
 //! through, on a running server.
 
+use crate::ask::Asker;
 use crate::cli::{EngineCommand, EngineInfo, EngineReset};
 use crate::control;
 use crate::host::HostEngine;
@@ -55,7 +56,7 @@ fn reset(EngineReset { control, engine }: EngineReset) -> Result<(), Failure> {
 
 fn info(EngineInfo { engine, json }: EngineInfo) -> Result<(), Failure> {
     let plan = plan::engine_from(&engine)?;
-    let root = match Root::open(&plan.root) {
+    let root = match Root::open_with(&plan.root, &mut Asker::new(&engine.passphrase)) {
         Ok(root) => Some(root),
         // Not made for a look.
         Err(error) if error.kind() == ErrorKind::NotFound && engine.root.is_none() => None,

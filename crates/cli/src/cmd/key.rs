@@ -1,5 +1,6 @@
 //! `key generate | import | prepare | info`: the ladder, with keys on files and standard input and output only.
 
+use crate::ask::Asker;
 use crate::cli::{EngineArgs, KeyCommand, KeyInfo, KeyTransform};
 use crate::files::{self, Secrecy};
 use crate::host::HostEngine;
@@ -122,7 +123,7 @@ fn info(args: &KeyInfo) -> Result<(), Failure> {
         root_id: None,
         key_id: None,
     };
-    match (form, Root::open(&plan.root)) {
+    match (form, Root::open_with(&plan.root, &mut Asker::new(&engine.passphrase))) {
         (Form::Ephemeral, _) => {
             info.reason = Some("only the start of the engine that prepared it does".to_owned());
         }
@@ -172,9 +173,10 @@ enum Roots {
 
 fn open(args: &EngineArgs, roots: Roots) -> Result<HostEngine, Failure> {
     let plan = plan::engine_from(args)?;
+    let mut asker = Asker::new(&args.passphrase);
     let root = match roots {
-        Roots::Existing => Root::open(&plan.root),
-        Roots::MakeIfMissing => Root::open_or_create(&plan.root),
+        Roots::Existing => Root::open_with(&plan.root, &mut asker),
+        Roots::MakeIfMissing => Root::open_or_create(&plan.root, &mut asker),
     }
     .map_err(|error| Failure::of_file("cannot open the root", &error))?;
     HostEngine::start(&plan, Some(&root), None)

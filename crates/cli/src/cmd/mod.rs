@@ -5,6 +5,7 @@ mod completions;
 mod engine;
 mod key;
 mod man;
+mod root;
 mod serve;
 mod status;
 mod volume;
@@ -19,6 +20,8 @@ pub(crate) fn run(command: Command) -> Result<(), Failures> {
         Command::Volume(command) => volume::run(command),
         Command::Key(command) => Ok(key::run(command)?),
         Command::Engine(command) => Ok(engine::run(command)?),
+        Command::Root(command) => Ok(root::run(command)?),
+        Command::RootHelper => Ok(root::helper()?),
         Command::Status(args) => status::run(&args),
         Command::Check(args) => check::run(&args),
         Command::Completions(args) => Ok(completions::run(&args)?),

@@ -7,6 +7,7 @@
 //!
 //! Nobody can connect before everything has succeeded, so a server that fails to start has disturbed nobody.
 
+use crate::ask::Asker;
 use crate::cli::{FallbackArg, Serve, TlsArg};
 use crate::control::{
     self, Answers, ConnectionsReport, ControlServer, EngineReport, KeyslotsReport, ServerReport, SlotReport,
@@ -52,16 +53,19 @@ pub(super) fn run(mut args: Serve) -> Result<(), Failures> {
     if let Some(key) = &mut args.key {
         key.take_stdin()?;
     }
+    let mut asker = Asker::new(&args.engine.passphrase);
     if args.create.is_some() {
         if activated.is_empty() || !args.nbd.is_empty() {
             check_places(&args)?;
         }
-        create(&args)?;
+        create(&args, &mut asker)?;
     }
     let plan = Plan::for_serve(&args)
         .or_else(|failures| Failures::check(failures).map(|()| unreachable!("failed")))?;
     let tls = host::tls(&plan.listen.tls)?;
-    let (host, mut failures) = Host::prepare(&plan);
+    let (host, mut failures) = Host::prepare(&plan, &mut asker);
+    // Wipes what was typed.
+    drop(asker);
     if activated.is_empty() || plan.listen.asked_for {
         failures.extend(plan.listen.places.iter().filter_map(plan::check_place));
     }
@@ -166,7 +170,7 @@ fn check_places(args: &Serve) -> Result<(), Failures> {
     Failures::check(failures)
 }
 
-fn create(args: &Serve) -> Result<(), Failures> {
+fn create(args: &Serve, asker: &mut Asker) -> Result<(), Failures> {
     let (Some(size), [path]) = (args.create, &args.volumes[..]) else {
         return Err(Failure::new(
             Code::Wrong,
@@ -183,7 +187,7 @@ fn create(args: &Serve) -> Result<(), Failures> {
         engine: plan::engine_from(&args.engine)?,
         name_engine: args.engine.engine.is_some() || args.engine.root.is_some(),
     }
-    .make()?;
+    .make(asker)?;
     Ok(())
 }
 

@@ -1,5 +1,6 @@
 //! `volume create | info`
 
+use crate::ask::Asker;
 use crate::cli::{FallbackArg, VolumeCommand, VolumeCreate, VolumeInfo};
 use crate::create::NewVolume;
 use crate::files::{self, Medium, Secrecy, shell_word};
@@ -32,7 +33,7 @@ fn create(args: VolumeCreate) -> Result<(), Failures> {
         engine: plan::engine_from(&engine)?,
         name_engine: engine.engine.is_some() || engine.root.is_some(),
     };
-    let made = new.make()?;
+    let made = new.make(&mut Asker::new(&engine.passphrase))?;
     print(&format!(
         "made {}: {}, {}, data unit {}\n  key          {} ({})\n  description  {}\nTo serve it: inlinecrypt serve {}\n",
         volume.display(),

@@ -4,6 +4,7 @@
 //!   main_job      one command, and the next
 //!   volumes       bad sizes, files, layouts; descriptions
 //!   keys          bad keys and roots; the ladder
+//!   roots         roots of every kind
 //!   configs       configs, and `check`
 //!   control       `status`
 //!   stopping      signals, sockets, service managers
@@ -20,5 +21,6 @@ mod keys;
 mod main_job;
 mod pages;
 mod place;
+mod roots;
 mod stopping;
 mod volumes;

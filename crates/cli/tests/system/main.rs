@@ -23,4 +23,5 @@ mod load;
 mod many_volumes;
 mod others_bugs;
 mod rig;
+mod roots;
 mod trouble;

@@ -141,10 +141,10 @@ pub(super) fn unwrap(
 
 fn check(passphrase: &[u8]) -> Result<(), (ErrorKind, String)> {
     match passphrase.len() {
-        0 => Err((ErrorKind::Invalid, "needs a passphrase, and the one given is empty; give another".into())),
+        0 => Err((ErrorKind::KeyRejected, "needs a passphrase, and the one given is empty; give another".into())),
         1..=PASSPHRASE_BYTES_MAX => Ok(()),
         _ => Err((
-            ErrorKind::Invalid,
+            ErrorKind::KeyRejected,
             format!("takes a passphrase of at most {PASSPHRASE_BYTES_MAX} bytes; give a shorter one"),
         )),
     }
@@ -212,7 +212,7 @@ mod tests {
     fn an_empty_and_an_endless_passphrase_are_refused() {
         let container = wrapped(b"passphrase");
         for wrong in [&b""[..], &[1; PASSPHRASE_BYTES_MAX + 1]] {
-            assert_eq!(unwrap(&container, wrong).unwrap_err().0, ErrorKind::Invalid);
+            assert_eq!(unwrap(&container, wrong).unwrap_err().0, ErrorKind::KeyRejected);
         }
     }
 

@@ -363,8 +363,8 @@ fn a_failed_rewrap_leaves_everything_as_it_was() {
     for (to, kind) in [
         // Something has the name, no passphrase, a helper that says nothing: also in place.
         (format!("passphrase:{}", at("other").display()), ErrorKind::Invalid),
-        (format!("passphrase:{}", at("new").display()), ErrorKind::Invalid),
-        (format!("passphrase:{}", path.display()), ErrorKind::Invalid),
+        (format!("passphrase:{}", at("new").display()), ErrorKind::KeyRejected),
+        (format!("passphrase:{}", path.display()), ErrorKind::KeyRejected),
         (format!("tpm2:{}", path.display()), ErrorKind::EngineFailed),
     ] {
         let error =

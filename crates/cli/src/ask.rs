@@ -1,0 +1,152 @@
+//! Passphrases and PINs: from a file, a descriptor or the terminal, and never from arguments or the environment.
+
+use crate::cli::PassphraseArgs;
+use crate::files::{self, Secrecy};
+use crate::plan::EnginePlan;
+use crate::report::{Code, Failure};
+use inlinecrypt_core::error::{Error, ErrorKind, Op};
+use inlinecrypt_engine::Ask;
+use inlinecrypt_engine::root::{PASSPHRASE_BYTES_MAX, Question, strip_line_feed};
+use std::collections::HashMap;
+use std::fmt;
+use std::io;
+use std::os::unix::process::CommandExt as _;
+use std::path::PathBuf;
+use std::process::Command;
+use zeroize::Zeroizing;
+
+/// The subcommand that talks to TPMs and tokens.
+pub(crate) const HELPER: &str = "root-helper";
+
+/// Answers the questions of one command. Who was asked once is not asked again for the same root; with this, everything
+/// that was answered is wiped.
+pub(crate) struct Asker {
+    source: Source,
+    /// What the config says about the engine whose root is asked for.
+    of_engine: Option<PathBuf>,
+    given: HashMap<PathBuf, Zeroizing<Vec<u8>>>,
+}
+
+/// Where the command line says that passphrases are.
+enum Source {
+    Terminal,
+    File(PathBuf),
+    /// A descriptor gives what it has once, to the first who reads it.
+    Descriptor(PathBuf, Option<Zeroizing<Vec<u8>>>),
+}
+
+impl Asker {
+    pub(crate) fn new(args: &PassphraseArgs) -> Self {
+        let PassphraseArgs { passphrase_file, passphrase_fd } = args;
+        let source = match (passphrase_file, passphrase_fd) {
+            (Some(path), _) => Source::File(path.clone()),
+            (None, Some(number)) => Source::Descriptor(format!("/dev/fd/{number}").into(), None),
+            (None, None) => Source::Terminal,
+        };
+        Self { source, of_engine: None, given: HashMap::new() }
+    }
+
+    /// The same, for the root of `engine`: its config may name a file.
+    pub(crate) fn of(&mut self, engine: &EnginePlan) -> &mut Self {
+        self.of_engine.clone_from(&engine.passphrase_file);
+        self
+    }
+}
+
+impl Ask for Asker {
+    fn secret(&mut self, question: &Question<'_>) -> Result<Zeroizing<Vec<u8>>, Error> {
+        let own = |bytes: &Zeroizing<Vec<u8>>| Zeroizing::new(bytes.to_vec());
+        if let Some(path) = &self.of_engine {
+            return read(path.clone());
+        }
+        match &mut self.source {
+            Source::File(path) => read(path.clone()),
+            Source::Descriptor(_, Some(given)) => Ok(own(given)),
+            Source::Descriptor(path, given) => Ok(own(given.insert(read(path.clone())?))),
+            Source::Terminal => {
+                let path = question.spec.path();
+                if let Some(given) = self.given.get(path).filter(|_| !question.is_new) {
+                    return Ok(own(given));
+                }
+                let typed = type_in(question)?;
+                self.given.insert(path.to_owned(), own(&typed));
+                Ok(typed)
+            }
+        }
+    }
+
+    fn helper(&mut self) -> Result<Command, Error> {
+        // This very program, even if another lies under its name by now.
+        let mut command = Command::new("/proc/self/exe");
+        command.arg0("inlinecrypt").arg(HELPER);
+        Ok(command)
+    }
+}
+
+/// Shows nothing that was answered.
+impl fmt::Debug for Asker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self.source {
+            Source::Terminal => "Asker(terminal)",
+            Source::File(_) => "Asker(file)",
+            Source::Descriptor(..) => "Asker(descriptor)",
+        })
+    }
+}
+
+fn read(path: PathBuf) -> Result<Zeroizing<Vec<u8>>, Error> {
+    let mut bytes = files::read(&path, "passphrase file", Secrecy::Secret, PASSPHRASE_BYTES_MAX)
+        .map_err(|Failure { code, what, advice }| {
+            let kind = match code {
+                Code::Refused => ErrorKind::Permission,
+                _ => ErrorKind::NotFound,
+            };
+            Error::new(kind, Op::Open).detail(format!("{what}; {advice}"))
+        })?;
+    strip_line_feed(&mut bytes);
+    Ok(bytes)
+}
+
+fn type_in(question: &Question<'_>) -> Result<Zeroizing<Vec<u8>>, Error> {
+    let prompt = |text: String| {
+        let typed = rpassword::prompt_password(text).map_err(|why: io::Error| {
+            Error::new(ErrorKind::Permission, Op::Open).detail(format!(
+                "{question}: there is no terminal to type it in; give it with --passphrase-file FILE or \
+                 --passphrase-fd N"
+            ))
+            .because(why)
+        })?;
+        Ok::<_, Error>(Zeroizing::new(typed.into_bytes()))
+    };
+    let typed = prompt(format!("{question}: "))?;
+    if question.is_new && prompt(format!("{question}, again: "))? != typed {
+        let why = format!("{question}: both times something else was typed; try again");
+        return Err(Error::new(ErrorKind::Invalid, Op::Open).detail(why));
+    }
+    Ok(typed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use inlinecrypt_engine::RootSpec;
+    use inlinecrypt_engine::root::Keeper;
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt as _;
+
+    #[test]
+    fn a_file_gives_a_passphrase_without_its_line_feed_if_nobody_else_can_read_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("p");
+        fs::write(&path, b"word \n").unwrap();
+        let spec = RootSpec::Passphrase("r".into());
+        let question = Question { keeper: Keeper::Passphrase, spec: &spec, is_new: false };
+        let mut asker =
+            Asker::new(&PassphraseArgs { passphrase_file: Some(path.clone()), passphrase_fd: None });
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        assert_eq!(**asker.secret(&question).unwrap(), *b"word ");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
+        assert_eq!(asker.secret(&question).unwrap_err().kind(), ErrorKind::Permission);
+        assert_eq!(format!("{asker:?}"), "Asker(file)");
+    }
+}
