@@ -854,7 +854,7 @@ mod loom_tests {
     use super::*;
     use crate::caps::{KeyTypes, UnitMask};
     use crate::config::{DataUnitSize, Hardware};
-    use crate::engine::{Direction, Engine, Exclusive, KeyLadder, KeyRef, SlotIndex};
+    use crate::engine::{Direction, Engine, Exclusive, KeyLadder, KeyRef, Piece, SlotIndex};
     use crate::error::Op;
     use crate::key::{EphemeralWrappedKey, Key, KeyForm, LongTermWrappedKey, RawKey, SoftwareSecret};
     use crate::keyslot::Policy;
@@ -908,9 +908,8 @@ mod loom_tests {
             &self,
             _: KeyRef<'_>,
             _: Direction,
-            _: Dun,
             _: &mut dyn Memory,
-            _: Range<usize>,
+            _: &mut [Piece],
         ) -> Result<(), Error> {
             Ok(())
         }

@@ -28,6 +28,28 @@ pub enum Direction {
     Decrypt,
 }
 
+/// Work for [`Engine::crypt`]: whole data units that lie side by side in memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// DUN of the first data unit.
+    pub first: Dun,
+    /// Where the data units lie in the memory, in bytes.
+    pub range: Range<usize>,
+}
+
+impl Piece {
+    /// Takes everything off the piece: it is done.
+    pub fn finish(&mut self) {
+        self.range.start = self.range.end;
+    }
+
+    /// Whether nothing is left of it.
+    #[must_use]
+    pub fn is_done(&self) -> bool {
+        self.range.is_empty()
+    }
+}
+
 /// The key of one request.
 #[derive(Clone, Copy, Debug)]
 pub enum KeyRef<'k> {
@@ -45,15 +67,16 @@ pub enum KeyRef<'k> {
 ///   granted, except to put the same key back after a reset.
 /// - `crypt` gets only a keyslot that a successful `program` filled ([`KeyRef::Inline`] on an engine with no
 ///   keyslots), a config that [`capabilities`](Self::capabilities) allow, memory from
-///   [`memory`](Self::memory), and a range that is a whole number of the key's data units.
+///   [`memory`](Self::memory), and pieces that are whole numbers of the key's data units and do not overlap.
 /// - The key ladder is only used if `capabilities` list hardware-wrapped keys.
 ///
 /// # What an implementation owes
 ///
 /// - After a failed `program` or `evict` the keyslot is **empty**: `crypt` answers
 ///   [`NoKey`](crate::error::ErrorKind::NoKey). It never keeps the former key.
-/// - `crypt` transforms all of the range, or returns an error. `NoKey` means that the range is untouched; after any
-///   other error its content is meaningless and the caller discards it.
+/// - `crypt` transforms all pieces, or returns an error. `NoKey` means that what was transformed has been taken off the
+///   pieces and what they still name is untouched, so that the call can be made again with another keyslot; after any
+///   other error the content of all pieces is meaningless and the caller discards it.
 /// - `crypt` runs on many threads at once, also on one keyslot, and does not wait for other requests.
 /// - Ciphertext depends on key, mode, data unit size and DUN alone, so that any two engines agree byte for byte.
 pub trait Engine: fmt::Debug + Send + Sync {
@@ -82,21 +105,38 @@ pub trait Engine: fmt::Debug + Send + Sync {
     /// [`EngineFailed`](crate::error::ErrorKind::EngineFailed). The keyslot is empty then, too.
     fn evict(&self, slot: Option<SlotIndex>, key: &Key) -> Result<(), Error>;
 
-    /// Transforms `range` of `memory` in place; data unit `i` uses DUN `first + i`.
+    /// Transforms pieces of `memory` in place; data unit `i` of a piece uses DUN `first + i`.
+    ///
+    /// Many pieces in one call cost an engine that is far away one journey.
     ///
     /// # Errors
     ///
-    /// [`NoKey`](crate::error::ErrorKind::NoKey): the keyslot is empty, nothing was touched.
+    /// [`NoKey`](crate::error::ErrorKind::NoKey): the keyslot is empty; what `pieces` still name was not touched.
     /// [`EngineFailed`](crate::error::ErrorKind::EngineFailed),
-    /// [`EngineGone`](crate::error::ErrorKind::EngineGone): the range is meaningless now.
+    /// [`EngineGone`](crate::error::ErrorKind::EngineGone): their content is meaningless now.
     fn crypt(
+        &self,
+        key: KeyRef<'_>,
+        direction: Direction,
+        memory: &mut dyn Memory,
+        pieces: &mut [Piece],
+    ) -> Result<(), Error>;
+
+    /// [`crypt`](Self::crypt) with one piece.
+    ///
+    /// # Errors
+    ///
+    /// The same; how much of the range is still untouched after `NoKey` is not told.
+    fn crypt_range(
         &self,
         key: KeyRef<'_>,
         direction: Direction,
         first: Dun,
         memory: &mut dyn Memory,
         range: Range<usize>,
-    ) -> Result<(), Error>;
+    ) -> Result<(), Error> {
+        self.crypt(key, direction, memory, &mut [Piece { first, range }])
+    }
 
     /// The key ladder. `Some` exactly when the capabilities list hardware-wrapped keys.
     fn key_ladder(&self) -> Option<&dyn KeyLadder>;

@@ -10,7 +10,7 @@ use crate::admission::{
 use crate::caps::Capabilities;
 use crate::config::KeyType;
 use crate::context::runs;
-use crate::engine::{Direction, Engine, KeyLadder, KeyRef, SlotHold};
+use crate::engine::{Direction, Engine, KeyLadder, KeyRef, Piece, SlotHold};
 use crate::env::Clock;
 use crate::error::{Error, ErrorKind, Op};
 use crate::key::{
@@ -552,24 +552,50 @@ impl Request<'_> {
         memory: &mut dyn Memory,
         range: Range<usize>,
     ) -> Result<(), Error> {
-        for run in runs(self.admission.key.config(), first, range.len())? {
-            let bytes = range.start + run.bytes.start..range.start + run.bytes.end;
-            self.crypt_run(direction, run.first, memory, bytes)?;
+        self.crypt_pieces(direction, memory, &mut [Piece { first, range }])
+    }
+
+    /// [`crypt`](Self::crypt) for many pieces at once, which take the keyslot once and go to the engine together.
+    ///
+    /// What `pieces` name afterwards means nothing.
+    ///
+    /// # Errors
+    ///
+    /// The same. The content of all pieces is meaningless then.
+    pub fn crypt_pieces(
+        &mut self,
+        direction: Direction,
+        memory: &mut dyn Memory,
+        pieces: &mut [Piece],
+    ) -> Result<(), Error> {
+        let config = self.admission.key.config();
+        let mut wraps = false;
+        for Piece { first, range } in &*pieces {
+            wraps |= runs(config, *first, range.len())?.nth(1).is_some();
+        }
+        if !wraps {
+            return self.crypt_runs(direction, memory, pieces);
+        }
+        for Piece { first, range } in pieces {
+            for run in runs(config, *first, range.len())? {
+                let range = range.start + run.bytes.start..range.start + run.bytes.end;
+                self.crypt_runs(direction, memory, &mut [Piece { first: run.first, range }])?;
+            }
         }
         Ok(())
     }
 
-    fn crypt_run(
+    /// Pieces whose DUNs do not wrap.
+    fn crypt_runs(
         &mut self,
         direction: Direction,
-        first: Dun,
         memory: &mut dyn Memory,
-        range: Range<usize>,
+        pieces: &mut [Piece],
     ) -> Result<(), Error> {
         let Admission { profile, key, .. } = self.admission;
         let engine = &*profile.engine;
         let Some(keyslots) = &profile.keyslots else {
-            return engine.crypt(KeyRef::Inline(key), direction, first, memory, range);
+            return engine.crypt(KeyRef::Inline(key), direction, memory, pieces);
         };
         let whole_request = self.guard.is_some();
         for _ in 0..LOSSES_MAX {
@@ -577,8 +603,8 @@ impl Request<'_> {
                 Some(guard) => guard,
                 None => keyslots.acquire(key)?,
             };
-            match engine.crypt(KeyRef::Slot(guard.slot()), direction, first, memory, range.clone()) {
-                // The engine was reset, say. Nothing was touched, so ask for the key's keyslot again.
+            match engine.crypt(KeyRef::Slot(guard.slot()), direction, memory, pieces) {
+                // The engine was reset, say. What is left was not touched, so ask for the key's keyslot again.
                 Err(error) if error.kind() == ErrorKind::NoKey => guard.lost(),
                 result => {
                     self.guard = whole_request.then_some(guard);

@@ -3,7 +3,7 @@
 use crate::backing::{Access, Backing, BackingFacts, Durability, Extent};
 use crate::caps::{Capabilities, KeyTypes, UnitMask};
 use crate::config::Mode;
-use crate::engine::{Direction, Engine, KeyLadder, KeyRef, SlotHold, SlotIndex};
+use crate::engine::{Direction, Engine, KeyLadder, KeyRef, Piece, SlotHold, SlotIndex};
 use crate::error::{Error, ErrorKind, Op};
 use crate::key::{Key, KeyForm};
 use crate::memory::{HeapSource, Memory, MemorySource};
@@ -134,18 +134,20 @@ impl Engine for FakeEngine {
         &self,
         key: KeyRef<'_>,
         direction: Direction,
-        first: Dun,
         memory: &mut dyn Memory,
-        range: Range<usize>,
+        pieces: &mut [Piece],
     ) -> Result<(), Error> {
-        let data = &mut memory.bytes_mut()[range];
-        match key {
-            KeyRef::Inline(key) => Self::expand(key)?.crypt(direction, first, data),
-            KeyRef::Slot(slot) => {
-                let held = self.slots[slot.0 as usize].read().unwrap_or_else(PoisonError::into_inner);
-                let held = held.as_ref().ok_or_else(|| Error::new(ErrorKind::NoKey, Op::Crypt))?;
-                held.crypt(direction, first, data);
+        for piece in pieces {
+            let data = &mut memory.bytes_mut()[piece.range.clone()];
+            match key {
+                KeyRef::Inline(key) => Self::expand(key)?.crypt(direction, piece.first, data),
+                KeyRef::Slot(slot) => {
+                    let held = self.slots[slot.0 as usize].read().unwrap_or_else(PoisonError::into_inner);
+                    let held = held.as_ref().ok_or_else(|| Error::new(ErrorKind::NoKey, Op::Crypt))?;
+                    held.crypt(direction, piece.first, data);
+                }
             }
+            piece.finish();
         }
         Ok(())
     }

@@ -17,15 +17,14 @@
 
 use crate::ladder::SoftwareLadder;
 use crate::{Root, SoftwareSpec};
-use inlinecrypt_cipher::{Dun, Mode, UnitCipher};
+use inlinecrypt_cipher::{Mode, UnitCipher};
 use inlinecrypt_core::caps::{Capabilities, DUN_BYTES_MAX, KeyTypes, UnitMask, Unsupported};
-use inlinecrypt_core::engine::{Direction, Engine, KeyLadder, KeyRef, SlotIndex};
+use inlinecrypt_core::engine::{Direction, Engine, KeyLadder, KeyRef, Piece, SlotIndex};
 use inlinecrypt_core::error::{Error, ErrorKind, Op};
 use inlinecrypt_core::key::{Key, KeyForm};
 use inlinecrypt_core::memory::{HeapSource, Memory, MemorySource};
 use std::borrow::Cow;
 use std::fmt;
-use std::ops::Range;
 use std::sync::{Arc, PoisonError, RwLock};
 
 /// An engine that encrypts on the thread that asks.
@@ -129,9 +128,8 @@ impl Engine for SoftwareEngine {
         &self,
         key: KeyRef<'_>,
         direction: Direction,
-        first: Dun,
         memory: &mut dyn Memory,
-        range: Range<usize>,
+        pieces: &mut [Piece],
     ) -> Result<(), Error> {
         let programmed = match key {
             KeyRef::Slot(slot) => self.keyslot(slot, Op::Crypt)?.programmed().ok_or_else(|| {
@@ -143,19 +141,21 @@ impl Engine for SoftwareEngine {
             }
         };
         let Programmed { cipher, unit_bytes } = &*programmed;
-        let data = memory
-            .bytes_mut()
-            .get_mut(range.clone())
-            .ok_or_else(|| invalid(Op::Crypt, format!("bytes {range:?} are not in the memory given")))?;
-        if !data.len().is_multiple_of(*unit_bytes) {
-            return Err(Error::new(ErrorKind::Misaligned, Op::Crypt).detail(format!(
-                "{} bytes are not a whole number of data units of {unit_bytes} bytes",
-                data.len()
-            )));
-        }
-        match direction {
-            Direction::Encrypt => cipher.encrypt(first, *unit_bytes, data),
-            Direction::Decrypt => cipher.decrypt(first, *unit_bytes, data),
+        for piece in pieces {
+            let data = memory.bytes_mut().get_mut(piece.range.clone()).ok_or_else(|| {
+                invalid(Op::Crypt, format!("bytes {:?} are not in the memory given", piece.range))
+            })?;
+            if !data.len().is_multiple_of(*unit_bytes) {
+                return Err(Error::new(ErrorKind::Misaligned, Op::Crypt).detail(format!(
+                    "{} bytes are not a whole number of data units of {unit_bytes} bytes",
+                    data.len()
+                )));
+            }
+            match direction {
+                Direction::Encrypt => cipher.encrypt(piece.first, *unit_bytes, data),
+                Direction::Decrypt => cipher.decrypt(piece.first, *unit_bytes, data),
+            }
+            piece.finish();
         }
         Ok(())
     }
@@ -201,6 +201,7 @@ fn invalid(op: Op, why: impl Into<Cow<'static, str>>) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use inlinecrypt_cipher::Dun;
     use inlinecrypt_core::config::{DataUnitSize, Hardware};
     use inlinecrypt_core::key::RawKey;
     use std::sync::atomic::{AtomicBool, Ordering};
@@ -227,7 +228,7 @@ mod tests {
         let encrypt = || {
             let mut memory = HeapSource.allocate(512).unwrap();
             let key = KeyRef::Slot(SlotIndex(0));
-            engine.crypt(key, Direction::Encrypt, Dun::ZERO, &mut *memory, 0..512).unwrap();
+            engine.crypt_range(key, Direction::Encrypt, Dun::ZERO, &mut *memory, 0..512).unwrap();
             memory.bytes().to_vec()
         };
         let wanted = encrypt();

@@ -11,14 +11,13 @@ use inlinecrypt_cipher::{Dun, Mode, UnitCipher};
 use inlinecrypt_core::caps::Capabilities;
 use inlinecrypt_core::config::KeyType;
 use inlinecrypt_core::engine::{
-    Direction, Engine, Exclusive, KeyLadder, KeyRef, Lifecycle, SlotHold, SlotIndex,
+    Direction, Engine, Exclusive, KeyLadder, KeyRef, Lifecycle, Piece, SlotHold, SlotIndex,
 };
 use inlinecrypt_core::error::{Error, ErrorKind, Op};
 use inlinecrypt_core::key::{EphemeralWrappedKey, Key, KeyForm, KeyId};
 use inlinecrypt_core::memory::{Memory, MemorySource};
 use std::fmt;
 use std::num::NonZeroU32;
-use std::ops::Range;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
@@ -271,29 +270,33 @@ impl Engine for Verified {
         &self,
         key: KeyRef<'_>,
         direction: Direction,
-        first: Dun,
         memory: &mut dyn Memory,
-        range: Range<usize>,
+        pieces: &mut [Piece],
     ) -> Result<(), Error> {
         self.check_running(Op::Crypt)?;
         let request = self.requests.fetch_add(1, Ordering::Relaxed);
         if !self.sample.takes(request) {
-            return self.inner.crypt(key, direction, first, memory, range);
+            return self.inner.crypt(key, direction, memory, pieces);
         }
         let (reference, place) = match key {
             KeyRef::Slot(slot) => (self.reference(slot), format!("keyslot {slot}")),
             KeyRef::Inline(key) => (self.expand(key).map(Arc::new), "no keyslot".to_owned()),
         };
-        let before = memory.bytes().get(range.clone()).map(<[u8]>::to_vec);
-        self.inner.crypt(key, direction, first, memory, range.clone())?;
-        let (Some(reference), Some(mut before)) = (reference, before) else { return Ok(()) };
-        let compared =
-            self.compare(&reference, &place, direction, first, &mut before, &memory.bytes()[range.clone()]);
-        if compared.is_err() {
-            // Meaningless, and not for anybody's eyes.
-            memory.bytes_mut()[range].fill(0);
+        // One by one, so that what was done before the engine loses a key is compared, too.
+        for piece in pieces {
+            let Piece { first, range } = piece.clone();
+            let before = memory.bytes().get(range.clone()).map(<[u8]>::to_vec);
+            self.inner.crypt(key, direction, memory, std::slice::from_mut(piece))?;
+            let (Some(reference), Some(mut before)) = (&reference, before) else { continue };
+            let after = &memory.bytes()[range.clone()];
+            let compared = self.compare(reference, &place, direction, first, &mut before, after);
+            if compared.is_err() {
+                // Meaningless, and not for anybody's eyes.
+                memory.bytes_mut()[range].fill(0);
+                return compared;
+            }
         }
-        compared
+        Ok(())
     }
 
     fn key_ladder(&self) -> Option<&dyn KeyLadder> {
@@ -345,7 +348,7 @@ mod tests {
     fn crypt(engine: &dyn Engine, first: u64) -> Result<Vec<u8>, Error> {
         let mut memory = engine.memory().allocate(2048).unwrap();
         let key = KeyRef::Slot(SlotIndex(0));
-        engine.crypt(key, Direction::Encrypt, Dun::from(first), &mut *memory, 0..2048)?;
+        engine.crypt_range(key, Direction::Encrypt, Dun::from(first), &mut *memory, 0..2048)?;
         Ok(memory.bytes().to_vec())
     }
 
@@ -416,7 +419,9 @@ mod tests {
         let verified = Verified::new(engine("software:slots=0"), Sample::ALL);
         let mut memory = verified.memory().allocate(512).unwrap();
         let key = key(1);
-        verified.crypt(KeyRef::Inline(&key), Direction::Decrypt, Dun::ZERO, &mut *memory, 0..512).unwrap();
+        verified
+            .crypt_range(KeyRef::Inline(&key), Direction::Decrypt, Dun::ZERO, &mut *memory, 0..512)
+            .unwrap();
         assert_eq!(verified.compared(), 1);
     }
 

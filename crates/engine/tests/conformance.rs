@@ -7,7 +7,9 @@ use inlinecrypt_cipher::kdf::{KdfVariant, inline_encryption_key, software_secret
 use inlinecrypt_cipher::{Dun, Mode};
 use inlinecrypt_core::caps::{Capabilities, KeyTypes};
 use inlinecrypt_core::config::{DataUnitSize, Hardware, KeyType};
-use inlinecrypt_core::engine::{Direction, Engine, Exclusive, KeyLadder, KeyRef, Lifecycle, SlotIndex};
+use inlinecrypt_core::engine::{
+    Direction, Engine, Exclusive, KeyLadder, KeyRef, Lifecycle, Piece, SlotIndex,
+};
 use inlinecrypt_core::error::{Error, ErrorKind, Op};
 use inlinecrypt_core::key::{
     EphemeralWrappedKey, Key, KeyForm, LongTermWrappedKey, RawKey, SoftwareSecret, WRAPPED_KEY_BYTES_MAX,
@@ -199,7 +201,7 @@ impl<'e> Bargain<'e> {
         content: &[u8],
     ) -> Result<Vec<u8>, Error> {
         let mut memory = self.memory(content);
-        self.engine.crypt(key, direction, first, &mut *memory, 0..content.len())?;
+        self.engine.crypt_range(key, direction, first, &mut *memory, 0..content.len())?;
         Ok(memory.bytes().to_vec())
     }
 
@@ -208,7 +210,7 @@ impl<'e> Bargain<'e> {
         let content = plaintext(len);
         let mut memory = self.memory(&content);
         let kinds = [Direction::Encrypt, Direction::Decrypt].map(|direction| {
-            let refused = self.engine.crypt(key, direction, Dun::ZERO, &mut *memory, range.clone());
+            let refused = self.engine.crypt_range(key, direction, Dun::ZERO, &mut *memory, range.clone());
             refused.unwrap_err().kind()
         });
         assert!(memory.bytes() == content, "the memory was touched");
@@ -250,7 +252,9 @@ impl<'e> Bargain<'e> {
             for first in self.duns() {
                 let mut memory = self.memory(&content);
                 let range = before..before + len;
-                self.engine.crypt(key_ref, Direction::Encrypt, first, &mut *memory, range.clone()).unwrap();
+                self.engine
+                    .crypt_range(key_ref, Direction::Encrypt, first, &mut *memory, range.clone())
+                    .unwrap();
                 let mut wanted = content.clone();
                 wanted[range.clone()].copy_from_slice(&expected(
                     mode,
@@ -264,10 +268,16 @@ impl<'e> Bargain<'e> {
                 // The last data unit alone, then the others: each stands for itself.
                 let last = range.end - bytes_of(unit)..range.end;
                 self.engine
-                    .crypt(key_ref, Direction::Decrypt, first.wrapping_add(2), &mut *memory, last.clone())
+                    .crypt_range(
+                        key_ref,
+                        Direction::Decrypt,
+                        first.wrapping_add(2),
+                        &mut *memory,
+                        last.clone(),
+                    )
                     .unwrap();
                 let rest = range.start..last.start;
-                self.engine.crypt(key_ref, Direction::Decrypt, first, &mut *memory, rest).unwrap();
+                self.engine.crypt_range(key_ref, Direction::Decrypt, first, &mut *memory, rest).unwrap();
                 assert!(memory.bytes() == content, "{mode} {unit} {first:?}");
             }
             self.stop(&key);
@@ -290,7 +300,7 @@ impl<'e> Bargain<'e> {
         // No data units are a whole number of them.
         for empty in [0..0, unit..unit, 2 * unit..2 * unit] {
             let mut memory = self.memory(&plaintext(2 * unit));
-            self.engine.crypt(key_ref, Direction::Encrypt, Dun::ZERO, &mut *memory, empty).unwrap();
+            self.engine.crypt_range(key_ref, Direction::Encrypt, Dun::ZERO, &mut *memory, empty).unwrap();
             assert_eq!(memory.bytes(), plaintext(2 * unit));
         }
         // And the key is as good as before.
@@ -468,8 +478,13 @@ impl<'e> Bargain<'e> {
                 .map(|_| {
                     let mut memory = self.memory(&plain);
                     let key = KeyRef::Slot(slot);
-                    let result =
-                        self.engine.crypt(key, Direction::Encrypt, Dun::ZERO, &mut *memory, 0..plain.len());
+                    let result = self.engine.crypt_range(
+                        key,
+                        Direction::Encrypt,
+                        Dun::ZERO,
+                        &mut *memory,
+                        0..plain.len(),
+                    );
                     (result.map_err(|why| why.kind()), memory.bytes().to_vec())
                 })
                 .collect();
@@ -924,7 +939,8 @@ impl Faulty {
 
     fn is_programmed(&self, slot: SlotIndex) -> bool {
         let mut memory = self.inner.memory().allocate(0).unwrap();
-        let nothing = self.inner.crypt(KeyRef::Slot(slot), Direction::Encrypt, Dun::ZERO, &mut *memory, 0..0);
+        let nothing =
+            self.inner.crypt_range(KeyRef::Slot(slot), Direction::Encrypt, Dun::ZERO, &mut *memory, 0..0);
         nothing.is_ok()
     }
 
@@ -973,9 +989,8 @@ impl Engine for Faulty {
         &self,
         key: KeyRef<'_>,
         mut direction: Direction,
-        mut first: Dun,
         memory: &mut dyn Memory,
-        mut range: Range<usize>,
+        pieces: &mut [Piece],
     ) -> Result<(), Error> {
         let key = match key {
             KeyRef::Slot(slot) => KeyRef::Slot(self.slot(slot)),
@@ -984,28 +999,33 @@ impl Engine for Faulty {
         if self.has(Fault::DirectionIgnored) {
             direction = Direction::Encrypt;
         }
-        if self.has(Fault::DunHasOneLimb) {
-            first = Dun::from(first.limbs()[0]);
-        }
-        if self.has(Fault::LastUnitForgotten) && range.len() == 3 * 512 {
-            range.end -= 512;
-        }
-        if self.has(Fault::OddEndRoundedDown) && range.start == 0 {
-            range.end -= range.end % 512;
-        }
-        let result = self.inner.crypt(key, direction, first, memory, range.clone());
-        match &result {
-            Ok(()) if self.has(Fault::OneByteTooMuch) => {
-                if let Some(byte) = memory.bytes_mut().get_mut(range.end) {
-                    *byte ^= 1;
+        for piece in pieces {
+            let Piece { mut first, mut range } = piece.clone();
+            if self.has(Fault::DunHasOneLimb) {
+                first = Dun::from(first.limbs()[0]);
+            }
+            if self.has(Fault::LastUnitForgotten) && range.len() == 3 * 512 {
+                range.end -= 512;
+            }
+            if self.has(Fault::OddEndRoundedDown) && range.start == 0 {
+                range.end -= range.end % 512;
+            }
+            let result = self.inner.crypt_range(key, direction, first, memory, range.clone());
+            match &result {
+                Ok(()) if self.has(Fault::OneByteTooMuch) => {
+                    if let Some(byte) = memory.bytes_mut().get_mut(range.end) {
+                        *byte ^= 1;
+                    }
                 }
+                Err(why) if self.has(Fault::NoKeyTouchesData) && why.kind() == ErrorKind::NoKey => {
+                    memory.bytes_mut().fill(0);
+                }
+                _ => {}
             }
-            Err(why) if self.has(Fault::NoKeyTouchesData) && why.kind() == ErrorKind::NoKey => {
-                memory.bytes_mut().fill(0);
-            }
-            _ => {}
+            result?;
+            piece.finish();
         }
-        result
+        Ok(())
     }
 
     fn key_ladder(&self) -> Option<&dyn KeyLadder> {

@@ -5,7 +5,7 @@
 use super::*;
 use crate::caps::{Capabilities, KeyTypes, UnitMask};
 use crate::config::{DataUnitSize, Hardware, Mode};
-use crate::engine::{Direction, Engine, KeyLadder, KeyRef, SlotIndex};
+use crate::engine::{Direction, Engine, KeyLadder, KeyRef, Piece, SlotIndex};
 use crate::error::{Error, ErrorKind, Op};
 use crate::key::{Key, KeyForm, KeyId, RawKey};
 use crate::memory::{HeapSource, Memory, MemorySource};
@@ -86,14 +86,7 @@ impl Engine for FakeEngine {
         Ok(())
     }
 
-    fn crypt(
-        &self,
-        _: KeyRef<'_>,
-        _: Direction,
-        _: Dun,
-        _: &mut dyn Memory,
-        _: Range<usize>,
-    ) -> Result<(), Error> {
+    fn crypt(&self, _: KeyRef<'_>, _: Direction, _: &mut dyn Memory, _: &mut [Piece]) -> Result<(), Error> {
         Ok(())
     }
 

@@ -54,7 +54,7 @@ use inlinecrypt_cipher::{Dun, Mode};
 use inlinecrypt_core::caps::{Capabilities, KeyTypes, UnitMask, Unsupported};
 use inlinecrypt_core::config::KeyType;
 use inlinecrypt_core::engine::{
-    Direction, Engine, Exclusive, KeyLadder, KeyRef, Lifecycle, SlotHold, SlotIndex,
+    Direction, Engine, Exclusive, KeyLadder, KeyRef, Lifecycle, Piece, SlotHold, SlotIndex,
 };
 use inlinecrypt_core::error::{Error, ErrorKind, Op};
 use inlinecrypt_core::key::{EphemeralWrappedKey, Key, KeyForm, LongTermWrappedKey, RawKey, SoftwareSecret};
@@ -63,7 +63,6 @@ use regs::CryptoCfg;
 use scm::SecureWorld;
 use std::borrow::Cow;
 use std::fmt;
-use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use zeroize::Zeroizing;
 
@@ -239,6 +238,34 @@ impl IceEngine {
             self.poison(Op::Program, format!("the engine did not come back from {what}: {why}; restart it"))
         })
     }
+
+    fn transform(
+        &self,
+        slot: SlotIndex,
+        direction: Direction,
+        first: Dun,
+        data: &mut [u8],
+    ) -> Result<(), Error> {
+        let len = data.len();
+        self.controller.crypt(slot.0, direction, first, data).map_err(|fault| match fault {
+            CryptFault::NoSuchSlot => invalid(Op::Crypt, format!("there is no keyslot {slot}")),
+            // Only now does it matter why: a healthy request asks nobody.
+            CryptFault::Off => self.check_running(Op::Crypt).err().unwrap_or_else(|| {
+                Error::new(ErrorKind::NoKey, Op::Crypt).detail(format!("keyslot {slot} is off"))
+            }),
+            CryptFault::BadConfig(cfg) => Error::new(ErrorKind::EngineFailed, Op::Crypt)
+                .detail(format!("keyslot {slot} has a configuration without meaning: {cfg:?}")),
+            CryptFault::Misaligned { unit_bytes } => Error::new(ErrorKind::Misaligned, Op::Crypt)
+                .detail(format!("{len} bytes are not a whole number of data units of {unit_bytes} bytes")),
+            CryptFault::DunTooLong => invalid(
+                Op::Crypt,
+                format!(
+                    "a data unit number does not fit the {} bytes that the engine has",
+                    self.spec.dun_bytes
+                ),
+            ),
+        })
+    }
 }
 
 impl fmt::Debug for IceEngine {
@@ -314,37 +341,21 @@ impl Engine for IceEngine {
         &self,
         key: KeyRef<'_>,
         direction: Direction,
-        first: Dun,
         memory: &mut dyn Memory,
-        range: Range<usize>,
+        pieces: &mut [Piece],
     ) -> Result<(), Error> {
         let KeyRef::Slot(slot) = key else {
             return Err(invalid(Op::Crypt, "the engine has keyslots, it takes no key with a request"));
         };
         self.check_slot(slot, Op::Crypt)?;
-        let data = memory
-            .bytes_mut()
-            .get_mut(range.clone())
-            .ok_or_else(|| invalid(Op::Crypt, format!("bytes {range:?} are not in the memory given")))?;
-        let len = data.len();
-        self.controller.crypt(slot.0, direction, first, data).map_err(|fault| match fault {
-            CryptFault::NoSuchSlot => invalid(Op::Crypt, format!("there is no keyslot {slot}")),
-            // Only now does it matter why: a healthy request asks nobody.
-            CryptFault::Off => self.check_running(Op::Crypt).err().unwrap_or_else(|| {
-                Error::new(ErrorKind::NoKey, Op::Crypt).detail(format!("keyslot {slot} is off"))
-            }),
-            CryptFault::BadConfig(cfg) => Error::new(ErrorKind::EngineFailed, Op::Crypt)
-                .detail(format!("keyslot {slot} has a configuration without meaning: {cfg:?}")),
-            CryptFault::Misaligned { unit_bytes } => Error::new(ErrorKind::Misaligned, Op::Crypt)
-                .detail(format!("{len} bytes are not a whole number of data units of {unit_bytes} bytes")),
-            CryptFault::DunTooLong => invalid(
-                Op::Crypt,
-                format!(
-                    "a data unit number does not fit the {} bytes that the engine has",
-                    self.spec.dun_bytes
-                ),
-            ),
-        })
+        for piece in pieces {
+            let data = memory.bytes_mut().get_mut(piece.range.clone()).ok_or_else(|| {
+                invalid(Op::Crypt, format!("bytes {:?} are not in the memory given", piece.range))
+            })?;
+            self.transform(slot, direction, piece.first, data)?;
+            piece.finish();
+        }
+        Ok(())
     }
 
     fn key_ladder(&self) -> Option<&dyn KeyLadder> {

@@ -56,7 +56,7 @@ fn wrapped(engine: &IceEngine) -> Arc<Key> {
 fn crypt(engine: &dyn Engine, slot: u32, first: Dun, len: usize) -> Result<Vec<u8>, Error> {
     let mut memory = engine.memory().allocate(len).unwrap();
     let key = KeyRef::Slot(SlotIndex(slot));
-    let result = engine.crypt(key, Direction::Encrypt, first, &mut *memory, 0..len);
+    let result = engine.crypt_range(key, Direction::Encrypt, first, &mut *memory, 0..len);
     if result.as_ref().is_err_and(|why| why.kind() != ErrorKind::EngineFailed) {
         assert_eq!(memory.bytes(), vec![0; len], "touched");
     }

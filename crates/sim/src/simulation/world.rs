@@ -863,7 +863,7 @@ impl World {
         let result = if sabotage == Some(Sabotage::Plaintext) && odd && plain.is_some() {
             Ok(())
         } else {
-            engine.crypt(key_ref, direction, volume.dun(at), &mut *memory, all)
+            engine.crypt_range(key_ref, direction, volume.dun(at), &mut *memory, all)
         };
         match result {
             Ok(()) => {}
@@ -1058,7 +1058,8 @@ impl World {
         };
         let mut memory = or_say(engine.memory().allocate(SECTORS * SECTOR), "memory")?;
         or_say(volume.disk.read(0, memory.bytes_mut()), "the disk")?;
-        let crypted = engine.crypt(key, Direction::Decrypt, volume.dun(0), &mut *memory, 0..SECTORS * SECTOR);
+        let crypted =
+            engine.crypt_range(key, Direction::Decrypt, volume.dun(0), &mut *memory, 0..SECTORS * SECTOR);
         or_say(crypted, "the other engine")?;
         Ok(memory.bytes().to_vec())
     }
