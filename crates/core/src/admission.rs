@@ -9,14 +9,19 @@
 //! ```text
 //!             first admission, or declared          engine switched
 //!   Undecided ---------------------------> Switching ---------------> Committed   for ever
-//!                                              |
-//!                                              `-- switch failed ---> Poisoned    until the engine is started again
+//!       ^                                   ^  |
+//!       |                                   |  `-- switch failed ---> Poisoned    until the engine is started again
+//!       |                                   |
+//!       `--- nothing holds it to a type -- restarted -- keys are admitted, or it was declared: to what it was
 //! ```
 //!
+//! An engine that was started again has not been told anything. If a key is admitted, or somebody declared the type, it is
+//! switched to what it was before; everybody else decides anew.
+//!
 //! Invariants (checked by [`AdmissionTable::check`]):
-//! - a key that was admitted is never refused later: nothing leads out of Committed, and what Poisoned refuses was not
-//!   admitted;
-//! - all keys that an exclusive engine serves have the type that it is committed to;
+//! - a key that was admitted is never refused later: nothing leads out of Committed while one is admitted but the same
+//!   switch once more, and what Poisoned refuses was not admitted;
+//! - all keys that an exclusive engine serves have the type that it is committed to, or is to be committed to again;
 //! - a refused or dropped admission reserves nothing but, at most, the one switch that it caused while others waited;
 //! - pins leave at least one keyslot free.
 
@@ -287,12 +292,10 @@ pub struct Application {
 /// What the table wants done.
 #[derive(Debug)]
 pub enum Action {
-    /// Switch the engine to this key type, then report [`AdmissionTable::switched`]. By this applicant.
+    /// Switch the engine to this key type, then report [`AdmissionTable::switched`].
     Commit {
         /// The key type.
         key_type: KeyType,
-        /// Who does it.
-        by: Applicant,
     },
     /// The applicant is admitted.
     Admit {
@@ -319,7 +322,7 @@ pub enum Mode {
     Undecided,
     /// It is being switched.
     Switching(Lock),
-    /// One of them, for ever.
+    /// One of them, for as long as a key is admitted or somebody declared it, restarts included.
     Committed(Lock),
     /// None: the switch failed.
     Poisoned(Lock),
@@ -339,8 +342,12 @@ pub struct AdmissionTable {
     mode: Mode,
     admitted: BTreeMap<KeyId, Admitted>,
     waiting: Vec<(Applicant, Application)>,
-    /// Who declared the mode, while the engine is being switched for that.
-    declaring: Option<Applicant>,
+    /// Who declares the type that the engine is being switched to.
+    declaring: Vec<Applicant>,
+    /// The type was declared: it holds, whether keys are admitted or not.
+    declared: bool,
+    /// The engine was started again while it was being switched, so how that ended means nothing.
+    switch_again: bool,
     last: u64,
 }
 
@@ -349,7 +356,16 @@ impl AdmissionTable {
     #[must_use]
     pub fn new(keyslots: u32, exclusive: bool) -> Self {
         let mode = if exclusive { Mode::Undecided } else { Mode::Settled };
-        Self { keyslots, mode, admitted: BTreeMap::new(), waiting: Vec::new(), declaring: None, last: 0 }
+        Self {
+            keyslots,
+            mode,
+            admitted: BTreeMap::new(),
+            waiting: Vec::new(),
+            declaring: Vec::new(),
+            declared: false,
+            switch_again: false,
+            last: 0,
+        }
     }
 
     /// A key asks to be served by the engine, whose capabilities it suits. An action with its number answers, now or when
@@ -365,8 +381,8 @@ impl AdmissionTable {
         let applicant = self.next_applicant();
         match &self.mode {
             Mode::Undecided => {
-                self.declaring = Some(applicant);
-                self.start_switch(key_type, "declared".to_owned(), now, applicant, actions);
+                self.declaring.push(applicant);
+                self.start_switch(Lock { key_type, by: "declared".to_owned(), since: now }, actions);
             }
             Mode::Committed(lock) | Mode::Switching(lock) if lock.key_type != key_type => {
                 actions.push(Action::Refuse { applicant, reason: Reason::Locked(lock.clone()) });
@@ -374,7 +390,9 @@ impl AdmissionTable {
             Mode::Poisoned(lock) => {
                 actions.push(Action::Refuse { applicant, reason: Reason::Poisoned(lock.clone()) });
             }
-            Mode::Settled | Mode::Committed(_) | Mode::Switching(_) => {
+            Mode::Switching(_) => self.declaring.push(applicant),
+            Mode::Settled | Mode::Committed(_) => {
+                self.declared |= self.mode != Mode::Settled;
                 actions.push(Action::Admit { applicant, served_by: ServedBy::Engine });
             }
         }
@@ -388,7 +406,11 @@ impl AdmissionTable {
     /// If no switch was asked for.
     pub fn switched(&mut self, ok: bool, actions: &mut Vec<Action>) {
         let Mode::Switching(lock) = self.mode.clone() else { unreachable!("no switch was asked for") };
-        if let Some(applicant) = self.declaring.take() {
+        if std::mem::take(&mut self.switch_again) {
+            return self.start_switch(lock, actions);
+        }
+        for applicant in std::mem::take(&mut self.declaring) {
+            self.declared |= ok;
             actions.push(if ok {
                 Action::Admit { applicant, served_by: ServedBy::Engine }
             } else {
@@ -398,6 +420,23 @@ impl AdmissionTable {
         self.mode = if ok { Mode::Committed(lock) } else { Mode::Poisoned(lock) };
         for (applicant, application) in std::mem::take(&mut self.waiting) {
             self.consider(applicant, application, actions);
+        }
+    }
+
+    /// The engine was started again, and has not been told a key type. Admitted keys keep their admissions: if there are
+    /// any, or the type was declared, the engine is to be switched to what it was, and nothing may be programmed before
+    /// that has succeeded. If that fails it is poisoned, and who holds an admission waits for the next start.
+    pub fn restarted(&mut self, actions: &mut Vec<Action>) {
+        match self.mode.clone() {
+            Mode::Settled | Mode::Undecided => {}
+            Mode::Switching(_) => self.switch_again = true,
+            Mode::Committed(lock) | Mode::Poisoned(lock) => {
+                if self.admitted.is_empty() && !self.declared {
+                    self.mode = Mode::Undecided;
+                } else {
+                    self.start_switch(lock, actions);
+                }
+            }
         }
     }
 
@@ -457,15 +496,18 @@ impl AdmissionTable {
     pub fn check(&self) {
         match &self.mode {
             Mode::Settled => {}
-            Mode::Undecided | Mode::Switching(_) | Mode::Poisoned(_) => {
+            Mode::Undecided => {
                 assert!(self.admitted.is_empty(), "nothing is admitted before the engine is committed");
+                assert!(!self.declared, "what was declared is no longer undecided");
             }
-            Mode::Committed(lock) => {
+            // With keys, if the engine was committed before and is, or was, to be committed again.
+            Mode::Switching(lock) | Mode::Poisoned(lock) | Mode::Committed(lock) => {
                 assert!(self.admitted.values().all(|admitted| admitted.key_type == lock.key_type));
             }
         }
+        assert!(!self.switch_again || matches!(self.mode, Mode::Switching(_)), "only a switch is done again");
         assert!(
-            self.waiting.is_empty() || matches!(self.mode, Mode::Switching(_)),
+            (self.waiting.is_empty() && self.declaring.is_empty()) || matches!(self.mode, Mode::Switching(_)),
             "they wait for a switch only"
         );
         assert!(self.pinned() == 0 || self.pinned() < self.keyslots.max(1) || self.keyslots == 0);
@@ -476,16 +518,9 @@ impl AdmissionTable {
         Applicant(self.last)
     }
 
-    fn start_switch(
-        &mut self,
-        key_type: KeyType,
-        by: String,
-        since: Timestamp,
-        applicant: Applicant,
-        actions: &mut Vec<Action>,
-    ) {
-        self.mode = Mode::Switching(Lock { key_type, by, since });
-        actions.push(Action::Commit { key_type, by: applicant });
+    fn start_switch(&mut self, lock: Lock, actions: &mut Vec<Action>) {
+        actions.push(Action::Commit { key_type: lock.key_type });
+        self.mode = Mode::Switching(lock);
     }
 
     fn consider(&mut self, applicant: Applicant, application: Application, actions: &mut Vec<Action>) {
@@ -495,9 +530,10 @@ impl AdmissionTable {
         }
         let reason = match &self.mode {
             Mode::Undecided => {
-                let (key_type, by, now) = (application.key_type, application.label.clone(), application.now);
+                let Application { key_type, ref label, now: since, .. } = application;
+                let lock = Lock { key_type, by: label.clone(), since };
                 self.waiting.push((applicant, application));
-                return self.start_switch(key_type, by, now, applicant, actions);
+                return self.start_switch(lock, actions);
             }
             // Whatever comes of the switch decides. If it fails, the fallback is what is left.
             Mode::Switching(_) => {
@@ -546,6 +582,7 @@ mod tests {
         Apply { key: u64, pin: bool, fallback: bool },
         Declare(bool),
         Switched(bool),
+        Restarted,
         Leave(usize),
     }
 
@@ -555,6 +592,7 @@ mod tests {
                 .prop_map(|(key, pin, fallback)| Step::Apply { key, pin, fallback }),
             1 => any::<bool>().prop_map(Step::Declare),
             3 => prop_oneof![4 => Just(true), 1 => Just(false)].prop_map(Step::Switched),
+            1 => Just(Step::Restarted),
             3 => any::<usize>().prop_map(Step::Leave),
         ]
     }
@@ -580,23 +618,27 @@ mod tests {
         /// Who waits for an answer; `None` for who declared.
         asked: BTreeMap<Applicant, Option<Application>>,
         held: Vec<Application>,
-        /// What the engine was switched to: it takes no second word.
+        /// What the engine was switched to since its start: it takes no second word.
         engine: Option<KeyType>,
-        todo: Option<KeyType>,
+        /// The switch under way, and whether it is the engine's that runs now.
+        todo: Option<(KeyType, bool)>,
+        is_declared: bool,
+        is_exclusive: bool,
     }
 
     impl World {
         fn new(keyslots: u32, exclusive: bool) -> Self {
             let table = AdmissionTable::new(keyslots, exclusive);
-            Self { table, asked: BTreeMap::new(), held: Vec::new(), engine: None, todo: None }
+            let (asked, held) = (BTreeMap::new(), Vec::new());
+            Self { table, asked, held, engine: None, todo: None, is_declared: false, is_exclusive: exclusive }
         }
 
         fn carry_out(&mut self, actions: Vec<Action>) {
             for action in actions {
                 match action {
-                    Action::Commit { key_type, .. } => {
-                        assert!(self.todo.is_none() && self.engine.is_none(), "one switch, once");
-                        self.todo = Some(key_type);
+                    Action::Commit { key_type } => {
+                        assert!(self.todo.is_none() && self.engine.is_none(), "one switch, once a start");
+                        self.todo = Some((key_type, true));
                     }
                     Action::Admit { applicant, served_by } => {
                         let asked = self.asked.remove(&applicant).expect("answered once");
@@ -605,7 +647,7 @@ mod tests {
                             (Some(application), ServedBy::Fallback) => {
                                 assert!(application.fallback_ready && application.key_type == KeyType::Raw);
                             }
-                            (None, _) => {}
+                            (None, _) => self.is_declared = self.is_exclusive,
                         }
                     }
                     Action::Refuse { applicant, reason } => {
@@ -620,6 +662,12 @@ mod tests {
             assert_eq!(self.table.len(), keys.len(), "registered is what was admitted and not left");
             let pins = self.held.iter().filter(|held| held.hold == Hold::Pin).map(|held| held.key);
             assert_eq!(self.table.pinned() as usize, pins.collect::<BTreeSet<_>>().len());
+            if let Mode::Committed(lock) = self.table.mode() {
+                assert_eq!(self.engine, Some(lock.key_type), "the engine serves what the table says");
+            }
+            if self.table.mode() == &Mode::Undecided {
+                assert!(self.engine.is_none() && self.held.is_empty() && !self.is_declared);
+            }
         }
 
         fn apply(&mut self, step: Step) {
@@ -635,9 +683,16 @@ mod tests {
                     self.asked.insert(applicant, None);
                 }
                 Step::Switched(ok) => {
-                    let Some(key_type) = self.todo.take() else { return };
-                    self.engine = ok.then_some(key_type);
+                    let Some((key_type, is_this_start)) = self.todo.take() else { return };
+                    if is_this_start {
+                        self.engine = ok.then_some(key_type);
+                    }
                     self.table.switched(ok, &mut actions);
+                }
+                Step::Restarted => {
+                    self.engine = None;
+                    self.todo = self.todo.map(|(key_type, _)| (key_type, false));
+                    self.table.restarted(&mut actions);
                 }
                 Step::Leave(n) if !self.held.is_empty() => {
                     let held = self.held.swap_remove(n % self.held.len());
@@ -661,6 +716,8 @@ mod tests {
             for step in steps {
                 world.apply(step);
             }
+            world.apply(Step::Switched(true));
+            // It was the switch of an engine that is gone.
             world.apply(Step::Switched(true));
             prop_assert!(world.asked.is_empty(), "everybody gets an answer");
         }
@@ -696,6 +753,77 @@ mod tests {
         assert!(world.held.is_empty() && world.asked.is_empty());
         let text = refusal(&mut world, application(1, false, false));
         assert!(text.contains("failed at 1970-01-01 00:00:01 UTC"), "{text}");
+    }
+
+    #[test]
+    fn poison_ends_with_the_next_start_which_decides_anew() {
+        let mut world = World::new(4, true);
+        world.apply(Step::Apply { key: 1, pin: false, fallback: false });
+        world.apply(Step::Switched(false));
+        assert!(matches!(world.table.mode(), Mode::Poisoned(_)));
+        world.apply(Step::Restarted);
+        assert_eq!(world.table.mode(), &Mode::Undecided);
+        world.apply(Step::Apply { key: 2, pin: false, fallback: false });
+        world.apply(Step::Switched(true));
+        assert_eq!((world.held.len(), world.engine), (1, Some(KeyType::Raw)));
+    }
+
+    #[test]
+    fn admitted_keys_outlive_restarts_and_even_one_whose_switch_fails() {
+        let mut world = World::new(4, true);
+        world.apply(Step::Apply { key: 1, pin: true, fallback: false });
+        world.apply(Step::Switched(true));
+        let Mode::Committed(before) = world.table.mode().clone() else { panic!("committed") };
+        world.apply(Step::Restarted);
+        assert_eq!(
+            world.table.mode(),
+            &Mode::Switching(before.clone()),
+            "to what it was, by whom, since when"
+        );
+        world.apply(Step::Switched(false));
+        assert_eq!((world.table.len(), world.table.pinned()), (1, 1));
+        let text = refusal(&mut world, application(3, false, false));
+        assert!(text.contains("switching it to hardware-wrapped keys for volume 1 failed"), "{text}");
+        world.apply(Step::Restarted);
+        // The other type gets no chance in between.
+        world.apply(Step::Apply { key: 2, pin: false, fallback: false });
+        world.apply(Step::Switched(true));
+        assert_eq!(world.table.mode(), &Mode::Committed(before));
+        assert_eq!(world.held.len(), 1);
+    }
+
+    #[test]
+    fn what_nobody_holds_to_a_type_is_decided_anew_by_the_next_start_but_a_declaration_holds() {
+        for declared in [false, true] {
+            let mut world = World::new(4, true);
+            if declared {
+                world.apply(Step::Declare(true));
+            } else {
+                world.apply(Step::Apply { key: 2, pin: false, fallback: false });
+            }
+            world.apply(Step::Switched(true));
+            world.apply(Step::Leave(0));
+            world.apply(Step::Restarted);
+            world.apply(Step::Apply { key: 1, pin: false, fallback: false });
+            world.apply(Step::Switched(true));
+            assert_eq!(world.held.len(), usize::from(!declared));
+            let serves = if declared { KeyType::Raw } else { KeyType::HardwareWrapped };
+            assert_eq!(world.engine, Some(serves));
+        }
+    }
+
+    /// How the switch of an engine that died meanwhile ended means nothing for the next one.
+    #[test]
+    fn a_restart_during_a_switch_switches_again_whatever_the_first_one_says() {
+        for said in [true, false] {
+            let mut world = World::new(4, true);
+            world.apply(Step::Apply { key: 1, pin: false, fallback: false });
+            world.apply(Step::Restarted);
+            world.apply(Step::Switched(said));
+            assert_eq!((world.held.len(), world.asked.len()), (0, 1));
+            world.apply(Step::Switched(true));
+            assert_eq!((world.held.len(), world.engine), (1, Some(KeyType::HardwareWrapped)));
+        }
     }
 
     #[test]
@@ -737,12 +865,27 @@ mod loom_tests {
     use std::ops::Range;
     use std::sync::Arc;
 
-    /// Serves one key type, switches once, opens every blob.
+    /// Serves one key type, switches once a start, opens every blob.
     #[derive(Debug)]
     struct OneType {
         capabilities: Capabilities,
         committed: Mutex<Option<KeyType>>,
         fails: bool,
+    }
+
+    impl OneType {
+        fn profile(fails: bool) -> (Arc<Self>, Arc<CryptoProfile>) {
+            let capabilities = Capabilities {
+                units: [UnitMask::SERVED; 4],
+                dun_bytes_max: 8,
+                key_types: KeyTypes::BOTH,
+                keyslots: 2,
+            };
+            let engine = Arc::new(Self { capabilities, committed: Mutex::new(None), fails });
+            let pool = MemoryPool::new(4096, 0);
+            let profile = CryptoProfile::new(engine.clone(), pool, Policy::default()).unwrap();
+            (engine, Arc::new(profile))
+        }
     }
 
     impl Engine for OneType {
@@ -783,7 +926,8 @@ mod loom_tests {
             *self.committed.lock().unwrap()
         }
         fn commit(&self, key_type: KeyType) -> Result<(), Error> {
-            assert!(self.committed.lock().unwrap().replace(key_type).is_none(), "switched once");
+            let former = self.committed.lock().unwrap().replace(key_type);
+            assert!(former.is_none_or(|former| former == key_type), "switched once");
             if self.fails { Err(Error::new(ErrorKind::EngineFailed, Op::Admit)) } else { Ok(()) }
         }
     }
@@ -820,15 +964,7 @@ mod loom_tests {
         let mut builder = loom::model::Builder::new();
         builder.preemption_bound.get_or_insert(3);
         builder.check(move || {
-            let capabilities = Capabilities {
-                units: [UnitMask::SERVED; 4],
-                dun_bytes_max: 8,
-                key_types: KeyTypes::BOTH,
-                keyslots: 2,
-            };
-            let engine = Arc::new(OneType { capabilities, committed: Mutex::new(None), fails });
-            let pool = MemoryPool::new(4096, 0);
-            let profile = Arc::new(CryptoProfile::new(engine, pool, Policy::default()).unwrap());
+            let (_engine, profile) = OneType::profile(fails);
             let other = loom::thread::spawn({
                 let profile = profile.clone();
                 move || profile.admit(key(true), Fallback::Off).ok()
@@ -849,5 +985,27 @@ mod loom_tests {
     #[test]
     fn two_key_types_at_once_and_the_switch_fails() {
         race(true);
+    }
+
+    /// The engine dies and is started again while the first key is admitted: whenever that is, the key is admitted and
+    /// the engine that runs in the end serves it.
+    #[test]
+    fn a_restart_at_any_moment_of_the_first_admission() {
+        let mut builder = loom::model::Builder::new();
+        builder.preemption_bound.get_or_insert(3);
+        builder.check(|| {
+            let (engine, profile) = OneType::profile(false);
+            let other = loom::thread::spawn({
+                let (engine, profile) = (engine.clone(), profile.clone());
+                move || {
+                    *engine.committed.lock().unwrap() = None;
+                    profile.restarted().unwrap();
+                }
+            });
+            let admission = profile.admit(key(true), Fallback::Off).unwrap();
+            other.join().unwrap();
+            assert_eq!(engine.committed(), Some(KeyType::HardwareWrapped));
+            drop(admission);
+        });
     }
 }

@@ -4,8 +4,8 @@
 //! request, programming it when need be; dropping the last [`Admission`] evicts it.
 
 use crate::admission::{
-    Action, AdmissionTable, Applicant, Application, Hold, Mode, Reason, Refusal, ServedBy, Terms, Timestamp,
-    decide,
+    Action, AdmissionTable, Applicant, Application, Hold, Lock, Mode, Reason, Refusal, ServedBy, Terms,
+    Timestamp, decide,
 };
 use crate::caps::Capabilities;
 use crate::config::KeyType;
@@ -248,6 +248,8 @@ impl CryptoProfile {
         let mut register = self.register.lock();
         let mut actions = Vec::new();
         register.table.switched(ok, &mut actions);
+        // Who waits until it is over may wait for no answer.
+        self.answered.notify_all();
         (register, actions)
     }
 
@@ -339,6 +341,49 @@ impl CryptoProfile {
         Ok(())
     }
 
+    /// The engine was started again: it knows neither its key type nor any key. Tells it the type once more, if admitted
+    /// keys or a declaration hold it to one, and programs every key again that was in a keyslot. Admissions stay what they
+    /// are; a switch that once failed is forgotten.
+    ///
+    /// Whoever starts the engine again sees to it that what was prepared before opens in the new one, and that the engine
+    /// programs nothing until this returns; requests that ask meanwhile are to wait, not to fail.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::EngineFailed`] if it cannot be switched. Admitted keys wait for the next start; nothing else is
+    /// admitted until then.
+    ///
+    /// # Blocking
+    ///
+    /// Waits for the engine, and for a switch that somebody else has begun.
+    pub fn restarted(&self) -> Result<(), Error> {
+        let mut register = self.register.lock();
+        let mut actions = Vec::new();
+        register.table.restarted(&mut actions);
+        loop {
+            let commit = register.deliver(actions, &self.answered);
+            actions = Vec::new();
+            match commit {
+                Some(key_type) => (register, actions) = self.switch(register, key_type),
+                None if matches!(register.table.mode(), Mode::Switching(_)) => {
+                    register = wait(&self.answered, register);
+                }
+                None => break,
+            }
+        }
+        if let Mode::Poisoned(Lock { key_type, .. }) = register.table.mode() {
+            return Err(Error::new(ErrorKind::EngineFailed, Op::Admit).detail(format!(
+                "engine {} was started again and could not be switched to {key_type} keys",
+                self.name()
+            )));
+        }
+        drop(register);
+        if let Some(keyslots) = &self.keyslots {
+            keyslots.reset();
+        }
+        Ok(())
+    }
+
     /// The profile at this moment.
     #[must_use]
     pub fn status(&self) -> ProfileStatus {
@@ -391,7 +436,7 @@ impl Register {
         let mut commit = None;
         for action in actions {
             match action {
-                Action::Commit { key_type, .. } => commit = Some(key_type),
+                Action::Commit { key_type } => commit = Some(key_type),
                 Action::Admit { applicant, served_by } => drop(self.answers.insert(applicant, Ok(served_by))),
                 Action::Refuse { applicant, reason } => drop(self.answers.insert(applicant, Err(reason))),
             }

@@ -95,6 +95,7 @@ const NEVER_LEAVES: u8 = 1;
 const BLAMES_ANOTHER: u8 = 2;
 const BELIEVES_SWITCHES: u8 = 3;
 const FORGETS_ITS_MODE: u8 = 4;
+const STAYS_POISONED: u8 = 5;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct BentGate<const HOW: u8>(OurGate);
@@ -127,8 +128,18 @@ impl<const HOW: u8> Gate for BentGate<HOW> {
     fn is_pinned(&self, key: KeyId) -> bool {
         self.0.is_pinned(key)
     }
+    fn restarted(&mut self, answers: &mut Vec<Answer>) {
+        let is_ignored = match self.0.mode() {
+            Some(Mode::Committed(_)) => HOW == FORGETS_ITS_MODE,
+            Some(Mode::Poisoned(_)) => HOW == STAYS_POISONED,
+            _ => false,
+        };
+        if !is_ignored {
+            self.0.restarted(answers);
+        }
+    }
     fn mode(&self) -> Option<&Mode> {
-        if HOW == FORGETS_ITS_MODE { None } else { self.0.mode() }
+        self.0.mode()
     }
     fn reserved(&self) -> Option<(usize, usize)> {
         self.0.reserved()
@@ -175,6 +186,7 @@ fn every_bent_table_is_found_out() {
         gate::<FORGETS_ITS_MODE>("admission"),
         "what is served never shrinks for who holds an admission"
     );
+    assert_eq!(gate::<STAYS_POISONED>("admission"), "a refusal has a cause and names it");
 }
 
 #[test]

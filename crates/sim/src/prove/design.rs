@@ -80,6 +80,8 @@ pub trait Gate: Clone + Debug + Eq + Hash + Send + Sync + 'static {
     fn declare(&mut self, _: u8, _: KeyType, _: Timestamp, _: &mut Vec<Answer>) {}
     /// The engine has switched, or could not.
     fn switched(&mut self, _: bool, _: &mut Vec<Answer>) {}
+    /// The engine was started again, and has not been told its mode.
+    fn restarted(&mut self, _: &mut Vec<Answer>) {}
     /// A layer drops its admission. Whether it was the key's last.
     fn leave(&mut self, key: KeyId, hold: Hold) -> bool;
     /// Whether a keyslot is reserved for the key.
@@ -186,7 +188,7 @@ impl OurGate {
         for action in actions {
             answers.push(match action {
                 // Recorded under whoever's admission the engine is being switched for.
-                admission::Action::Commit { key_type, .. } => match self.table.mode() {
+                admission::Action::Commit { key_type } => match self.table.mode() {
                     Mode::Switching(lock) => Answer::Commit(key_type, layer_in(lock)),
                     _ => Answer::Commit(key_type, u8::MAX - 1),
                 },
@@ -254,6 +256,12 @@ impl Gate for OurGate {
     fn switched(&mut self, ok: bool, answers: &mut Vec<Answer>) {
         let mut actions = Vec::new();
         self.table.switched(ok, &mut actions);
+        self.translate(actions, None, answers);
+    }
+
+    fn restarted(&mut self, answers: &mut Vec<Answer>) {
+        let mut actions = Vec::new();
+        self.table.restarted(&mut actions);
         self.translate(actions, None, answers);
     }
 

@@ -97,6 +97,20 @@ impl<G: Gate, S: Slots> Model for World<G, S> {
             }),
         );
         if_possible(
+            faults.switch_failures > 0 && faults.restarts > 0,
+            seen!("an engine whose switch failed serves after a restart", state => {
+                state.has_failed_to_switch() && matches!(state.engine.mode, EngineMode::One(_))
+            }),
+        );
+        if_possible(
+            faults.switch_failures > 0 && faults.restarts > 0,
+            seen!("an admitted key outlives a restart whose switch fails", state => {
+                state.has_failed_to_switch()
+                    && matches!(state.gate.mode(), Some(inlinecrypt_core::admission::Mode::Poisoned(_)))
+                    && state.layers.iter().any(|l| matches!(l.phase, Phase::Admitted(_)))
+            }),
+        );
+        if_possible(
             faults.losses + faults.resets > 0,
             seen!("a request finds its keyslot empty", state => {
                 state.layers.iter().flat_map(|l| &l.seats).any(|seat| matches!(seat, Seat::FoundEmpty(_)))

@@ -216,6 +216,17 @@ pub struct EngineModel {
     reset_untold: bool,
     /// It died, and the next one has not started.
     is_down: bool,
+    /// It was started again, and has not been told its mode: it programs nothing yet.
+    is_returning: bool,
+    /// It is the one before that was told to switch.
+    switch_is_stale: bool,
+}
+
+impl EngineModel {
+    /// Whether requests and programs have to wait for it.
+    fn is_away(&self) -> bool {
+        self.is_down || self.is_returning
+    }
 }
 
 /// A request that waits for a keyslot, in order of arrival.
@@ -280,10 +291,19 @@ pub struct State<G, S> {
     /// What the mode was committed to, by whom.
     committed: Option<(KeyType, u8)>,
     is_declaring: bool,
+    /// A declaration was accepted: it holds over restarts.
+    is_declared: bool,
     declarations_left: u8,
     faults: Faults,
     /// The first promise that was broken.
     pub broken: Option<Broken>,
+}
+
+impl<G, S> State<G, S> {
+    /// Whether a switch has failed, in this history or by the plan's bounds in none.
+    pub(super) fn has_failed_to_switch(&self) -> bool {
+        self.faults.switch_failures == 0
+    }
 }
 
 /// What may happen.
@@ -317,7 +337,7 @@ pub enum Step {
     HearReset,
     /// The engine dies.
     Restart,
-    /// The next one has been started, told its mode, and the wrapped keys were prepared again.
+    /// The next one has been started, and the wrapped keys were prepared again. The table says what to tell it.
     Restarted,
     /// The engine loses a keyslot.
     Lose(u32),
@@ -373,12 +393,15 @@ impl<G: Gate, S: Slots> World<G, S> {
                 untold: vec![false; plan.keyslots as usize],
                 reset_untold: false,
                 is_down: false,
+                is_returning: false,
+                switch_is_stale: false,
             },
             layers: plan.layers.iter().map(layer).collect(),
             queue: Vec::new(),
             pinned: BTreeSet::new(),
             committed: None,
             is_declaring: false,
+            is_declared: false,
             declarations_left: u8::from(plan.declares.is_some()),
             faults: plan.faults,
             broken: None,
@@ -436,7 +459,7 @@ impl<G: Gate, S: Slots> World<G, S> {
             }
             for (seat, content) in layer.seats.iter().enumerate() {
                 match content {
-                    Seat::Granted(_) if !engine.is_down => steps.push(Step::Use(index, number(seat))),
+                    Seat::Granted(_) if !engine.is_away() => steps.push(Step::Use(index, number(seat))),
                     Seat::FoundEmpty(_) => steps.push(Step::Report(index, number(seat))),
                     Seat::Granted(_) | Seat::Free | Seat::Waiting => {}
                 }
@@ -445,18 +468,25 @@ impl<G: Gate, S: Slots> World<G, S> {
         if state.declarations_left > 0 {
             steps.push(Step::Declare);
         }
-        if engine.reset_untold && !engine.is_down {
+        if engine.reset_untold && !engine.is_away() {
             steps.push(Step::HearReset);
+        }
+        if engine.switching.is_some() {
+            steps.push(Step::Switched(true));
+            // One that died in between may say so instead.
+            if state.faults.switch_failures > 0 || engine.is_down || engine.switch_is_stale {
+                steps.push(Step::Switched(false));
+            }
         }
         if engine.is_down {
             steps.push(Step::Restarted);
             return;
         }
-        if engine.switching.is_some() {
-            steps.push(Step::Switched(true));
-            if state.faults.switch_failures > 0 {
-                steps.push(Step::Switched(false));
+        if engine.is_returning {
+            if state.faults.restarts > 0 {
+                steps.push(Step::Restart);
             }
+            return;
         }
         match engine.work {
             Some(Work::Program { .. }) => {
@@ -552,16 +582,7 @@ impl<G: Gate, S: Slots> Turn<'_, G, S> {
                 let now = Timestamp(u64::from(DECLARED) + 1);
                 self.state.gate.declare(DECLARED, key_type, now, &mut self.answers);
             }
-            Step::Switched(ok) => {
-                let key_type = self.state.engine.switching.take().expect("it was asked to");
-                if ok {
-                    self.state.engine.mode = EngineMode::One(key_type);
-                } else {
-                    count(&mut self.state.faults.switch_failures);
-                    self.state.engine.mode = EngineMode::Poisoned;
-                }
-                self.state.gate.switched(ok, &mut self.answers);
-            }
+            Step::Switched(ok) => self.switched(ok),
             Step::TellPin(index) => {
                 let Phase::Untold(ask) = self.layer(index).phase else {
                     unreachable!("offered for these only")
@@ -612,17 +633,21 @@ impl<G: Gate, S: Slots> Turn<'_, G, S> {
             Step::Restart => {
                 count(&mut self.state.faults.restarts);
                 self.wipe();
-                self.state.engine.is_down = true;
-                if let EngineMode::One(_) = self.state.engine.mode {
-                    self.state.engine.mode = EngineMode::Undecided;
+                let engine = &mut self.state.engine;
+                (engine.is_down, engine.is_returning) = (true, false);
+                if engine.mode != EngineMode::Both {
+                    engine.mode = EngineMode::Undecided;
                 }
             }
             Step::Restarted => {
-                self.state.engine.is_down = false;
-                if let Some(Mode::Committed(lock)) = self.state.gate.mode() {
-                    self.state.engine.mode = EngineMode::One(lock.key_type);
-                }
-                self.hear_reset();
+                let engine = &mut self.state.engine;
+                (engine.is_down, engine.is_returning) = (false, true);
+                engine.switch_is_stale = engine.switching.is_some();
+                let is_bound = engine.switch_is_stale || self.held().0 > 0 || self.state.is_declared;
+                self.state.committed = self.state.committed.filter(|_| is_bound);
+                self.state.gate.restarted(&mut self.answers);
+                self.carry_out();
+                self.returned();
             }
             Step::Lose(slot) => {
                 count(&mut self.state.faults.losses);
@@ -632,6 +657,39 @@ impl<G: Gate, S: Slots> Turn<'_, G, S> {
         }
         self.carry_out();
         self.check();
+    }
+
+    fn switched(&mut self, ok: bool) {
+        let engine = &mut self.state.engine;
+        let key_type = engine.switching.take().expect("it was asked to");
+        // What a dead engine says of itself changes nothing in the next one.
+        if !std::mem::take(&mut engine.switch_is_stale) && !engine.is_down {
+            if ok {
+                engine.mode = EngineMode::One(key_type);
+            } else {
+                count(&mut self.state.faults.switch_failures);
+                engine.mode = EngineMode::Poisoned;
+            }
+        }
+        self.state.gate.switched(ok, &mut self.answers);
+        self.carry_out();
+        self.returned();
+    }
+
+    /// The engine is back once it is told all that it has to be told. If that fails while somebody holds an admission, the
+    /// host starts the next one.
+    fn returned(&mut self) {
+        let engine = &mut self.state.engine;
+        if !engine.is_returning || engine.switching.is_some() {
+            return;
+        }
+        engine.is_returning = false;
+        if engine.mode == EngineMode::Poisoned && self.held().0 > 0 {
+            let engine = &mut self.state.engine;
+            (engine.is_down, engine.mode) = (true, EngineMode::Undecided);
+            return;
+        }
+        self.hear_reset();
     }
 
     fn seat(&mut self, index: u8, seat: u8) -> &mut Seat {
@@ -709,7 +767,11 @@ impl<G: Gate, S: Slots> Turn<'_, G, S> {
         } else {
             // The engine does not take this type of key, and never will.
             outcome = Programmed::Rejected;
-            self.broken(Broken::LostWrite(key));
+            // A key that is just leaving may still be under way to an engine that was started again; nobody misses it.
+            let is_held = (0..).zip(&self.state.layers).any(|(index, layer)| {
+                self.world.key(index) == key && matches!(layer.phase, Phase::Untold(_) | Phase::Admitted(_))
+            });
+            self.expect(!is_held, Broken::LostWrite(key));
         }
         match outcome {
             Programmed::Failed => count(&mut self.state.faults.program_failures),
@@ -740,12 +802,17 @@ impl<G: Gate, S: Slots> Turn<'_, G, S> {
         for answer in std::mem::take(&mut self.answers) {
             match answer {
                 Answer::Commit(key_type, by) => {
-                    let is_first = self.state.committed.is_none() && self.state.engine.switching.is_none();
+                    let engine = &self.state.engine;
+                    // Once a start. Who holds an admission, or declared it, keeps the next one to what it was.
+                    let is_first = engine.switching.is_none()
+                        && matches!(engine.mode, EngineMode::Undecided)
+                        && self.state.committed.is_none_or(|committed| committed == (key_type, by));
                     self.expect(is_first, Broken::Touched);
                     self.state.committed = Some((key_type, by));
                     self.state.engine.switching = Some(key_type);
                 }
                 Answer::Admit(DECLARED, _) | Answer::Refuse(DECLARED, _) => {
+                    self.state.is_declared |= matches!(answer, Answer::Admit(..));
                     let was_asked = std::mem::replace(&mut self.state.is_declaring, false);
                     self.expect(was_asked, Broken::Answered);
                 }
@@ -783,7 +850,7 @@ impl<G: Gate, S: Slots> Turn<'_, G, S> {
         let key_type = self.world.plan.layers[usize::from(index)].key_type;
         let is_right = match served_by {
             ServedBy::Engine => {
-                !G::PROMISES || self.state.engine.mode.serves(key_type) || self.state.engine.is_down
+                !G::PROMISES || self.state.engine.mode.serves(key_type) || self.state.engine.is_away()
             }
             ServedBy::Fallback => ask.fallback && key_type == KeyType::Raw,
         };
@@ -805,7 +872,7 @@ impl<G: Gate, S: Slots> Turn<'_, G, S> {
                 locked != key_type && names_it(locked, by, self.state) && !ask.fallback
             }
             Refused::Poisoned(locked, by) => {
-                self.state.engine.mode == EngineMode::Poisoned
+                (self.state.engine.mode == EngineMode::Poisoned || self.state.engine.is_down)
                     && names_it(locked, by, self.state)
                     && !(ask.fallback && key_type == KeyType::Raw)
             }
@@ -947,7 +1014,7 @@ impl<G: Gate, S: Slots> Turn<'_, G, S> {
             let serves_all =
                 state.layers.iter().zip(&self.world.plan.layers).all(|(layer, plan)| match layer.phase {
                     Phase::Untold(_) | Phase::Admitted(_) => {
-                        engine.is_down || engine.mode.serves(plan.key_type)
+                        engine.is_away() || engine.mode.serves(plan.key_type)
                     }
                     Phase::Outside | Phase::Asked(_) | Phase::InSoftware | Phase::Leaving => true,
                 });

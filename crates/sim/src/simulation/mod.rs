@@ -95,6 +95,8 @@ seen! {
     evictions: "keys evicted by hand",
     resets: "engine resets",
     restarts: "engine restarts",
+    failed_restarts: "of these, whose switch failed, so that another was started",
+    cures: "of these, of an engine that a failed switch had poisoned",
     power_cuts: "power cuts",
 }
 

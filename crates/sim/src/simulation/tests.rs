@@ -4,8 +4,31 @@ use super::*;
 fn worlds_come_to_a_good_end() {
     let seen = run_all(200).unwrap_or_else(|failure| panic!("{failure}"));
     assert_eq!(seen.requests, seen.answers, "every request was answered once, or lost with the power");
-    let Seen { resets, restarts, power_cuts, failed_programs, losses, refusals, waits, wakes, .. } = seen;
-    for happened in [resets, restarts, power_cuts, failed_programs, losses, refusals, waits, wakes] {
+    let Seen {
+        resets,
+        restarts,
+        failed_restarts,
+        cures,
+        power_cuts,
+        failed_programs,
+        losses,
+        refusals,
+        waits,
+        wakes,
+        ..
+    } = seen;
+    for happened in [
+        resets,
+        restarts,
+        failed_restarts,
+        cures,
+        power_cuts,
+        failed_programs,
+        losses,
+        refusals,
+        waits,
+        wakes,
+    ] {
         assert!(happened > 0, "a simulation in which little happens shows little:\n{seen}");
     }
 }

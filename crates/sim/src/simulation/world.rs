@@ -259,7 +259,7 @@ impl World {
         }
         let variant = random.pick(&IceVariant::ALL);
         let mut faults = engine_faults(random);
-        faults.commit_fail = random.percent(4);
+        faults.commit_fail = random.percent(10);
         EngineSpec::Ice(IceSpec { keyslots, faults, seed: random.draw(), ..IceSpec::new(variant) })
     }
 
@@ -527,16 +527,24 @@ impl World {
 
     fn refused(&mut self, number: usize, reason: &Reason) -> Step {
         self.seen.refusals += 1;
-        let volume = &mut self.volumes[number];
+        let volume = &self.volumes[number];
         let is_right = match reason {
             Reason::Locked(lock) => lock.key_type != volume.key_type(),
-            Reason::Poisoned(_) => true,
+            Reason::Poisoned(_) => {
+                // Its owner does what the message says, sometimes.
+                if self.random.percent(50) {
+                    let after = self.soon(500);
+                    self.schedule(after, Event::Restart);
+                }
+                true
+            }
             Reason::NoPinLeft { pinned, keyslots } => volume.hold == Hold::Pin && pinned + 1 >= *keyslots,
             _ => false,
         };
         if !is_right {
             return Err(format!("volume {number} was refused without cause: {reason:?}"));
         }
+        let volume = &mut self.volumes[number];
         volume.state = Opening::Closed;
         volume.refusals += 1;
         if volume.refusals < 3 {
@@ -942,19 +950,46 @@ impl World {
 
     // The large events.
 
-    /// The engine dies. The host starts another, tells it the mode, and prepares the wrapped keys again; whoever holds a
-    /// keyslot finds it empty.
+    /// The engine dies. The host starts another, prepares the wrapped keys again, and tells it the mode if it has to keep
+    /// one; if that fails, it starts yet another. Whoever holds a keyslot finds it empty.
     fn restart(&mut self) -> Step {
         self.seen.restarts += 1;
-        let engine = or_say(open(&self.spec, Some(root())), "starting the engine again")?;
-        match (self.host.admission.mode(), engine.exclusive()) {
-            (admission::Mode::Committed(lock), Some(exclusive)) => {
-                or_say(exclusive.commit(lock.key_type), "telling the next engine its mode")?;
-            }
-            // It stays refused, whatever the next engine could do.
-            (admission::Mode::Poisoned(_), _) => return Ok(()),
-            _ => {}
+        let mut spec = self.spec;
+        if let EngineSpec::Ice(ice) = &mut spec {
+            ice.faults.commit_fail = match self.host.admission.mode() {
+                admission::Mode::Committed(_) => self.random.percent(10),
+                // The next one is better, or nobody would ever see that it is asked again.
+                admission::Mode::Poisoned(_) => {
+                    self.seen.cures += 1;
+                    false
+                }
+                _ => ice.faults.commit_fail,
+            };
         }
+        loop {
+            self.start_engine(&spec)?;
+            let mut actions = Vec::new();
+            self.host.admission.restarted(&mut actions);
+            let Some(admission::Action::Commit { key_type }) = actions.pop() else { break };
+            let exclusive = self.host.engine.exclusive().ok_or("an engine for both types was to switch")?;
+            let ok = exclusive.commit(key_type).is_ok();
+            let mut actions = Vec::new();
+            self.host.admission.switched(ok, &mut actions);
+            self.answer(actions)?;
+            if ok {
+                break;
+            }
+            self.seen.failed_restarts += 1;
+            if let EngineSpec::Ice(ice) = &mut spec {
+                ice.faults.commit_fail = false;
+            }
+        }
+        self.reset_happened();
+        Ok(())
+    }
+
+    fn start_engine(&mut self, spec: &EngineSpec) -> Step {
+        let engine = or_say(open(spec, Some(root())), "starting the engine again")?;
         for volume in &mut self.volumes {
             if volume.key_type() == KeyType::HardwareWrapped && volume.key.is_some() {
                 // The handle stays; the keyslots do not notice.
@@ -963,7 +998,6 @@ impl World {
             }
         }
         self.host.engine = engine;
-        self.reset_happened();
         Ok(())
     }
 
