@@ -8,10 +8,11 @@
 //! Source: Linux `crypto/essiv.c`, and `Documentation/filesystems/fscrypt.rst`, "Contents encryption"; CBC: SP 800-38A
 //! 6.2.
 //!
-//! Encryption takes several data units in step where the CPU has code for that (`simd::cbc`); the rest, and all
-//! decryption, is AWS-LC's, unit by unit.
+//! Our own kernels decrypt many blocks of a unit at once, and encrypt several units in step (`simd::aes`); for a CPU
+//! without AES instructions AWS-LC does both, unit by unit.
 
-use crate::simd::{awslc, cbc};
+use crate::simd::aes::{CbcKey, Kernel};
+use crate::simd::awslc;
 use crate::unit::{assert_promise, low_128_bits};
 use crate::{Dun, Mode, UnitCipher};
 use aes::cipher::{BlockCipherEncrypt, KeyInit};
@@ -22,30 +23,45 @@ use zeroize::Zeroizing;
 
 /// AES-128-CBC-ESSIV with a key of 16 bytes.
 pub(crate) fn aes_128(key: &[u8]) -> Box<dyn UnitCipher> {
-    Box::new(Aes128CbcEssiv::new(key.try_into().expect("length checked by ModeInfo::expand")))
+    match Kernel::best() {
+        Some(kernel) => aes_128_by(kernel, key),
+        None => aes_128_by_library(key),
+    }
 }
 
-/// Data units whose IVs are made together: AES takes several blocks at once faster than one by one.
+/// The same by one of our kernels.
+pub(crate) fn aes_128_by(kernel: Kernel, key: &[u8]) -> Box<dyn UnitCipher> {
+    let key = key.try_into().expect("length checked by ModeInfo::expand");
+    Box::new(Aes128CbcEssiv::new(key, Cbc::Kernel(CbcKey::new(kernel, key))))
+}
+
+/// The same by AWS-LC, for CPUs without AES instructions and for comparison.
+pub(crate) fn aes_128_by_library(key: &[u8]) -> Box<dyn UnitCipher> {
+    let key = key.try_into().expect("length checked by ModeInfo::expand");
+    Box::new(Aes128CbcEssiv::new(key, Cbc::Library(awslc::Key::new(awslc::Algorithm::Aes128Cbc, key))))
+}
+
+/// Data units whose IVs are made together: AES takes several blocks at once faster than one by one. A multiple of what
+/// goes in step, so that no units are left over in the midst of a long call.
 const UNITS: usize = 64;
 
-const _: () = assert!(UNITS.is_multiple_of(cbc::LANES_MAX), "no units left over in the midst of a long call");
-
 struct Aes128CbcEssiv {
-    cbc: awslc::Key<16>,
-    /// The same key, for encryption in step. `None` if this CPU has no code for it.
-    in_step: Option<cbc::Key>,
+    cbc: Cbc,
     iv: Aes256Enc,
 }
 
+/// Who computes CBC.
+#[derive(Debug)]
+enum Cbc {
+    Kernel(Box<CbcKey>),
+    Library(awslc::Key<16>),
+}
+
 impl Aes128CbcEssiv {
-    fn new(key: &[u8; 16]) -> Self {
+    fn new(key: &[u8; 16], cbc: Cbc) -> Self {
         let mut salt = Zeroizing::new([0; 32]);
         Sha256::new_with_prefix(key).finalize_into((&mut *salt).into());
-        Self {
-            cbc: awslc::Key::new(awslc::Algorithm::Aes128Cbc, key),
-            in_step: cbc::Key::new(key),
-            iv: Aes256Enc::new((&*salt).into()),
-        }
+        Self { cbc, iv: Aes256Enc::new((&*salt).into()) }
     }
 
     /// Calls `crypt` for runs of up to [`UNITS`] data units, with their IVs.
@@ -73,27 +89,25 @@ impl Aes128CbcEssiv {
 
 impl UnitCipher for Aes128CbcEssiv {
     fn encrypt(&self, first: Dun, unit_bytes: usize, data: &mut [u8]) {
-        let Some(in_step) = &self.in_step else {
-            self.cbc.with(awslc::Direction::Encrypt, |context| {
-                self.for_runs(first, unit_bytes, data, |ivs, run| crypt_units(context, unit_bytes, ivs, run));
-            });
-            return;
-        };
-        self.for_runs(first, unit_bytes, data, |ivs, run| {
-            let done = in_step.encrypt(ivs, unit_bytes, run);
-            // Only a call's last run leaves units over, so a context is borrowed once at the most.
-            if done < ivs.len() {
-                self.cbc.with(awslc::Direction::Encrypt, |context| {
-                    crypt_units(context, unit_bytes, &ivs[done..], &mut run[done * unit_bytes..]);
-                });
+        match &self.cbc {
+            Cbc::Kernel(key) => {
+                self.for_runs(first, unit_bytes, data, |ivs, run| key.encrypt(ivs, unit_bytes, run));
             }
-        });
+            Cbc::Library(key) => key.with(awslc::Direction::Encrypt, |context| {
+                self.for_runs(first, unit_bytes, data, |ivs, run| crypt_units(context, unit_bytes, ivs, run));
+            }),
+        }
     }
 
     fn decrypt(&self, first: Dun, unit_bytes: usize, data: &mut [u8]) {
-        self.cbc.with(awslc::Direction::Decrypt, |context| {
-            self.for_runs(first, unit_bytes, data, |ivs, run| crypt_units(context, unit_bytes, ivs, run));
-        });
+        match &self.cbc {
+            Cbc::Kernel(key) => {
+                self.for_runs(first, unit_bytes, data, |ivs, run| key.decrypt(ivs, unit_bytes, run));
+            }
+            Cbc::Library(key) => key.with(awslc::Direction::Decrypt, |context| {
+                self.for_runs(first, unit_bytes, data, |ivs, run| crypt_units(context, unit_bytes, ivs, run));
+            }),
+        }
     }
 }
 
@@ -106,26 +120,7 @@ fn crypt_units(context: &mut awslc::Context, unit_bytes: usize, ivs: &[[u8; 16]]
 
 impl fmt::Debug for Aes128CbcEssiv {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { cbc: _, in_step: _, iv: _ } = self;
-        f.debug_struct("Aes128CbcEssiv").finish_non_exhaustive()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_cpu_without_code_for_it_gets_the_same_bytes() {
-        let key = [3; 16];
-        let with = Aes128CbcEssiv::new(&key);
-        let without = Aes128CbcEssiv { in_step: None, ..Aes128CbcEssiv::new(&key) };
-        for units in [1, 4, 7, 8, 64, 65, 150] {
-            let dun = Dun::from_limbs([u64::MAX - 3, 0, 0, 0]);
-            let (mut one, mut other) = (vec![5; units * 512], vec![5; units * 512]);
-            with.encrypt(dun, 512, &mut one);
-            without.encrypt(dun, 512, &mut other);
-            assert!(one == other, "{units} units");
-        }
+        let Self { cbc, iv: _ } = self;
+        f.debug_struct("Aes128CbcEssiv").field("cbc", cbc).finish_non_exhaustive()
     }
 }

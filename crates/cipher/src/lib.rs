@@ -29,10 +29,12 @@ mod unit;
 pub use dun::Dun;
 pub use mode::{KeyError, MODES, Mode, ModeInfo, SectorUpdate, UnitCipher};
 
-/// For `benches/cipher.rs` alone: what lies beneath, without our layers, to be measured beside them.
+/// For benchmarks and tests alone: what lies beneath, to be measured and compared one by one.
 #[doc(hidden)]
 pub mod beneath {
+    use crate::simd::aes::{Kernel, rounds_alone};
     use crate::simd::awslc::{Algorithm, Context, Direction};
+    use crate::{Mode, UnitCipher, adiantum, essiv, xts};
 
     /// Bare AWS-LC encryption: `data` is one unit, `iv` its IV. Makes one context, not shareable between threads.
     pub fn aes_256_xts_encryptor(key: &[u8]) -> impl FnMut(&[u8; 16], &mut [u8]) + use<> {
@@ -44,5 +46,34 @@ pub mod beneath {
     pub fn aes_256_xts_decryptor(key: &[u8]) -> impl FnMut(&[u8; 16], &mut [u8]) + use<> {
         let mut context = Context::new(Algorithm::Aes256Xts, Direction::Decrypt, key);
         move |iv, data| context.crypt(iv, data)
+    }
+
+    /// A mode's cipher with `key` in every way that this CPU has, by name: each kernel of ours, the one in use first,
+    /// then the library. Modes that have one way alone: `portable`.
+    ///
+    /// # Panics
+    ///
+    /// If the mode does not accept the key.
+    pub fn ways(mode: Mode, key: &[u8]) -> Vec<(&'static str, Box<dyn UnitCipher>)> {
+        mode.info().check_key(key).expect("a key of the mode");
+        let by_kernel: fn(Kernel, &[u8]) -> Box<dyn UnitCipher>;
+        let by_library: fn(&[u8]) -> Box<dyn UnitCipher>;
+        match mode {
+            Mode::Aes256Xts => (by_kernel, by_library) = (xts::aes_256_by, xts::aes_256_by_library),
+            Mode::Aes128CbcEssiv => (by_kernel, by_library) = (essiv::aes_128_by, essiv::aes_128_by_library),
+            Mode::Adiantum => return vec![("portable", adiantum::xchacha12_aes(key))],
+            Mode::Sm4Xts => return vec![("portable", xts::sm4(key))],
+        }
+        let kernels = Kernel::all().map(|kernel| (kernel.name(), by_kernel(kernel, key)));
+        kernels.chain([("aws-lc", by_library(key))]).collect()
+    }
+
+    /// AES-256's rounds alone, about `bytes` bytes of them, in registers: the speed that no mode can exceed. Returns
+    /// how many bytes it were, or `None` if the CPU has no AES.
+    pub fn aes_256_rounds(bytes: usize) -> Option<usize> {
+        let mut data = [1; 512];
+        let done = rounds_alone(Kernel::best()?, bytes / 512, &mut data);
+        std::hint::black_box(data);
+        Some(done)
     }
 }

@@ -12,6 +12,7 @@
 //! - AES-256 comes from AWS-LC; SM4, and the portable twin that the tests compare AES-256 with, from the generic code
 //!   below.
 
+use crate::simd::aes::{Kernel, XtsKey, double};
 use crate::simd::awslc;
 use crate::unit::{assert_promise, low_128_bits};
 use crate::{Dun, Mode, UnitCipher};
@@ -22,6 +23,19 @@ use std::fmt;
 
 /// AES-256-XTS with a key of 64 bytes: first the data key, then the tweak key.
 pub(crate) fn aes_256(key: &[u8]) -> Box<dyn UnitCipher> {
+    match Kernel::best() {
+        Some(kernel) => aes_256_by(kernel, key),
+        None => aes_256_by_library(key),
+    }
+}
+
+/// The same by one of our kernels.
+pub(crate) fn aes_256_by(kernel: Kernel, key: &[u8]) -> Box<dyn UnitCipher> {
+    XtsKey::new(kernel, key.try_into().expect("length checked by ModeInfo::expand"))
+}
+
+/// The same by AWS-LC, for CPUs without AES instructions and for comparison.
+pub(crate) fn aes_256_by_library(key: &[u8]) -> Box<dyn UnitCipher> {
     Box::new(Aes256Xts { key: awslc::Key::new(awslc::Algorithm::Aes256Xts, key) })
 }
 
@@ -31,6 +45,19 @@ pub(crate) fn sm4(key: &[u8]) -> Box<dyn UnitCipher> {
     Box::new(Xts::<sm4::Sm4>::new(Mode::Sm4Xts, key))
 }
 
+impl UnitCipher for XtsKey {
+    fn encrypt(&self, first: Dun, unit_bytes: usize, data: &mut [u8]) {
+        assert_promise(Mode::Aes256Xts, unit_bytes, data.len());
+        self.encrypt_units(low_128_bits(first), unit_bytes, data);
+    }
+
+    fn decrypt(&self, first: Dun, unit_bytes: usize, data: &mut [u8]) {
+        assert_promise(Mode::Aes256Xts, unit_bytes, data.len());
+        self.decrypt_units(low_128_bits(first), unit_bytes, data);
+    }
+}
+
+/// AES-256-XTS by AWS-LC.
 #[derive(Debug)]
 struct Aes256Xts {
     key: awslc::Key<64>,
@@ -130,13 +157,6 @@ fn add_tweaks(mut tweak: u128, blocks: &mut [Array<u8, U16>]) -> u128 {
     tweak
 }
 
-/// Times x in GF(2^128), in the byte order of IEEE 1619.
-fn double(tweak: u128) -> u128 {
-    //= IEEE 1619-2018 5.2: a carry out of the top bit adds the polynomial, 0x87, to the lowest byte.
-    let carry = (tweak >> 127) * 0x87;
-    (tweak << 1) ^ carry
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -166,13 +186,6 @@ mod tests {
             portable.decrypt(dun, unit_bytes, &mut other);
             prop_assert!(one == plain && other == plain);
         }
-    }
-
-    #[test]
-    fn doubling_shifts_and_folds_the_carry() {
-        assert_eq!(double(1), 2);
-        assert_eq!(double(1 << 127), 0x87);
-        assert_eq!(double(3 << 126), (1 << 127) ^ 0x87);
     }
 
     /// OpenSSL's evpciph_sm4.txt, XTSStandard = IEEE, has 56 bytes: what follows the two blocks in `vectors/` is

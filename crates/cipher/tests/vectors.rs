@@ -2,7 +2,7 @@
 //! comes from.
 
 use inlinecrypt_cipher::kdf::{self, KdfVariant};
-use inlinecrypt_cipher::{Dun, MODES, Mode};
+use inlinecrypt_cipher::{Dun, MODES, Mode, beneath};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
@@ -88,11 +88,15 @@ fn every_mode_has_known_answers_and_gives_them() {
         for case in &file.cases {
             assert!(!case.plaintext.0.is_empty(), "{}", case.source);
             let cipher = info.expand(&case.key.0).unwrap_or_else(|e| panic!("{}: {e}", case.source));
-            let mut data = case.plaintext.0.clone();
-            cipher.encrypt(dun(&case.dun.0), case.unit_bytes, &mut data);
-            assert!(data == case.ciphertext.0, "{}: {}: encryption", info.name, case.source);
-            cipher.decrypt(dun(&case.dun.0), case.unit_bytes, &mut data);
-            assert!(data == case.plaintext.0, "{}: {}: decryption", info.name, case.source);
+            let ways = beneath::ways(info.mode, &case.key.0);
+            for (way, cipher) in ways.into_iter().chain([("the table's", cipher)]) {
+                let source = format!("{}, {way}: {}", info.name, case.source);
+                let mut data = case.plaintext.0.clone();
+                cipher.encrypt(dun(&case.dun.0), case.unit_bytes, &mut data);
+                assert!(data == case.ciphertext.0, "{source}: encryption");
+                cipher.decrypt(dun(&case.dun.0), case.unit_bytes, &mut data);
+                assert!(data == case.plaintext.0, "{source}: decryption");
+            }
         }
     }
 }

@@ -3,6 +3,6 @@
 //! Each file has a safe surface that cannot be misused; what is vectorised has a portable twin and a test that the
 //! two agree.
 
+pub(crate) mod aes;
 pub(crate) mod awslc;
-pub(crate) mod cbc;
 pub(crate) mod nh;
