@@ -65,8 +65,8 @@ fn who_does_not_read_in_the_handshake_is_cut_off_in_time() {
 
 #[test]
 fn who_vanishes_in_mid_write_leaves_nothing_behind() {
-    for workers in [0, 2] {
-        let options = ServerOptions { workers, ..ServerOptions::default() };
+    for (workers, cores) in [(0, 1), (0, 8), (2, 1)] {
+        let options = ServerOptions { workers, cores, ..ServerOptions::default() };
         let rig = Rig::with_options(RamDisk::new(SIZE), options);
         for len in [512u32, 65_536, 1 << 20, 8 << 20] {
             for sent in [0, 1, 100, 300_000] {
@@ -97,8 +97,8 @@ fn who_stalls_in_mid_write_keeps_nobody_from_their_work() {
 
 #[test]
 fn who_does_not_read_his_replies_keeps_nobody_from_their_work() {
-    for workers in [0, 2] {
-        let options = ServerOptions { workers, ..ServerOptions::default() };
+    for (workers, cores) in [(0, 1), (0, 8), (2, 1)] {
+        let options = ServerOptions { workers, cores, ..ServerOptions::default() };
         let rig = Rig::with_options(RamDisk::new(SIZE).with_pool_of(1), options);
         let mut greedy = rig.client();
         greedy.stream().set_write_timeout(Some(Duration::from_millis(100))).unwrap();
@@ -192,8 +192,8 @@ fn a_thousand_clients_are_served_and_one_more_than_allowed_is_closed() {
 
 #[test]
 fn half_closed_clients_get_their_answers() {
-    for workers in [0, 2] {
-        let options = ServerOptions { workers, ..ServerOptions::default() };
+    for (workers, cores) in [(0, 1), (0, 8), (2, 1)] {
+        let options = ServerOptions { workers, cores, ..ServerOptions::default() };
         let rig = Rig::with_options(RamDisk::new(SIZE), options);
         let mut client = rig.client();
         for _ in 0..10 {

@@ -80,8 +80,8 @@ fn only_the_first_connections_get_large_send_buffers() {
 
 #[test]
 fn stopping_answers_what_is_under_way_and_flushes() {
-    for workers in [0, 4] {
-        let options = ServerOptions { workers, ..ServerOptions::default() };
+    for (workers, cores) in [(0, 1), (0, 8), (4, 1)] {
+        let options = ServerOptions { workers, cores, ..ServerOptions::default() };
         let rig = Rig::with_options(RamDisk::new(SIZE), options);
         rig.disk.delay(Duration::from_millis(30));
         let mut client = rig.client();

@@ -1,6 +1,7 @@
 //! Sessions over memory: any byte stream, and valid ones with mistakes in them, end in order.
 
 use inlinecrypt_core::disk::Disk;
+use inlinecrypt_io::export::nbd::cores::Cores;
 use inlinecrypt_io::export::nbd::negotiate::{Handshake, Next, Terms, TlsState, greet, haggle};
 use inlinecrypt_io::export::nbd::session::{Ended, Session};
 use inlinecrypt_io::export::nbd::stream::Inbox;
@@ -45,13 +46,26 @@ fn shake_hands(bytes: &[u8], step: usize, tls: TlsState) -> (Option<Next>, Vec<u
 
 /// Feeds bytes to a session; says how it ended, what was said, and what the disk holds now.
 fn transmit(bytes: &[u8], step: usize, structured: bool, workers: usize) -> (Ended, Vec<u8>, Arc<RamDisk>) {
+    transmit_on(bytes, step, structured, workers, 1)
+}
+
+/// The same, with so many cores.
+fn transmit_on(
+    bytes: &[u8],
+    step: usize,
+    structured: bool,
+    workers: usize,
+    cores: usize,
+) -> (Ended, Vec<u8>, Arc<RamDisk>) {
     let disk = Arc::new(RamDisk::new(SIZE).with_pool_of(1));
     let export = ExportSpec { disk: disk.clone(), ..spec() };
     let terms = Terms { export: Arc::new(Export::new(export)), structured, allocation: structured };
     let stopping = AtomicBool::new(false);
     let mut said = Vec::new();
     let mut inbox = Inbox::new(Portions { rest: bytes, step });
-    let ended = Session::new(&terms, &stopping, workers, &|| {}).run(&mut inbox, &mut said);
+    let cores = Cores::new(cores);
+    let session = Session::new(&terms, &stopping, workers, &|| {}).on(&cores);
+    let ended = session.run(&mut inbox, &mut said);
     (ended, said, disk)
 }
 
@@ -210,7 +224,7 @@ proptest! {
     }
 
     #[test]
-    fn workers_survive_what_a_lone_thread_survives(
+    fn workers_and_helpers_survive_what_a_lone_thread_survives(
         requests in proptest::collection::vec(any_request(), 0..12),
         changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..3),
         keep in proptest::option::of(any::<prop::sample::Index>()),
@@ -220,9 +234,11 @@ proptest! {
         mutate(&mut bytes, &changes, keep);
         let (_, said, _) = transmit(&bytes, usize::MAX, structured, 0);
         let (_, by_workers, _) = transmit(&bytes, usize::MAX, structured, 3);
+        let (_, by_two, _) = transmit_on(&bytes, usize::MAX, structured, 0, 8);
         if !structured {
             // In another order, but of the same replies.
             prop_assert_eq!(said.len(), by_workers.len());
+            prop_assert_eq!(said.len(), by_two.len());
         }
     }
 }

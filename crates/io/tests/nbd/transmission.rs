@@ -22,10 +22,13 @@ const ENOSPC: Option<u32> = Some(28);
 const EOVERFLOW: Option<u32> = Some(75);
 const ENOTSUP: Option<u32> = Some(95);
 
-/// Runs with the connection's own thread, with workers, and with workers and no memory to spare.
+/// Runs with the connection's own thread, with a helper for long requests, and with workers; each with memory to spare
+/// and without.
 fn each_way(check: impl Fn(&Rig)) {
-    for (workers, large_max) in [(0, 8), (0, 0), (3, 8), (3, 0)] {
-        let options = ServerOptions { workers, ..ServerOptions::default() };
+    for (workers, cores, large_max) in
+        [(0, 1, 8), (0, 1, 0), (0, 8, 8), (0, 8, 1), (0, 8, 0), (3, 1, 8), (3, 1, 0)]
+    {
+        let options = ServerOptions { workers, cores, ..ServerOptions::default() };
         check(&Rig::with_options(RamDisk::new(SIZE).with_pool_of(large_max), options));
     }
 }
@@ -99,6 +102,56 @@ fn many_requests_at_once_are_all_answered_each_with_its_own_data() {
                 let seed = asked.remove(&reply.cookie).unwrap();
                 assert!(reply.data == pattern::bytes(seed, seed * 4096, 4096));
             }
+        }
+    });
+}
+
+#[test]
+fn many_long_requests_at_once_are_all_answered_each_with_its_own_data() {
+    const LEN: u64 = 700_000;
+    each_way(|rig| {
+        for mut client in [rig.client(), rig.simple_client()] {
+            // Half way through there is something to read; the edges of a piece lie at another place in each request.
+            let mut asked = HashMap::new();
+            for seed in 0..40 {
+                let at = seed * LEN;
+                let data = pattern::bytes(seed, at, 700_000);
+                asked.insert(client.send(cmd::WRITE, 0, at, 700_000, &data).unwrap(), None);
+                while asked.len() >= 8 {
+                    let reply = client.receive().unwrap();
+                    assert_eq!((reply.errno, asked.remove(&reply.cookie)), (0, Some(None)));
+                }
+            }
+            while !asked.is_empty() {
+                let reply = client.receive().unwrap();
+                assert_eq!((reply.errno, asked.remove(&reply.cookie)), (0, Some(None)));
+            }
+            for seed in 0..48 {
+                if let Some(seed) = Some(seed).filter(|seed| *seed < 40) {
+                    let cookie = client.send_header(cmd::READ, 0, seed * LEN, 700_000).unwrap();
+                    asked.insert(cookie, Some(seed));
+                }
+                if seed >= 8 {
+                    let reply = client.receive().unwrap();
+                    let seed = asked.remove(&reply.cookie).unwrap().unwrap();
+                    assert!(reply.data == pattern::bytes(seed, seed * LEN, 700_000), "{seed}");
+                }
+            }
+            client.disconnect().unwrap();
+        }
+    });
+}
+
+/// An answered write is seen by the next read, and an answered flush covers it, whoever did the pieces.
+#[test]
+fn the_last_piece_answers_after_all_others() {
+    each_way(|rig| {
+        rig.disk.delay(Duration::from_micros(200));
+        let mut client = rig.client();
+        for seed in 0..30 {
+            let data = pattern::bytes(seed, 0, 2 << 20);
+            client.write(0, &data).unwrap();
+            assert!(client.read(0, 2 * MIB).unwrap() == data);
         }
     });
 }
@@ -359,18 +412,21 @@ fn allocation_is_not_told_to_those_who_did_not_ask_in_the_handshake() {
 
 #[test]
 fn goodbye_waits_for_what_is_under_way() {
-    let options = ServerOptions { workers: 2, ..ServerOptions::default() };
-    let rig = Rig::with_options(RamDisk::new(SIZE), options);
-    rig.disk.delay(Duration::from_millis(50));
-    let mut client = rig.client();
-    for index in 0..4 {
-        client.send(cmd::WRITE, 0, index * 4096, 4096, &[5; 4096]).unwrap();
-    }
-    client.send_header(cmd::DISC, 0, 0, 0).unwrap();
-    for _ in 0..4 {
-        assert_eq!(client.receive().unwrap().errno, 0);
-    }
-    assert!(matches!(client.receive(), Err(NbdError::Io(_))));
+    each_way(|rig| {
+        rig.disk.delay(Duration::from_millis(10));
+        for len in [4096, MIB] {
+            let mut client = rig.client();
+            for index in 0..4 {
+                let data = vec![5; len as usize];
+                client.send(cmd::WRITE, 0, index * u64::from(len), len, &data).unwrap();
+            }
+            client.send_header(cmd::DISC, 0, 0, 0).unwrap();
+            for _ in 0..4 {
+                assert_eq!(client.receive().unwrap().errno, 0);
+            }
+            assert!(matches!(client.receive(), Err(NbdError::Io(_))));
+        }
+    });
 }
 
 #[test]

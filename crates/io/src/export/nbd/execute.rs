@@ -3,10 +3,11 @@
 //! Each thread of a connection has an [`Executor`]. Whether that is the thread that talks to the client or a worker makes
 //! no difference here.
 
+use super::helper::{Besides, Help, Job};
+use super::parts::{ReadInParts, ReadPart, WriteInParts, WritePart};
 use super::reply::{Failure, Shared};
 use super::request::{Request, WriteRequest};
 use super::wire::*;
-use super::workers::{Part, Workers, WriteInParts};
 use crate::export::Kind;
 use inlinecrypt_core::backing::Durability;
 use inlinecrypt_core::disk::{CHUNK_BYTES, Disk, SMALL_BUFFER_BYTES};
@@ -14,6 +15,14 @@ use inlinecrypt_core::error::Error;
 use inlinecrypt_core::memory::Buffer;
 use std::io::Write;
 use std::sync::Arc;
+
+/// From this length on the pieces of a request may be done by a second thread, in bytes: handing one over costs about a
+/// microsecond, moving and encrypting so many about ten.
+pub(super) const LONG_BYTES_MIN: u32 = 64 * 1024;
+
+/// Whether a piece is the last of its request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct IsLast(pub(super) bool);
 
 /// Does requests, one at a time.
 #[derive(Debug)]
@@ -95,13 +104,13 @@ impl<'s, 'a, W: Write> Executor<'s, 'a, W> {
         Ok(self.shared.conclude(cookie, Kind::Write, write.len.into(), result)?)
     }
 
-    /// Receives a write and leaves its pieces to `workers`. A piece for which no large buffer is free is written here
-    /// and now: who waits for memory waits for his own work.
+    /// Receives a write and hands its pieces over, each with whether it is the last. A piece that comes back, or for
+    /// which no large buffer is free, is written here and now: who waits for memory waits for his own work.
     pub(super) fn write_in_parts(
         &mut self,
         write: &WriteRequest,
         cookie: u64,
-        workers: &Workers<'_, '_, W>,
+        mut hand_over: impl FnMut(WritePart, IsLast) -> Result<(), WritePart>,
         mut receive: impl FnMut(&mut [u8]) -> Result<(), Failure>,
     ) -> Result<(), Failure> {
         let disk = self.shared.disk();
@@ -114,7 +123,10 @@ impl<'s, 'a, W: Write> Executor<'s, 'a, W> {
                 let len = wide(span.payload().len());
                 (offset, rest) = (offset + len, rest - len);
                 whole.begin_part();
-                workers.submit_part(Part { whole: whole.clone(), span, buffer });
+                let part = WritePart { whole: whole.clone(), span, buffer };
+                if let Err(part) = hand_over(part, IsLast(rest == 0)) {
+                    self.write_part(part)?;
+                }
             } else {
                 let done = self.with_buffer(|buffer| {
                     let span = disk.span(offset, rest, buffer.bytes().len());
@@ -137,11 +149,69 @@ impl<'s, 'a, W: Write> Executor<'s, 'a, W> {
     }
 
     /// Writes one piece of a write, and answers it if that was the last.
-    pub(super) fn write_part(&mut self, part: Part) -> Result<(), Failure> {
-        let Part { whole, span, mut buffer } = part;
+    pub(super) fn write_part(&mut self, part: WritePart) -> Result<(), Failure> {
+        let WritePart { whole, span, mut buffer } = part;
         whole.note(self.shared.disk().write(span, &mut buffer, whole.durability()));
         drop(buffer);
         Ok(whole.end_part(self.shared)?)
+    }
+
+    /// Whether a request is a long read whose pieces may be answered in any order.
+    pub(super) fn has_parts(&self, request: &Request) -> bool {
+        match *request {
+            Request::Read { len, one_chunk, .. } => {
+                self.shared.is_structured() && !one_chunk && len >= LONG_BYTES_MIN
+            }
+            _ => false,
+        }
+    }
+
+    /// Reads, with some help. `besides`: what there is to do afterwards.
+    pub(super) fn read_in_parts(
+        &mut self,
+        request: &Request,
+        cookie: u64,
+        help: &Help<'_, 's, 'a, W>,
+        besides: Besides,
+    ) -> Result<(), Failure> {
+        let Request::Read { offset, len, .. } = *request else { unreachable!("asked for by the caller") };
+        let mut parts = Arc::new(ReadInParts::new(cookie, offset, len.into())).parts().peekable();
+        while let Some(part) = parts.next() {
+            let besides = if parts.peek().is_some() { Besides::More } else { besides };
+            if let Err(Job::Read(part)) = help.offer(Job::Read(part), besides) {
+                self.read_part(&part)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads one piece of a read and sends it, and ends the reply if that was the last.
+    pub(super) fn read_part(&mut self, part: &ReadPart) -> Result<(), Failure> {
+        let shared = self.shared;
+        let ReadPart { whole, offset, len } = part;
+        if whole.has_failed() {
+            return Ok(whole.fail_part(shared, None)?);
+        }
+        let done = self.with_buffer(|buffer| {
+            let (mut at, end) = (*offset, offset + len);
+            loop {
+                let span = shared.disk().span(at, end - at, buffer.bytes().len());
+                if let Err(error) = shared.disk().read(span, buffer) {
+                    return whole.fail_part(shared, Some((at, error)));
+                }
+                let payload = &buffer.bytes()[span.payload()];
+                let next = at + wide(payload.len());
+                if next == end {
+                    return whole.end_part(shared, at, payload);
+                }
+                whole.send(shared, at, payload)?;
+                at = next;
+            }
+        });
+        match done {
+            Ok(done) => Ok(done?),
+            Err(no_memory) => Ok(whole.fail_part(shared, Some((*offset, no_memory)))?),
+        }
     }
 
     fn read(&mut self, cookie: u64, offset: u64, len: u32, one_chunk: bool) -> Result<(), Failure> {

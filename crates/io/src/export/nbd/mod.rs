@@ -7,21 +7,26 @@
 //! ```
 //!
 //! One thread serves a connection and blocks: it was measured that waking another thread for a request costs more than
-//! everything else. Requests that came together are answered together. Where the disk itself waits (a cold medium,
-//! direct I/O), [`ServerOptions::workers`] gives a connection threads of its own, so that several requests wait at once.
+//! everything else. Requests that came together are answered together. Only the pieces of long requests go to a second
+//! thread, the helper, while the machine has a core for it: it encrypts and writes one piece while the next is received.
+//! Where the disk itself waits (a cold medium, direct I/O), [`ServerOptions::workers`] gives a connection threads of its
+//! own, so that several requests wait at once.
 //!
 //! Invariants:
 //!
 //! - What a client sends is an error at worst, never a panic, and never more memory than one request's piece.
-//! - A client that stalls holds its own thread and at most one large buffer; everybody else goes on.
+//! - A client that stalls holds its own threads and at most one large buffer for each; everybody else goes on.
 //! - A reply with data is sent only after that data was read without error, but for the later pieces of long reads in
 //!   simple replies, where the protocol knows only one answer to a late error: the connection is closed.
 //!
 //! Start reading at [`Session::run`](session::Session::run).
 
 pub mod activity;
+pub mod cores;
 mod execute;
+mod helper;
 pub mod negotiate;
+mod parts;
 mod reply;
 mod request;
 mod server;

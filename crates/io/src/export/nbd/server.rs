@@ -1,6 +1,7 @@
 //! The server: listeners in, one thread for each connection, and an orderly end.
 
 use super::activity::Activity;
+use super::cores::Cores;
 use super::negotiate::{Handshake, Next, Terms, TlsState, greet, haggle};
 use super::session::{Ended, Session};
 use super::stream::Inbox;
@@ -54,6 +55,9 @@ pub struct ServerOptions {
     /// Threads that execute requests, for each connection. 0: the connection's own thread does, which is best unless the
     /// backing waits for a medium.
     pub workers: usize,
+    /// How many cores there are for threads of this server. While fewer connections are busy, a connection without workers
+    /// gets a second thread for long requests.
+    pub cores: usize,
     /// Whether clients may or must use TLS.
     pub tls: TlsMode,
 }
@@ -64,6 +68,7 @@ impl Default for ServerOptions {
             connections_max: 1024,
             handshake_time_max: Duration::from_secs(30),
             workers: 0,
+            cores: thread::available_parallelism().map_or(1, usize::from),
             tls: TlsMode::Off,
         }
     }
@@ -76,6 +81,7 @@ pub struct NbdServer(Arc<Inner>);
 struct Inner {
     exports: Exports,
     options: ServerOptions,
+    cores: Cores,
     stopping: AtomicBool,
     /// Nothing else is locked while this is held.
     table: Mutex<Table>,
@@ -186,6 +192,7 @@ impl NbdServer {
         }
         Ok(Self(Arc::new(Inner {
             exports: registry,
+            cores: Cores::new(options.cores),
             options,
             stopping: AtomicBool::new(false),
             table: Mutex::default(),
@@ -479,7 +486,9 @@ impl Inner {
         let hang_up = || {
             let _ = socket.shutdown(Shutdown::Both);
         };
-        let session = Session::new(terms, &self.stopping, self.options.workers, &hang_up).telling(activity);
+        let session = Session::new(terms, &self.stopping, self.options.workers, &hang_up)
+            .telling(activity)
+            .on(&self.cores);
         let ended = session.run(inbox, writer);
         terms.export.counters().disconnected();
         match ended {

@@ -4,7 +4,9 @@
 //! What a request does stands in `execute.rs`; whether it is done here or by a worker makes no difference there.
 
 use super::activity::Activity;
-use super::execute::Executor;
+use super::cores::{Cores, REQUEST_BYTES_WORTH};
+use super::execute::{Executor, IsLast, LONG_BYTES_MIN};
+use super::helper::{Besides, Help, Helper, HomeWhenDropped, Job};
 use super::negotiate::{REQUEST_BYTES_MAX, Terms};
 use super::reply::{Failure, Shared};
 use super::request::{Asked, Rules, payload_len};
@@ -22,6 +24,9 @@ const DISCARD_BYTES_MAX: u32 = 2 * REQUEST_BYTES_MAX;
 
 /// How many requests are still served after we began to stop: more than clients have under way.
 const LATE_REQUESTS_MAX: u32 = 1024;
+
+/// Stack of a helper, in bytes: it calls engines and backings, and no TLS handshake.
+const HELPER_STACK_BYTES: usize = 512 * 1024;
 
 /// Why a session ended.
 #[derive(Debug)]
@@ -47,6 +52,15 @@ pub struct Session<'a> {
     workers: usize,
     hang_up: &'a (dyn Fn() + Sync),
     activity: Option<&'a Activity>,
+    cores: Option<&'a Cores>,
+}
+
+/// Who does requests, besides the thread that receives them.
+#[derive(Debug)]
+enum Others<'o, 's, 'a, W> {
+    Nobody,
+    Workers(&'o Workers<'s, 'a, W>),
+    Helper(Help<'o, 's, 'a, W>),
 }
 
 impl fmt::Debug for Session<'_> {
@@ -68,13 +82,19 @@ impl<'a> Session<'a> {
         workers: usize,
         hang_up: &'a (dyn Fn() + Sync),
     ) -> Self {
-        Self { terms, stopping, workers, hang_up, activity: None }
+        Self { terms, stopping, workers, hang_up, activity: None, cores: None }
     }
 
     /// The same, telling `activity` of each request.
     #[must_use]
     pub fn telling(self, activity: &'a Activity) -> Self {
         Self { activity: Some(activity), ..self }
+    }
+
+    /// The same, with a second thread for long requests while `cores` has one for it. Has no effect with workers.
+    #[must_use]
+    pub fn on(self, cores: &'a Cores) -> Self {
+        Self { cores: Some(cores), ..self }
     }
 
     /// Serves until the end. All requests that were received whole are answered then, as far as the client takes it.
@@ -85,28 +105,41 @@ impl<'a> Session<'a> {
     /// Waits for the client, and for the disk.
     pub fn run<R: Read, W: Write + Send>(&self, inbox: &mut Inbox<R>, writer: W) -> Ended {
         let shared = Shared::new(self.terms, Outbox::new(writer), self.hang_up, self.activity);
-        if self.workers == 0 {
-            return self.serve(inbox, &shared, None);
-        }
-        let workers = Workers::new(&shared, self.workers);
-        thread::scope(|scope| {
-            for _ in 0..self.workers {
-                scope.spawn(|| workers.work());
+        match (self.workers, self.cores) {
+            (0, None) => self.serve(inbox, &shared, Others::Nobody),
+            (0, Some(cores)) => {
+                let helper = Helper::new(&shared, cores);
+                thread::scope(|scope| {
+                    let make = || {
+                        let thread = thread::Builder::new().name("nbd-helper".to_owned());
+                        thread.stack_size(HELPER_STACK_BYTES).spawn_scoped(scope, || helper.work()).map(drop)
+                    };
+                    let _closing = HomeWhenDropped(&helper);
+                    self.serve(inbox, &shared, Others::Helper(Help::new(&helper, &make)))
+                })
             }
-            // Ends the workers even if serving panics; else the scope would wait for them forever.
-            let _closing = CloseWhenDropped(&workers);
-            self.serve(inbox, &shared, Some(&workers))
-        })
+            (count, _) => {
+                let workers = Workers::new(&shared, count);
+                thread::scope(|scope| {
+                    for _ in 0..count {
+                        scope.spawn(|| workers.work());
+                    }
+                    // Ends the workers even if serving panics; else the scope would wait for them forever.
+                    let _closing = CloseWhenDropped(&workers);
+                    self.serve(inbox, &shared, Others::Workers(&workers))
+                })
+            }
+        }
     }
 
     /// The loop, and a last word from everybody.
-    fn serve<R: Read, W: Write + Send>(
+    fn serve<'s, 'b, R: Read, W: Write + Send>(
         &self,
         inbox: &mut Inbox<R>,
-        shared: &Shared<'_, W>,
-        workers: Option<&Workers<'_, '_, W>>,
+        shared: &'s Shared<'b, W>,
+        mut others: Others<'_, 's, 'b, W>,
     ) -> Ended {
-        let ended = match self.take_requests(inbox, &mut Executor::new(shared), workers) {
+        let ended = match self.take_requests(inbox, &mut Executor::new(shared), &mut others) {
             Ok(ended) => ended,
             // TLS takes the end of the stream for a cut line.
             Err(Failure::Transport(error))
@@ -116,8 +149,10 @@ impl<'a> Session<'a> {
             }
             Err(failure) => failure.into_ended(),
         };
-        if let Some(workers) = workers {
-            workers.finish();
+        match others {
+            Others::Nobody => {}
+            Others::Workers(workers) => workers.finish(),
+            Others::Helper(help) => help.finish(),
         }
         if shared.failed_late() {
             return Ended::FailedLate;
@@ -128,17 +163,20 @@ impl<'a> Session<'a> {
         }
     }
 
-    fn take_requests<R: Read, W: Write + Send>(
+    fn take_requests<'s, 'b, R: Read, W: Write + Send>(
         &self,
         inbox: &mut Inbox<R>,
-        executor: &mut Executor<'_, '_, W>,
-        workers: Option<&Workers<'_, '_, W>>,
+        executor: &mut Executor<'s, 'b, W>,
+        others: &mut Others<'_, 's, 'b, W>,
     ) -> Result<Ended, Failure> {
         let shared = executor.shared();
         let rules = Rules::new(self.terms);
         let mut late_requests = 0;
         loop {
             while inbox.available().len() < REQUEST_BYTES {
+                if let Others::Helper(help) = others {
+                    help.do_what_waits(executor)?;
+                }
                 shared.flush()?;
                 let was_empty = inbox.available().is_empty();
                 if inbox.fill()? == 0 {
@@ -174,19 +212,48 @@ impl<'a> Session<'a> {
             };
             match admitted {
                 Ok(Asked::Disconnect) => return Ok(Ended::Disconnected),
-                Ok(Asked::Plain(request)) => match workers {
-                    Some(workers) if !(inbox.available().is_empty() && workers.are_idle()) => {
+                Ok(Asked::Plain(request)) => match others {
+                    // A lone request gains nothing from a thread that has to be woken first.
+                    Others::Workers(workers) if !(inbox.available().is_empty() && workers.are_idle()) => {
                         workers.submit(request, header.cookie);
                     }
-                    // A lone request gains nothing from a thread that has to be woken first.
-                    _ => executor.execute(&request, header.cookie)?,
+                    Others::Helper(help) if executor.has_parts(&request) => {
+                        help.note(header.len.into());
+                        executor.read_in_parts(&request, header.cookie, help, besides(inbox))?;
+                    }
+                    Others::Helper(help) => {
+                        help.note(REQUEST_BYTES_WORTH);
+                        executor.execute(&request, header.cookie)?;
+                    }
+                    Others::Workers(_) | Others::Nobody => executor.execute(&request, header.cookie)?,
                 },
                 Ok(Asked::Write(write)) => {
                     receive_small(inbox, shared, len)?;
                     let receive = |into: &mut [u8]| receive(inbox, shared, into);
-                    match workers {
-                        Some(workers) => executor.write_in_parts(&write, header.cookie, workers, receive)?,
-                        None => executor.write(&write, header.cookie, receive)?,
+                    match others {
+                        Others::Workers(workers) => {
+                            let submit = |part, _| {
+                                workers.submit_part(part);
+                                Ok(())
+                            };
+                            executor.write_in_parts(&write, header.cookie, submit, receive)?;
+                        }
+                        Others::Helper(help) if payload_len >= LONG_BYTES_MIN => {
+                            help.note(payload_len.into());
+                            let offer = |part, IsLast(last)| {
+                                let besides = if last { Besides::Nothing } else { Besides::More };
+                                help.offer(Job::Write(part), besides).map_err(|job| match job {
+                                    Job::Write(part) => part,
+                                    Job::Read(_) => unreachable!("the same job comes back"),
+                                })
+                            };
+                            executor.write_in_parts(&write, header.cookie, offer, receive)?;
+                        }
+                        Others::Helper(help) => {
+                            help.note(REQUEST_BYTES_WORTH);
+                            executor.write(&write, header.cookie, receive)?;
+                        }
+                        Others::Nobody => executor.write(&write, header.cookie, receive)?,
                     }
                 }
                 Err(refusal) => {
@@ -199,6 +266,11 @@ impl<'a> Session<'a> {
             }
         }
     }
+}
+
+/// Whether more requests are there already.
+fn besides<R: Read>(inbox: &Inbox<R>) -> Besides {
+    if inbox.available().len() < REQUEST_BYTES { Besides::Nothing } else { Besides::More }
 }
 
 /// Receives a payload that fits the inbox whole, before any buffer is taken for it: so a client that stalls in it keeps

@@ -5,17 +5,12 @@
 
 use super::activity::Busy;
 use super::execute::Executor;
+use super::parts::WritePart;
 use super::reply::Shared;
-use super::request::{Request, WriteRequest};
-use crate::export::Kind;
-use inlinecrypt_core::backing::Durability;
-use inlinecrypt_core::disk::Span;
-use inlinecrypt_core::error::Error;
-use inlinecrypt_core::memory::Buffer;
+use super::request::Request;
 use std::collections::VecDeque;
-use std::io::{self, Write};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::io::Write;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 /// The workers of a connection, and what they have to do.
 #[derive(Debug)]
@@ -40,15 +35,7 @@ struct Queue<'a> {
 #[derive(Debug)]
 enum Job {
     Request(Request, u64),
-    Part(Part),
-}
-
-/// A piece of a write that was received.
-#[derive(Debug)]
-pub(super) struct Part {
-    pub(super) whole: Arc<WriteInParts>,
-    pub(super) span: Span,
-    pub(super) buffer: Buffer,
+    Part(WritePart),
 }
 
 impl<'s, 'a, W: Write> Workers<'s, 'a, W> {
@@ -68,7 +55,7 @@ impl<'s, 'a, W: Write> Workers<'s, 'a, W> {
     }
 
     /// Leaves a piece of a write to the workers. Waits for room.
-    pub(super) fn submit_part(&self, part: Part) {
+    pub(super) fn submit_part(&self, part: WritePart) {
         self.push(Job::Part(part));
     }
 
@@ -145,50 +132,5 @@ pub(super) struct CloseWhenDropped<'w, 's, 'a, W: Write>(pub(super) &'w Workers<
 impl<W: Write> Drop for CloseWhenDropped<'_, '_, '_, W> {
     fn drop(&mut self) {
         self.0.close();
-    }
-}
-
-/// A write whose pieces are done in any order. Answered when the last is.
-#[derive(Debug)]
-pub(super) struct WriteInParts {
-    write: WriteRequest,
-    cookie: u64,
-    /// Pieces that are not done, and one for who receives them.
-    pending: AtomicUsize,
-    /// The first failure.
-    failure: Mutex<Option<Error>>,
-}
-
-impl WriteInParts {
-    pub(super) fn new(write: WriteRequest, cookie: u64) -> Self {
-        Self { write, cookie, pending: AtomicUsize::new(1), failure: Mutex::new(None) }
-    }
-
-    pub(super) fn durability(&self) -> Durability {
-        self.write.durability
-    }
-
-    /// One more piece is on its way.
-    pub(super) fn begin_part(&self) {
-        self.pending.fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// Remembers what became of a piece.
-    pub(super) fn note(&self, result: Result<(), Error>) {
-        if let Err(error) = result {
-            self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
-        }
-    }
-
-    /// A piece, or receiving, is done. The last one answers.
-    pub(super) fn end_part<W: Write>(&self, shared: &Shared<'_, W>) -> io::Result<()> {
-        if self.pending.fetch_sub(1, Ordering::AcqRel) > 1 {
-            return Ok(());
-        }
-        let result = match self.failure.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            Some(error) => Err(error),
-            None => Ok(()),
-        };
-        shared.conclude(self.cookie, Kind::Write, self.write.len.into(), result)
     }
 }

@@ -1,0 +1,165 @@
+//! How many threads of a server are at work, against the number of cores: whether one more would find a core free.
+
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+/// Time is looked at in slices of this length: long enough that a busy connection shows in each, short enough that one
+/// that ended is soon forgotten.
+const SLICE: Duration = Duration::from_millis(4);
+
+/// A connection counts as busy in a slice once it has moved so many bytes in it: a quarter of a gigabyte a second, some
+/// tenth of what a core can do.
+const BUSY_BYTES: u64 = 1024 * 1024;
+
+/// What a short request counts for, in bytes: it costs about as much as moving so many.
+pub(super) const REQUEST_BYTES_WORTH: u64 = 16 * 1024;
+
+/// Bits of a count of connections; the slice's number is above them.
+const COUNT_BITS: u32 = 16;
+
+/// The cores of the machine, and how many of them the connections and helpers of a server keep busy.
+#[derive(Debug)]
+pub struct Cores {
+    count: usize,
+    begun: Instant,
+    /// Of this slice and the last, by the number's last bit: the slice's number, and how many connections were busy in it.
+    slices: [AtomicU64; 2],
+    /// Helpers that are awake.
+    helpers: AtomicUsize,
+}
+
+impl Cores {
+    /// `count` of them.
+    #[must_use]
+    pub fn new(count: usize) -> Self {
+        // Slices begin with number 2, so that an empty place is older than any.
+        Self {
+            count,
+            begun: Instant::now() - 2 * SLICE,
+            slices: [const { AtomicU64::new(0) }; 2],
+            helpers: AtomicUsize::new(0),
+        }
+    }
+
+    fn slice(&self) -> u64 {
+        u64::try_from(self.begun.elapsed().as_millis() / SLICE.as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// One more connection is busy in `slice`.
+    fn note_busy(&self, slice: u64) {
+        let more = |found: u64| {
+            let is_same = found >> COUNT_BITS == slice;
+            Some(if is_same { found + 1 } else { slice << COUNT_BITS | 1 })
+        };
+        // Relaxed, here and below: it is an estimate, and nothing else hangs on it.
+        let _ =
+            self.slices[usize::from(slice & 1 == 1)].fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
+    }
+
+    /// How many connections are busy; at least the one that asks.
+    fn busy(&self) -> usize {
+        let slice = self.slice();
+        let counts = self.slices.iter().map(|place| {
+            let found = place.load(Ordering::Relaxed);
+            let is_recent = found >> COUNT_BITS >= slice - 1;
+            if is_recent { usize::try_from(found & ((1 << COUNT_BITS) - 1)).unwrap_or(usize::MAX) } else { 0 }
+        });
+        counts.max().unwrap_or(0).max(1)
+    }
+
+    /// Takes a core for a helper, if one is free. To be given back.
+    pub(super) fn take_one(&self) -> bool {
+        let busy = self.busy();
+        let more = |helpers: usize| (busy + helpers < self.count).then_some(helpers + 1);
+        self.helpers.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_ok()
+    }
+
+    /// A helper that took a core goes to sleep.
+    pub(super) fn give_back(&self) {
+        self.helpers.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// Whether there are more threads at work than cores, helpers that took one included.
+    pub(super) fn are_too_few(&self) -> bool {
+        self.busy() + self.helpers.load(Ordering::Relaxed) > self.count
+    }
+}
+
+/// How busy one connection is.
+#[derive(Debug, Default)]
+pub(super) struct Pace {
+    slice: u64,
+    bytes: u64,
+}
+
+impl Pace {
+    /// The connection has work worth `bytes`.
+    pub(super) fn note(&mut self, cores: &Cores, bytes: u64) {
+        let slice = cores.slice();
+        if self.slice != slice {
+            *self = Self { slice, bytes: 0 };
+        }
+        let before = self.bytes;
+        self.bytes = before.saturating_add(bytes);
+        if before < BUSY_BYTES && self.bytes >= BUSY_BYTES {
+            cores.note_busy(slice);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_helper_finds_a_core_while_fewer_connections_are_busy_than_there_are() {
+        let cores = Cores::new(2);
+        let (mut first, mut second) = (Pace::default(), Pace::default());
+        first.note(&cores, BUSY_BYTES);
+        assert!(cores.take_one());
+        assert!(!cores.take_one(), "one connection and one helper are two");
+        assert!(!cores.are_too_few());
+        // Again and again, should a slice end in between.
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !cores.are_too_few() {
+            assert!(Instant::now() < deadline, "two busy connections and a helper are never three");
+            first.note(&cores, BUSY_BYTES);
+            second.note(&cores, BUSY_BYTES);
+        }
+        cores.give_back();
+        while cores.take_one() {
+            cores.give_back();
+            assert!(Instant::now() < deadline, "two busy connections leave a core");
+            first.note(&cores, BUSY_BYTES);
+            second.note(&cores, BUSY_BYTES);
+        }
+    }
+
+    #[test]
+    fn a_connection_that_ended_is_forgotten() {
+        let cores = Cores::new(2);
+        let (mut first, mut second) = (Pace::default(), Pace::default());
+        first.note(&cores, BUSY_BYTES);
+        second.note(&cores, BUSY_BYTES);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !cores.take_one() {
+            assert!(Instant::now() < deadline, "never forgotten");
+            first.note(&cores, BUSY_BYTES);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    #[test]
+    fn a_connection_with_little_to_do_counts_for_none() {
+        let cores = Cores::new(2);
+        let (mut busy, mut quiet) = (Pace::default(), Pace::default());
+        busy.note(&cores, BUSY_BYTES);
+        quiet.note(&cores, REQUEST_BYTES_WORTH);
+        assert!(cores.take_one());
+    }
+
+    #[test]
+    fn one_core_has_none_for_a_helper() {
+        assert!(!Cores::new(1).take_one());
+    }
+}

@@ -1,0 +1,260 @@
+//! The second thread of a connection, for long requests: one piece is encrypted and written, or read and sent, while the
+//! next is received or read.
+//!
+//! It is a convenience and nothing waits for it: a piece that it has no room for is done by the connection's own thread,
+//! and so is one that it has not begun when there is nothing else left to do. It is made when first needed, and only
+//! works while there is a core for it ([`Cores`]). Between two pieces it looks around for a while before it sleeps, since
+//! waking a core that went to sleep takes longer than a piece.
+
+use super::activity::Busy;
+use super::cores::{Cores, Pace};
+use super::execute::Executor;
+use super::parts::{ReadPart, WritePart};
+use super::reply::{Failure, Shared};
+use std::collections::VecDeque;
+use std::fmt;
+use std::io::{self, Write};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Pieces that may wait for the helper: one while the connection's own thread does a piece of its own, and one while it
+/// receives the next.
+const WAITING_MAX: usize = 2;
+
+/// How long the helper looks around for more work before it sleeps: about what waking a halted core costs, which is also
+/// the longest that receiving a piece takes. It yields meanwhile, so whoever has work gets the core.
+const LOOK_AROUND: Duration = Duration::from_micros(60);
+
+/// The second thread of a connection, and what it has to do.
+pub(super) struct Helper<'s, 'a, W> {
+    shared: &'s Shared<'a, W>,
+    cores: &'a Cores,
+    /// Nothing else is locked while this is held.
+    queue: Mutex<Queue<'a>>,
+    /// How many jobs are in the queue: what the helper looks at before it takes the lock.
+    waiting: AtomicUsize,
+    /// There is something to do, or there never will be.
+    work: Condvar,
+    /// Nothing is left to do.
+    done: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Queue<'a> {
+    jobs: VecDeque<(Job, Busy<'a>)>,
+    is_running: bool,
+    is_made: bool,
+    /// It has taken a core, and gives it back before it sleeps.
+    is_awake: bool,
+    closed: bool,
+}
+
+/// A piece of a long request.
+#[derive(Debug)]
+pub(super) enum Job {
+    Read(ReadPart),
+    Write(WritePart),
+}
+
+/// Whether whoever offers a job has more to do himself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Besides {
+    More,
+    Nothing,
+}
+
+impl<W> fmt::Debug for Helper<'_, '_, W> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Helper").field("queue", &self.queue).finish_non_exhaustive()
+    }
+}
+
+impl<'s, 'a, W: Write> Helper<'s, 'a, W> {
+    pub(super) fn new(shared: &'s Shared<'a, W>, cores: &'a Cores) -> Self {
+        Self {
+            shared,
+            cores,
+            queue: Mutex::default(),
+            waiting: AtomicUsize::new(0),
+            work: Condvar::new(),
+            done: Condvar::new(),
+        }
+    }
+
+    /// Gives the helper a job, or gives the job back: no room, no core, or not worth it. `make` starts its thread.
+    fn offer(&self, job: Job, besides: Besides, make: &dyn Fn() -> io::Result<()>) -> Result<(), Job> {
+        let mut queue = self.lock();
+        if queue.jobs.len() >= WAITING_MAX {
+            return Err(job);
+        }
+        let wakes = !queue.is_awake;
+        if wakes {
+            // Waking it takes longer than a piece does.
+            if besides == Besides::Nothing || !self.cores.take_one() {
+                return Err(job);
+            }
+            if !queue.is_made {
+                if let Err(error) = make() {
+                    tracing::debug!(%error, "no second thread for a connection");
+                    self.cores.give_back();
+                    return Err(job);
+                }
+                queue.is_made = true;
+            }
+            queue.is_awake = true;
+        } else if self.cores.are_too_few() {
+            return Err(job);
+        }
+        queue.jobs.push_back((job, self.shared.busy()));
+        self.waiting.store(queue.jobs.len(), Ordering::Release);
+        drop(queue);
+        if wakes {
+            self.work.notify_one();
+        }
+        Ok(())
+    }
+
+    /// Takes a read that has not begun back.
+    fn take_back(&self) -> Option<(ReadPart, Busy<'a>)> {
+        if self.waiting.load(Ordering::Acquire) == 0 {
+            return None;
+        }
+        let mut queue = self.lock();
+        // The last one: the helper takes from the front.
+        let Some((Job::Read(_), _)) = queue.jobs.back() else { return None };
+        let Some((Job::Read(part), busy)) = queue.jobs.pop_back() else { return None };
+        self.waiting.store(queue.jobs.len(), Ordering::Release);
+        Some((part, busy))
+    }
+
+    /// Waits until it has nothing to do.
+    fn finish(&self) {
+        let mut queue = self.lock();
+        while !queue.jobs.is_empty() || queue.is_running {
+            queue = self.done.wait(queue).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Sends it home once everything is done.
+    pub(super) fn close(&self) {
+        self.lock().closed = true;
+        self.work.notify_all();
+    }
+
+    /// What its thread does until it is sent home.
+    pub(super) fn work(&self) {
+        let mut executor = Executor::new(self.shared);
+        while let Some((job, _busy)) = self.next() {
+            let done = match job {
+                Job::Read(part) => executor.read_part(&part),
+                Job::Write(part) => executor.write_part(part),
+            };
+            // At once: the other thread may wait for the client, who waits for this.
+            if let Err(failure) = done.and_then(|()| Ok(self.shared.flush()?)) {
+                self.shared.break_off(&failure);
+            }
+        }
+    }
+
+    fn next(&self) -> Option<(Job, Busy<'a>)> {
+        let mut queue = self.lock();
+        queue.is_running = false;
+        // Around, and found nothing.
+        let mut looked = false;
+        loop {
+            if let Some(job) = queue.jobs.pop_front() {
+                self.waiting.store(queue.jobs.len(), Ordering::Release);
+                queue.is_running = true;
+                return Some(job);
+            }
+            self.done.notify_all();
+            let gives_up = queue.closed || (queue.is_awake && looked);
+            if gives_up && queue.is_awake {
+                queue.is_awake = false;
+                self.cores.give_back();
+            }
+            if queue.closed {
+                return None;
+            }
+            if queue.is_awake {
+                drop(queue);
+                looked = !self.look_around();
+                queue = self.lock();
+            } else {
+                queue = self.work.wait(queue).unwrap_or_else(PoisonError::into_inner);
+                looked = false;
+            }
+        }
+    }
+
+    /// Whether a job comes soon.
+    fn look_around(&self) -> bool {
+        let begun = Instant::now();
+        while begun.elapsed() < LOOK_AROUND {
+            if self.waiting.load(Ordering::Acquire) > 0 {
+                return true;
+            }
+            thread::yield_now();
+        }
+        false
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Queue<'a>> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Sends the helper home when dropped, so that it goes however the session ends.
+#[derive(Debug)]
+pub(super) struct HomeWhenDropped<'h, 's, 'a, W: Write>(pub(super) &'h Helper<'s, 'a, W>);
+
+impl<W: Write> Drop for HomeWhenDropped<'_, '_, '_, W> {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
+/// What the connection's own thread has of its helper.
+pub(super) struct Help<'h, 's, 'a, W> {
+    helper: &'h Helper<'s, 'a, W>,
+    make: &'h dyn Fn() -> io::Result<()>,
+    pace: Pace,
+}
+
+impl<W> fmt::Debug for Help<'_, '_, '_, W> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Help").field("helper", self.helper).field("pace", &self.pace).finish_non_exhaustive()
+    }
+}
+
+impl<'h, 's, 'a, W: Write> Help<'h, 's, 'a, W> {
+    /// `make` starts a thread that does [`Helper::work`].
+    pub(super) fn new(helper: &'h Helper<'s, 'a, W>, make: &'h dyn Fn() -> io::Result<()>) -> Self {
+        Self { helper, make, pace: Pace::default() }
+    }
+
+    /// The connection has work worth `bytes`.
+    pub(super) fn note(&mut self, bytes: u64) {
+        self.pace.note(self.helper.cores, bytes);
+    }
+
+    /// See [`Helper::offer`].
+    pub(super) fn offer(&self, job: Job, besides: Besides) -> Result<(), Job> {
+        self.helper.offer(job, besides, self.make)
+    }
+
+    /// Does what has not begun, before there is nothing to do but to wait.
+    pub(super) fn do_what_waits(&self, executor: &mut Executor<'s, 'a, W>) -> Result<(), Failure> {
+        while let Some((part, _busy)) = self.helper.take_back() {
+            executor.read_part(&part)?;
+        }
+        Ok(())
+    }
+
+    /// Waits until the helper has nothing to do.
+    pub(super) fn finish(&self) {
+        self.helper.finish();
+    }
+}

@@ -1,0 +1,167 @@
+//! Long requests whose pieces are done by several threads: the last one to finish answers.
+
+use super::reply::Shared;
+use super::request::WriteRequest;
+use super::wire::*;
+use crate::export::Kind;
+use inlinecrypt_core::backing::Durability;
+use inlinecrypt_core::disk::{CHUNK_BYTES, Span};
+use inlinecrypt_core::error::Error;
+use inlinecrypt_core::memory::Buffer;
+use std::io::{self, Write};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// A piece of a write that was received.
+#[derive(Debug)]
+pub(super) struct WritePart {
+    pub(super) whole: Arc<WriteInParts>,
+    pub(super) span: Span,
+    pub(super) buffer: Buffer,
+}
+
+/// A write whose pieces are done in any order. Answered when the last is.
+#[derive(Debug)]
+pub(super) struct WriteInParts {
+    write: WriteRequest,
+    cookie: u64,
+    /// Pieces that are not done, and one for who receives them.
+    pending: AtomicUsize,
+    /// The first failure.
+    failure: Mutex<Option<Error>>,
+}
+
+impl WriteInParts {
+    pub(super) fn new(write: WriteRequest, cookie: u64) -> Self {
+        Self { write, cookie, pending: AtomicUsize::new(1), failure: Mutex::new(None) }
+    }
+
+    pub(super) fn durability(&self) -> Durability {
+        self.write.durability
+    }
+
+    /// One more piece is on its way.
+    pub(super) fn begin_part(&self) {
+        self.pending.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Remembers what became of a piece.
+    pub(super) fn note(&self, result: Result<(), Error>) {
+        if let Err(error) = result {
+            self.failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+        }
+    }
+
+    /// A piece, or receiving, is done. The last one answers.
+    pub(super) fn end_part<W: Write>(&self, shared: &Shared<'_, W>) -> io::Result<()> {
+        if self.pending.fetch_sub(1, Ordering::AcqRel) > 1 {
+            return Ok(());
+        }
+        let result = match self.failure.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            Some(error) => Err(error),
+            None => Ok(()),
+        };
+        shared.conclude(self.cookie, Kind::Write, self.write.len.into(), result)
+    }
+}
+
+/// A piece of a read.
+#[derive(Debug)]
+pub(super) struct ReadPart {
+    pub(super) whole: Arc<ReadInParts>,
+    pub(super) offset: u64,
+    pub(super) len: u64,
+}
+
+/// A read whose pieces are done in any order, each answered by a chunk of its own.
+///
+/// A piece that fails is told by the last chunk, whoever sends it; what was read before and after is told, too.
+#[derive(Debug)]
+pub(super) struct ReadInParts {
+    cookie: u64,
+    offset: u64,
+    len: u64,
+    /// Chunks' worth of pieces that are not done. Changed while the outbox is locked, so that the last chunk says so.
+    pending: AtomicUsize,
+    /// The failure that comes first on the disk, and where.
+    failure: Mutex<Option<(u64, Error)>>,
+}
+
+impl ReadInParts {
+    /// A read of `len` bytes, more than 0.
+    pub(super) fn new(cookie: u64, offset: u64, len: u64) -> Self {
+        let chunk = CHUNK_BYTES as u64;
+        let parts = (offset + len).div_ceil(chunk) - offset / chunk;
+        let pending = AtomicUsize::new(usize::try_from(parts).expect("requests are bounded"));
+        Self { cookie, offset, len, pending, failure: Mutex::new(None) }
+    }
+
+    /// Its pieces: what lies between multiples of [`CHUNK_BYTES`].
+    pub(super) fn parts(self: Arc<Self>) -> impl Iterator<Item = ReadPart> {
+        let (mut at, end, chunk) = (self.offset, self.offset + self.len, CHUNK_BYTES as u64);
+        std::iter::from_fn(move || {
+            let offset = at;
+            at = end.min((offset / chunk + 1) * chunk);
+            (offset < end).then(|| ReadPart { whole: self.clone(), offset, len: at - offset })
+        })
+    }
+
+    /// Whether a piece has failed, so that the others need not be read.
+    pub(super) fn has_failed(&self) -> bool {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
+    /// Sends what was read of a piece, not its last.
+    pub(super) fn send<W: Write>(
+        &self,
+        shared: &Shared<'_, W>,
+        offset: u64,
+        payload: &[u8],
+    ) -> io::Result<()> {
+        shared.send(&data_chunk_header(0, self.cookie, offset, payload.len()), payload)
+    }
+
+    /// A piece is done: sends the last that was read of it, and ends the reply if it was the last piece.
+    pub(super) fn end_part<W: Write>(
+        &self,
+        shared: &Shared<'_, W>,
+        offset: u64,
+        payload: &[u8],
+    ) -> io::Result<()> {
+        let mut outbox = shared.lock()?;
+        let is_last = self.pending.fetch_sub(1, Ordering::AcqRel) == 1;
+        let ends = is_last && !self.has_failed();
+        if ends {
+            shared.count(Kind::Read, self.len);
+        }
+        //= NBD protocol, NBD_REPLY_FLAG_DONE: allowed on data, since nothing can fail any more once all was read.
+        let flags = if ends { NBD_REPLY_FLAG_DONE } else { 0 };
+        outbox.send(&data_chunk_header(flags, self.cookie, offset, payload.len()), payload)?;
+        drop(outbox);
+        if is_last && !ends { self.tell_failure(shared) } else { Ok(()) }
+    }
+
+    /// A piece has failed at `offset`, or was not tried since another had.
+    pub(super) fn fail_part<W: Write>(
+        &self,
+        shared: &Shared<'_, W>,
+        failure: Option<(u64, Error)>,
+    ) -> io::Result<()> {
+        if let Some((offset, error)) = failure {
+            let mut first = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+            if first.as_ref().is_none_or(|(known, _)| offset < *known) {
+                *first = Some((offset, error));
+            }
+        }
+        let outbox = shared.lock()?;
+        let is_last = self.pending.fetch_sub(1, Ordering::AcqRel) == 1;
+        drop(outbox);
+        if is_last { self.tell_failure(shared) } else { Ok(()) }
+    }
+
+    fn tell_failure<W: Write>(&self, shared: &Shared<'_, W>) -> io::Result<()> {
+        let failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let (offset, error) = failure.expect("only a read that failed is told so");
+        shared.fail(self.cookie, &error, Some(offset))
+    }
+}
