@@ -31,6 +31,8 @@ pub(crate) struct Asker {
 enum Source {
     Terminal,
     File(PathBuf),
+    /// Nobody may be asked.
+    Nobody,
     /// A descriptor gives what it has once, to the first who reads it.
     Descriptor(PathBuf, Option<Zeroizing<Vec<u8>>>),
 }
@@ -44,6 +46,15 @@ impl Asker {
             (None, None) => Source::Terminal,
         };
         Self { source, of_engine: None, given: HashMap::new() }
+    }
+
+    /// One for later, when nobody is there to be asked: it knows files, and nothing that was typed.
+    pub(crate) fn without_people(&self, engine: &EnginePlan) -> Self {
+        let source = match &self.source {
+            Source::File(path) => Source::File(path.clone()),
+            Source::Terminal | Source::Descriptor(..) | Source::Nobody => Source::Nobody,
+        };
+        Self { source, of_engine: engine.passphrase_file.clone(), given: HashMap::new() }
     }
 
     /// The same, for the root of `engine`: its config may name a file.
@@ -61,6 +72,8 @@ impl Ask for Asker {
         }
         match &mut self.source {
             Source::File(path) => read(path.clone()),
+            Source::Nobody => Err(Error::new(ErrorKind::Permission, Op::Open)
+                .detail(format!("{question}: it cannot be had again without asking; restart the server"))),
             Source::Descriptor(_, Some(given)) => Ok(own(given)),
             Source::Descriptor(path, given) => Ok(own(given.insert(read(path.clone())?))),
             Source::Terminal => {
@@ -89,20 +102,22 @@ impl fmt::Debug for Asker {
         f.write_str(match self.source {
             Source::Terminal => "Asker(terminal)",
             Source::File(_) => "Asker(file)",
+            Source::Nobody => "Asker(nobody)",
             Source::Descriptor(..) => "Asker(descriptor)",
         })
     }
 }
 
 fn read(path: PathBuf) -> Result<Zeroizing<Vec<u8>>, Error> {
-    let mut bytes = files::read(&path, "passphrase file", Secrecy::Secret, PASSPHRASE_BYTES_MAX)
-        .map_err(|Failure { code, what, advice }| {
+    let mut bytes = files::read(&path, "passphrase file", Secrecy::Secret, PASSPHRASE_BYTES_MAX).map_err(
+        |Failure { code, what, advice }| {
             let kind = match code {
                 Code::Refused => ErrorKind::Permission,
                 _ => ErrorKind::NotFound,
             };
             Error::new(kind, Op::Open).detail(format!("{what}; {advice}"))
-        })?;
+        },
+    )?;
     strip_line_feed(&mut bytes);
     Ok(bytes)
 }
@@ -110,11 +125,12 @@ fn read(path: PathBuf) -> Result<Zeroizing<Vec<u8>>, Error> {
 fn type_in(question: &Question<'_>) -> Result<Zeroizing<Vec<u8>>, Error> {
     let prompt = |text: String| {
         let typed = rpassword::prompt_password(text).map_err(|why: io::Error| {
-            Error::new(ErrorKind::Permission, Op::Open).detail(format!(
-                "{question}: there is no terminal to type it in; give it with --passphrase-file FILE or \
+            Error::new(ErrorKind::Permission, Op::Open)
+                .detail(format!(
+                    "{question}: there is no terminal to type it in; give it with --passphrase-file FILE or \
                  --passphrase-fd N"
-            ))
-            .because(why)
+                ))
+                .because(why)
         })?;
         Ok::<_, Error>(Zeroizing::new(typed.into_bytes()))
     };

@@ -1,7 +1,9 @@
 //! The one definition of the command line: parsing, help, manual pages and completions all come from it.
 
 use crate::ask::HELPER;
+use crate::engine_process::EngineHome;
 use crate::keyfile::KeySource;
+use crate::plan::EnginePlan;
 use crate::report::EXIT_CODES;
 use crate::size::Size;
 use clap::builder::{OsStringValueParser, TypedValueParser as _};
@@ -77,6 +79,40 @@ pub(crate) enum Command {
     Completions(Completions),
     /// Write the manual pages
     Man(Man),
+}
+
+/// Where engines run.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Engine")]
+pub(crate) struct IsolationArgs {
+    /// Process in which engines run: own (one that holds the keys, which this one never sees), none (this one, which then
+    /// holds them), or unix:PATH (an engine service's) [default: own]
+    #[arg(long, value_name = "WHERE")]
+    pub(crate) engine_process: Option<EngineHome>,
+    /// What to do where the system cannot lock the engine process up entirely: report it, or require it and not serve
+    /// [default: report]
+    #[arg(long, value_name = "WHAT", value_enum)]
+    pub(crate) sandbox: Option<SandboxArg>,
+}
+
+impl IsolationArgs {
+    /// What the command line says goes before what a config says.
+    pub(crate) fn apply(&self, engine: &mut EnginePlan) {
+        let said = self.engine_process.clone().or_else(|| engine.home.take());
+        engine.home = Some(said.unwrap_or_default());
+        if let Some(sandbox) = self.sandbox {
+            engine.require_sandbox = sandbox == SandboxArg::Require;
+        }
+    }
+}
+
+/// What to do where something of the sandbox is missing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum SandboxArg {
+    /// Say so, and go on.
+    Report,
+    /// Do not serve.
+    Require,
 }
 
 /// How a volume lies on its backing. What is not given comes from the volume's description, else from the defaults.
@@ -238,6 +274,8 @@ pub(crate) struct Serve {
     pub(crate) layout: LayoutArgs,
     #[command(flatten)]
     pub(crate) engine: EngineArgs,
+    #[command(flatten)]
+    pub(crate) isolation: IsolationArgs,
     /// Whether software may serve a raw key instead of the engine: never, if the engine cannot, or always [default:
     /// off]
     #[arg(long, value_name = "WHEN", value_enum)]

@@ -35,6 +35,8 @@ pub(crate) struct EngineTable {
     pub(crate) key_type: Option<String>,
     pub(crate) policy: Option<String>,
     pub(crate) program_share: Option<u8>,
+    pub(crate) process: Option<String>,
+    pub(crate) sandbox: Option<String>,
 }
 
 /// `[[volume]]`
@@ -86,7 +88,20 @@ pub(crate) struct ServerTable {
 /// Which keys each table may have. A test compares it with the types above.
 const KEYS: &[(&str, &[&str])] = &[
     ("", &["engine", "volume", "listen", "server"]),
-    ("engine", &["name", "spec", "root", "passphrase_file", "key_type", "policy", "program_share"]),
+    (
+        "engine",
+        &[
+            "name",
+            "spec",
+            "root",
+            "passphrase_file",
+            "key_type",
+            "policy",
+            "program_share",
+            "process",
+            "sandbox",
+        ],
+    ),
     (
         "volume",
         &[

@@ -110,8 +110,23 @@ pub(crate) struct EngineReport {
     pub(crate) decided_by: Option<String>,
     /// When, in seconds since the beginning of 1970.
     pub(crate) decided_at: Option<u64>,
+    /// `None` for an engine in the serving process.
+    pub(crate) process: Option<ProcessReport>,
     /// `None` for an engine without keyslots.
     pub(crate) keyslots: Option<KeyslotsReport>,
+}
+
+/// The process that an engine has for itself.
+#[derive(Debug, Serialize)]
+pub(crate) struct ProcessReport {
+    /// `None` while none runs.
+    pub(crate) pid: Option<u32>,
+    pub(crate) restarts: u64,
+    pub(crate) last_pause_us: u64,
+    /// Why none runs, if none will be started.
+    pub(crate) stopped: Option<String>,
+    /// Its cage, a line each; what the system lacks begins with `MISSING`.
+    pub(crate) sandbox: Vec<String>,
 }
 
 #[derive(Debug, Serialize)]

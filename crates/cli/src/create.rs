@@ -14,6 +14,7 @@ use crate::places::{beside, directory_of};
 use crate::plan::{Description, EnginePlan, Settings, SlotsPlan};
 use crate::report::{Code, Failure, Failures, note};
 use crate::size::Size;
+use inlinecrypt_core::error::Error;
 use inlinecrypt_core::volume::Layout;
 use inlinecrypt_engine::Root;
 use std::fmt::Write as _;
@@ -60,15 +61,13 @@ impl NewVolume<'_> {
         if settings.key.is_none() && !generate {
             note(format_args!("{} exists already and is used", sibling.display()));
         }
-        let root = match source.wanted {
-            Wanted::Raw => None,
-            Wanted::Wrapped => Some(
-                Root::open_or_create(&engine.root, asker.of(engine))
-                    .map_err(|error| Failure::of_file("cannot open the root", &error))?,
-            ),
-        };
-        let engine = HostEngine::start(engine, root.as_ref(), None)
-            .map_err(|error| Failure::of("cannot start the engine", &error))?;
+        let wants_root = source.wanted == Wanted::Wrapped;
+        let no_root = |error: Error| Failure::of_file("cannot open the root", &error);
+        if wants_root && !files::exists(engine.root.path()) {
+            // Made here, where files can be made; opened where the engine runs.
+            drop(Root::open_or_create(&engine.root, asker.of(engine)).map_err(no_root)?);
+        }
+        let engine = HostEngine::start_at_home(engine, wants_root, false, asker).map_err(no_root)?;
         let key = if generate {
             LoadedKey::Wrapped(
                 engine.profile.generate().map_err(|error| Failure::of("cannot make a key", &error))?,
@@ -210,7 +209,8 @@ impl NewVolume<'_> {
             name.escape_default()
         );
         if self.name_engine {
-            let EnginePlan { name: _, spec, root, passphrase_file: _, key_type: _, policy: _ } = &self.engine;
+            let EnginePlan { name: _, spec, root, passphrase_file: _, key_type: _, policy: _, .. } =
+                &self.engine;
             let here = std::env::current_dir().unwrap_or_default();
             let root = root.clone().relative_to(&here);
             let _ = write!(

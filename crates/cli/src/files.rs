@@ -7,6 +7,7 @@ use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::io::{self, Read as _, Write as _};
+use std::os::fd::AsFd as _;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use zeroize::Zeroizing;
@@ -52,7 +53,10 @@ pub(crate) fn read(
 /// Reads standard input to its end, at most `len_max` bytes.
 pub(crate) fn read_stdin(what: &str, len_max: usize) -> Result<Zeroizing<Vec<u8>>, Failure> {
     let name = format!("{what} on standard input");
-    read_bounded(io::stdin().lock(), len_max)
+    // Not through the library's buffer, which would keep a copy.
+    let descriptor = io::stdin().as_fd().try_clone_to_owned();
+    descriptor
+        .and_then(|descriptor| read_bounded(File::from(descriptor), len_max))
         .map_err(|error| Failure::of_io(&name, &error, "Send it through a pipe, or name a file."))?
         .ok_or_else(|| too_long(&name, len_max))
 }

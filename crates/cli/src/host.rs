@@ -3,6 +3,7 @@
 
 use crate::ask::Asker;
 use crate::cli::{FallbackArg, TlsArg};
+use crate::engine_process::{self, Started};
 use crate::files::{self, Medium, quoted, shell_word};
 use crate::identifier::Identifier;
 use crate::keyfile::{KeySource, LoadedKey, Wanted};
@@ -44,28 +45,53 @@ pub(crate) struct HostEngine {
     /// Of the root that wraps its keys, if it has one.
     pub(crate) root: Option<WrappingKeyId>,
     pub(crate) profile: Arc<CryptoProfile>,
+    /// Software for raw keys that it does not serve, if a volume asks for that.
+    pub(crate) fallback: Option<Arc<CryptoProfile>>,
 }
 
 impl HostEngine {
-    /// Starts the engine of `plan`, with `root` or for raw keys only.
-    pub(crate) fn start(
-        plan: &EnginePlan,
-        root: Option<&Root>,
-        fallback: Option<&Arc<CryptoProfile>>,
-    ) -> Result<Self, Error> {
+    /// Starts the engine of `plan` in this process, with `root` or for raw keys only.
+    pub(crate) fn start(plan: &EnginePlan, root: Option<&Root>) -> Result<Self, Error> {
         let engine = inlinecrypt_engine::open(&plan.spec, root)?;
-        let pool = MemoryPool::new(LARGE_BUFFER_BYTES, LARGE_BUFFERS);
+        let started = Started { engine, fallback: None, root: root.map(Root::id), isolated: None };
+        Self::of(plan, started)
+    }
+
+    /// Starts the engine of `plan` in the process where it shall run, with its root if `wants_root`, and with software
+    /// beside it if `wants_fallback`.
+    pub(crate) fn start_at_home(
+        plan: &EnginePlan,
+        wants_root: bool,
+        wants_fallback: bool,
+        asker: &mut Asker,
+    ) -> Result<Self, Error> {
+        let fallback = SoftwareSpec { keyslots: FALLBACK_KEYSLOTS, ..SoftwareSpec::default() };
+        let fallback = wants_fallback.then_some(EngineSpec::Software(fallback));
+        Self::of(plan, engine_process::start(plan, wants_root, fallback, asker)?)
+    }
+
+    fn of(plan: &EnginePlan, started: Started) -> Result<Self, Error> {
+        let Started { engine, fallback, root, isolated } = started;
+        let pool = || MemoryPool::new(LARGE_BUFFER_BYTES, LARGE_BUFFERS);
         let clock = Arc::new(SystemClock(Instant::now()));
-        let mut profile = CryptoProfile::new(engine, pool, plan.policy)?.with_clock(clock);
-        if let Some(fallback) = fallback {
+        let mut profile = CryptoProfile::new(engine, pool(), plan.policy)?.with_clock(clock);
+        let fallback = match fallback {
+            Some(engine) => Some(Arc::new(CryptoProfile::new(engine, pool(), Policy::default())?)),
+            None => None,
+        };
+        if let Some(fallback) = &fallback {
             profile = profile.with_fallback(fallback.clone());
         }
-        Ok(Self {
-            name: plan.name.clone(),
-            spec: plan.spec,
-            root: root.map(Root::id),
-            profile: Arc::new(profile),
-        })
+        let profile = Arc::new(profile);
+        if let Some(isolated) = isolated {
+            let restarted = Arc::downgrade(&profile);
+            isolated.when_restarted(move || {
+                if let Some(Err(error)) = restarted.upgrade().map(|profile| profile.restarted()) {
+                    tracing::error!("{}", error.chain());
+                }
+            });
+        }
+        Ok(Self { name: plan.name.clone(), spec: plan.spec, root, profile, fallback })
     }
 }
 
@@ -94,7 +120,6 @@ pub(crate) struct Ready {
 #[derive(Debug, Default)]
 pub(crate) struct Host {
     pub(crate) engines: Vec<Option<HostEngine>>,
-    pub(crate) fallback: Option<Arc<CryptoProfile>>,
     pub(crate) volumes: Vec<Ready>,
 }
 
@@ -103,39 +128,25 @@ impl Host {
     pub(crate) fn prepare(plan: &Plan, asker: &mut Asker) -> (Self, Vec<Failure>) {
         let mut failures = Vec::new();
         let mut host = Self::default();
-        if plan.volumes.iter().any(|volume| volume.fallback != FallbackArg::Off) {
-            match fallback() {
-                Ok(profile) => host.fallback = Some(profile),
-                Err(error) => failures.push(Failure::of("cannot start the software fallback", &error)),
-            }
-        }
         for (index, engine) in plan.engines.iter().enumerate() {
-            let wants_root =
-                |volume: &VolumePlan| volume.engine == index && volume.key.wanted == Wanted::Wrapped;
-            let root = if plan.volumes.iter().any(wants_root) {
-                match Root::open_with(&engine.root, asker.of(engine)) {
-                    Ok(root) => Some(root),
-                    Err(error) => {
-                        let failure = Failure::of_file(format!("engine {}", engine.name), &error);
-                        failures.push(if error.kind() == ErrorKind::NotFound && !files::exists(engine.root.path()) {
-                            failure.advise(
-                                "Name the root that wrapped the keys with --root SPEC, or bring it back; a new one \
-                                 cannot open them.",
-                            )
-                        } else {
-                            failure
-                        });
-                        host.engines.push(None);
-                        continue;
-                    }
-                }
-            } else {
-                None
-            };
-            match HostEngine::start(engine, root.as_ref(), host.fallback.as_ref()) {
+            let mut its = plan.volumes.iter().filter(|volume| volume.engine == index);
+            let wants_root = its.clone().any(|volume| volume.key.wanted == Wanted::Wrapped);
+            let wants_fallback = its.any(|volume| volume.fallback != FallbackArg::Off);
+            match HostEngine::start_at_home(engine, wants_root, wants_fallback, asker) {
                 Ok(engine) => host.engines.push(Some(engine)),
                 Err(error) => {
-                    failures.push(Failure::of(format!("cannot start engine {}", engine.name), &error));
+                    let failure = Failure::of_file(format!("engine {}", engine.name), &error);
+                    let root_is_missing = wants_root
+                        && error.kind() == ErrorKind::NotFound
+                        && !files::exists(engine.root.path());
+                    failures.push(if root_is_missing {
+                        failure.advise(
+                            "Name the root that wrapped the keys with --root SPEC, or bring it back; a new one \
+                             cannot open them.",
+                        )
+                    } else {
+                        failure
+                    });
                     host.engines.push(None);
                 }
             }
@@ -235,14 +246,6 @@ pub(crate) fn relabel(failure: Failure, path: &Path, label: &str) -> Failure {
         Some(rest) => Failure { what: format!("{label}{rest}"), ..failure },
         None => failure.within(label),
     }
-}
-
-/// Software for raw keys that an engine does not serve.
-fn fallback() -> Result<Arc<CryptoProfile>, Error> {
-    let spec = EngineSpec::Software(SoftwareSpec { keyslots: FALLBACK_KEYSLOTS, ..SoftwareSpec::default() });
-    let engine = inlinecrypt_engine::open(&spec, None)?;
-    let pool = MemoryPool::new(LARGE_BUFFER_BYTES, LARGE_BUFFERS);
-    Ok(Arc::new(CryptoProfile::new(engine, pool, Policy::default())?))
 }
 
 fn admit(volume: &VolumePlan, medium: &Medium, engine: &HostEngine) -> Result<Ready, Failure> {

@@ -3,6 +3,8 @@
 use crate::files::{self, Secrecy};
 use crate::report::{Code, Failure};
 use inlinecrypt_core::config::Mode;
+use inlinecrypt_core::engine::RawKeySource;
+use inlinecrypt_core::error::{Error, ErrorKind, Op};
 use inlinecrypt_core::key::{KeyForm, LongTermWrappedKey, RawKey};
 use inlinecrypt_core::profile::CryptoProfile;
 use inlinecrypt_engine::{BlobError, Form, inspect, looks_like_wrapped_key};
@@ -164,6 +166,17 @@ impl KeySource {
     }
 }
 
+/// A raw key in a file can be read again.
+impl RawKeySource for KeySource {
+    fn read(&self) -> Result<RawKey, Error> {
+        match self.load() {
+            Ok(LoadedKey::Raw(key)) => Ok(key),
+            Ok(LoadedKey::Wrapped(_)) => Err(Error::new(ErrorKind::KeyRejected, Op::Open)),
+            Err(failure) => Err(Error::new(ErrorKind::NotFound, Op::Open).detail(failure.what)),
+        }
+    }
+}
+
 /// Not a key, but where it is: may be shown.
 impl fmt::Display for KeySource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -207,7 +220,12 @@ impl LoadedKey {
     /// The form in which it is used for I/O: a wrapped key is opened by the engine and wrapped again for this start.
     pub(crate) fn form(&self, profile: &CryptoProfile, name: &KeySource) -> Result<KeyForm, Failure> {
         match self {
-            Self::Raw(key) => Ok(KeyForm::Raw(RawKey::new(key.expose()))),
+            Self::Raw(key) => {
+                let again = matches!(name.place, Place::File(_)).then(|| Arc::new(name.clone()) as _);
+                profile
+                    .deposit(RawKey::new(key.expose()), again)
+                    .map_err(|error| Failure::of(format!("{name} is refused"), &error))
+            }
             Self::Wrapped(blob) => profile.prepare(blob).map(KeyForm::Wrapped).map_err(|error| {
                 let advice = if error.chain().contains("wrapped under root") {
                     "Name the root that wrapped it with --root PATH, or give the right key."

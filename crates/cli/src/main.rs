@@ -6,6 +6,7 @@
 //!     config     TOML files: configs, and the descriptions that lie beside volumes
 //!     plan       command line + config + descriptions -> what is to be served; every problem found is reported
 //!     host       plan -> engines, keys, admissions, volumes
+//!     engine_process   where engines run
 //!     create     new volumes: key, description and image, in an order that a crash cannot spoil
 //!     control    the socket by which `status` asks a running server
 //!   ask          passphrases and PINs, and the process that talks to TPMs and tokens
@@ -22,6 +23,7 @@ mod cmd;
 mod config;
 mod control;
 mod create;
+mod engine_process;
 mod files;
 mod host;
 mod identifier;

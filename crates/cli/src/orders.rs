@@ -123,7 +123,16 @@ mod tests {
         let root = RootSpec::File("root.key".into());
         let spec = "ice:hwkm-v2".parse().unwrap();
         let policy = inlinecrypt_core::keyslot::Policy::default();
-        let plan = EnginePlan { name: "e".to_owned(), spec, root, passphrase_file: None, key_type, policy };
+        let plan = EnginePlan {
+            name: "e".to_owned(),
+            spec,
+            root,
+            passphrase_file: None,
+            key_type,
+            policy,
+            home: None,
+            require_sandbox: false,
+        };
         let labels = ["a", "b", "c", "d"];
         let volumes: Vec<_> = volumes
             .iter()

@@ -4,10 +4,11 @@
 //! value would be noticed by nobody until the data is gone.
 
 use crate::cli::{
-    DiscardArg, EngineArgs, FallbackArg, KeyTypeArg, LayoutArgs, PolicyArg, PriorityArg, Serve, TlsArg,
-    TlsArgs, WORKERS_MAX,
+    DiscardArg, EngineArgs, FallbackArg, KeyTypeArg, LayoutArgs, PolicyArg, PriorityArg, SandboxArg, Serve,
+    TlsArg, TlsArgs, WORKERS_MAX,
 };
 use crate::config::{ConfigFile, EngineTable, ListenTable, ServerTable, VolumeTable};
+use crate::engine_process::EngineHome;
 use crate::files::{self, Medium};
 use crate::host;
 use crate::identifier::Identifier;
@@ -47,6 +48,10 @@ pub(crate) struct EnginePlan {
     pub(crate) passphrase_file: Option<PathBuf>,
     pub(crate) key_type: KeyTypeArg,
     pub(crate) policy: Policy,
+    /// In which process it runs; this one if nothing is said, for what only looks or makes keys.
+    pub(crate) home: Option<EngineHome>,
+    /// Whether not to run if its process cannot be locked up entirely.
+    pub(crate) require_sandbox: bool,
 }
 
 /// A volume to serve.
@@ -344,6 +349,8 @@ pub(crate) fn engine_from(args: &EngineArgs) -> Result<EnginePlan, Failure> {
         passphrase_file: None,
         key_type,
         policy: Policy::default(),
+        home: None,
+        require_sandbox: false,
     })
 }
 
@@ -354,7 +361,10 @@ fn engine_plan(
     failures: &mut Vec<Failure>,
 ) -> Option<EnginePlan> {
     let place = file.place(table);
-    let EngineTable { name, spec, root, passphrase_file, key_type, policy, program_share } = table.get_ref();
+    let EngineTable { name, spec, root, passphrase_file, key_type, policy, program_share, process, sandbox } =
+        table.get_ref();
+    let home = process.as_deref().map(str::parse::<EngineHome>).transpose();
+    let sandbox = sandbox.as_deref().map_or(Ok(SandboxArg::Report), choice);
     let policy = policy_from(policy.as_deref(), *program_share);
     let key_type = key_type.as_deref().map_or(Ok(KeyTypeArg::First), choice);
     let spec = spec.as_deref().map_or(Ok(EngineSpec::default()), str::parse);
@@ -363,13 +373,17 @@ fn engine_plan(
         Some(Ok(root)) => Ok(root.relative_to(base)),
         Some(Err(error)) => Err(Failure::of("root", &error)),
     };
-    match (spec, root, key_type, policy) {
-        (Ok(spec), Ok(root), Ok(key_type), Ok(policy)) => {
-            let passphrase_file =
-                passphrase_file.as_ref().map(|path| relative_to(base, Path::new(path)));
-            Some(EnginePlan { name: name.clone(), spec, root, passphrase_file, key_type, policy })
+    match (spec, root, key_type, policy, home, sandbox) {
+        (Ok(spec), Ok(root), Ok(key_type), Ok(policy), Ok(home), Ok(sandbox)) => {
+            let passphrase_file = passphrase_file.as_ref().map(|path| relative_to(base, Path::new(path)));
+            let home = home.map(|home| home.relative_to(base));
+            let require_sandbox = sandbox == SandboxArg::Require;
+            let name = name.clone();
+            Some(EnginePlan { name, spec, root, passphrase_file, key_type, policy, home, require_sandbox })
         }
-        (spec, root, key_type, policy) => {
+        (spec, root, key_type, policy, home, sandbox) => {
+            failures.extend(home.err().map(|why| wrong(&place, &format!("process: {why}"))));
+            failures.extend(sandbox.err().map(|why| wrong(&place, &format!("sandbox: {why}"))));
             failures.extend(policy.err().map(|why| wrong(&place, &why)));
             failures.extend(key_type.err().map(|why| wrong(&place, &format!("key_type: {why}"))));
             failures.extend(spec.err().map(|error| Failure::of(format!("{place}: spec"), &error)));
@@ -607,6 +621,7 @@ impl Plan {
             plan.server.control = ControlPlan::parse(control.clone());
         }
         plan.server.workers = args.workers.unwrap_or(plan.server.workers);
+        plan.engines.iter_mut().for_each(|engine| args.isolation.apply(engine));
         plan.listen.check(&mut failures);
         if failures.is_empty() { Ok(plan) } else { Err(failures) }
     }

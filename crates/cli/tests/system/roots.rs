@@ -65,7 +65,8 @@ impl Tokens {
     fn new(place: &Place, labels: &[&str]) -> Option<Self> {
         let tool = require_tool("softhsm2-util")?;
         let places = ["/usr/lib/softhsm", "/usr/lib64/pkcs11", "/usr/local/lib/softhsm", "/usr/lib/pkcs11"];
-        let module = places.map(|folder| Path::new(folder).join("libsofthsm2.so")).into_iter().find(|m| m.exists());
+        let module =
+            places.map(|folder| Path::new(folder).join("libsofthsm2.so")).into_iter().find(|m| m.exists());
         let module = module.expect("softhsm2-util is there, and its module is not");
         let (config, tokens) = (place.path("softhsm2.conf"), place.path("tokens"));
         fs::create_dir(&tokens).unwrap();
@@ -74,7 +75,8 @@ impl Tokens {
         let this = Self { config, module };
         for label in labels {
             let pin = str::from_utf8(PIN).unwrap();
-            let arguments = ["--init-token", "--free", "--label", label, "--so-pin", "99999999", "--pin", pin];
+            let arguments =
+                ["--init-token", "--free", "--label", label, "--so-pin", "99999999", "--pin", pin];
             run(Command::new(&tool).env("SOFTHSM2_CONF", &this.config).args(arguments));
         }
         Some(this)
@@ -120,7 +122,9 @@ fn pins(place: &Place) {
 #[test]
 fn a_root_goes_from_file_to_tpm_to_token_to_passphrase_and_back() {
     let place = Place::new();
-    let (Some(tpm), Some(tokens)) = (Tpm::start(&place, "tpm"), Tokens::new(&place, &["vault"])) else { return };
+    let (Some(tpm), Some(tokens)) = (Tpm::start(&place, "tpm"), Tokens::new(&place, &["vault"])) else {
+        return;
+    };
     pins(&place);
     place.run_ok(["root", "create", "root"]);
     place.run_ok(["volume", "create", "--size", "1MiB", "--root", "root", "v.img"]);
@@ -172,7 +176,8 @@ fn a_tpm_counts_wrong_pins_and_locks_itself() {
     let root = tpm.root("r", ",pin");
     place.run_ok(["root", "create", &root, "--passphrase-file", "pin"]);
     place.run_ok(["key", "generate", "--root", &root, "--passphrase-file", "pin", "--out", "k"]);
-    let open = |pin: &str| place.run(["key", "prepare", "--in", "k", "--root", &root, "--passphrase-file", pin]);
+    let open =
+        |pin: &str| place.run(["key", "prepare", "--in", "k", "--root", &root, "--passphrase-file", pin]);
     // swtpm's default: three failures.
     refused(&open("wrong"), 2, &["wrong PIN (2 tries left"]);
     refused(&open("wrong"), 2, &["wrong PIN (1 tries left"]);
@@ -185,7 +190,10 @@ fn a_tpm_counts_wrong_pins_and_locks_itself() {
     // Nobody there to ask, and a PIN that is empty.
     let mut alone = Command::new(require_tool("setsid").expect("of util-linux, which every system has"));
     place.prepare(&mut alone);
-    alone.arg("--wait").arg(env!("CARGO_BIN_EXE_inlinecrypt")).args(["key", "prepare", "--in", "k", "--root", &root]);
+    alone
+        .arg("--wait")
+        .arg(env!("CARGO_BIN_EXE_inlinecrypt"))
+        .args(["key", "prepare", "--in", "k", "--root", &root]);
     refused(&alone.output().unwrap(), 2, &["PIN of root r", "no terminal", "--passphrase-file"]);
     place.secret("none", b"\n");
     refused(&open("none"), 2, &["empty"]);
@@ -209,7 +217,11 @@ fn a_moved_register_is_named_and_others_do_not_matter() {
     // The spec need not say again what the container knows, but may not say something else.
     place.run_ok(["key", "info", "k", "--root", &tpm.root("r", "")]);
     let other = tpm.root("r", ",pcrs=sha256:7");
-    refused(&place.run(["key", "info", "k", "--root", &other]), 4, &["sealed to sha256:7+11, not to sha256:7"]);
+    refused(
+        &place.run(["key", "info", "k", "--root", &other]),
+        4,
+        &["sealed to sha256:7+11, not to sha256:7"],
+    );
 
     tpm.tool("tpm2_pcrextend", &[&format!("11:sha256={digest}")]).unwrap();
     let output = place.run(["key", "info", "k", "--root", &root]);
@@ -220,7 +232,9 @@ fn a_moved_register_is_named_and_others_do_not_matter() {
 #[test]
 fn another_tpm_opens_nothing_and_says_so() {
     let place = Place::new();
-    let (Some(ours), Some(theirs)) = (Tpm::start(&place, "ours"), Tpm::start(&place, "theirs")) else { return };
+    let (Some(ours), Some(theirs)) = (Tpm::start(&place, "ours"), Tpm::start(&place, "theirs")) else {
+        return;
+    };
     place.run_ok(["root", "create", &ours.root("r", "")]);
     place.run_ok(["key", "generate", "--root", &ours.root("r", ""), "--out", "k"]);
     let output = place.run(["key", "info", "k", "--root", &theirs.root("r", "")]);
@@ -348,7 +362,11 @@ fn a_token_opens_with_its_pin_and_says_what_is_wrong_otherwise() {
         tokens.run(&place, &["key", "info", "k", "--root", root, "--passphrase-file", pin])
     };
     done(&open(&root, "pin"));
-    refused(&open(&root, "wrong"), 2, &["wrong PIN for token \"vault\"", "does not say how many tries are left"]);
+    refused(
+        &open(&root, "wrong"),
+        2,
+        &["wrong PIN for token \"vault\"", "does not say how many tries are left"],
+    );
     refused(&open(&tokens.root("none", "root", "r"), "pin"), 4, &["no such token", "\"vault\" (serial"]);
     refused(&open(&tokens.root("vault", "none", "r"), "pin"), 4, &["has no key \"none\""]);
     let any = root.replace("token=vault;", "");
@@ -357,7 +375,8 @@ fn a_token_opens_with_its_pin_and_says_what_is_wrong_otherwise() {
     refused(&open(libc, "pin"), 4, &["libc.so.6 cannot be loaded", "C_GetFunctionList"]);
 
     // Another token with a key of that name.
-    tokens.run_ok(&place, &["root", "create", &tokens.root("other", "root", "r2"), "--passphrase-file", "pin"]);
+    tokens
+        .run_ok(&place, &["root", "create", &tokens.root("other", "root", "r2"), "--passphrase-file", "pin"]);
     refused(&open(&tokens.root("other", "root", "r"), "pin"), 2, &["on token \"vault\" (serial"]);
 
     // With the PIN in a file of the URI nobody is asked; others may not read that file.
@@ -378,7 +397,9 @@ fn the_key_on_the_token_never_leaves_it() {
     let pkcs11 = |arguments: &[&str]| {
         let mut command = Command::new(&tool);
         command.env("SOFTHSM2_CONF", &tokens.config).arg("--module").arg(&tokens.module);
-        command.args(["--token-label", "vault", "--login", "--pin", str::from_utf8(PIN).unwrap()]).args(arguments);
+        command
+            .args(["--token-label", "vault", "--login", "--pin", str::from_utf8(PIN).unwrap()])
+            .args(arguments);
         run(&mut command)
     };
     let listed = pkcs11(&["--list-objects", "--type", "secrkey"]);

@@ -111,6 +111,7 @@ pub fn start(
         prepared: Mutex::default(),
         deposits: Mutex::default(),
         committed: [Mutex::new(None), Mutex::new(None)],
+        listeners: Mutex::default(),
         options,
     });
     let (report, started) = mpsc::channel();
@@ -203,6 +204,7 @@ struct Host {
     deposits: Mutex<HashMap<u64, Deposit>>,
     /// What each engine was told to serve, to be told again.
     committed: [Mutex<Option<KeyType>>; 2],
+    listeners: Mutex<Vec<Arc<dyn Fn() + Send + Sync>>>,
 }
 
 /// The line to the process of the moment. Its lock is held for a look only.
@@ -381,9 +383,19 @@ impl Host {
                         .stop(format!("the engine process cannot be started again: {}", error.chain()));
                 }
             }
+            self.tell_of_restart();
             let pause = ended.elapsed();
             self.line().last_pause_ns = u64::try_from(pause.as_nanos()).unwrap_or(u64::MAX);
             tracing::warn!(pause_ms = pause.as_millis(), "the engine process was started again");
+        }
+    }
+
+    /// On a thread of its own: who is told may need the new process, and another after it.
+    fn tell_of_restart(&self) {
+        let listeners = self.listeners.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if !listeners.is_empty() {
+            let tell = move || listeners.iter().for_each(|listener| listener());
+            let _ = std::thread::Builder::new().name("engine restart".to_owned()).spawn(tell);
         }
     }
 
@@ -647,6 +659,12 @@ impl IsolatedEngine {
         let source = SharedSource(handle.host.parts.clone());
         let units = (0..facts.capabilities.keyslots).map(|_| AtomicU32::new(0)).collect();
         Self { handle, index, facts, source, units, remembered: Mutex::default() }
+    }
+
+    /// Calls `listener`, on a thread of its own, after each restart of the process:
+    /// [`CryptoProfile::restarted`](inlinecrypt_core::profile::CryptoProfile::restarted) is to be told.
+    pub fn when_restarted(&self, listener: impl Fn() + Send + Sync + 'static) {
+        self.host().listeners.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::new(listener));
     }
 
     fn host(&self) -> &Host {

@@ -7,6 +7,7 @@ use std::ffi::OsString;
 use std::fmt;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
@@ -66,6 +67,8 @@ impl Launcher for ProcessLauncher {
         let child = Command::new(&self.program)
             .args(&self.arguments)
             .env_clear()
+            // Ctrl-C is for the server, which then ends the engine when it needs it no more.
+            .process_group(0)
             .stdin(Stdio::from(its))
             .stdout(Stdio::null())
             .spawn()

@@ -104,6 +104,8 @@ pub fn serve_uncaged(socket: OwnedFd) -> io::Result<()> {
 }
 
 fn serve(socket: OwnedFd, cage: Cage, mut report: Report) -> io::Result<()> {
+    // Asked now: the cage has no window.
+    let pid = std::process::id();
     let mut inbox = Inbox::default();
     let (len, mut descriptors) = inbox.receive(&socket)?;
     if len == 0 {
@@ -137,13 +139,23 @@ fn serve(socket: OwnedFd, cage: Cage, mut report: Report) -> io::Result<()> {
     };
     let hosted: Arc<OnceLock<Hosted>> = Arc::new(OnceLock::new());
     let mut threads = Threads { region: region.clone(), is_over: Arc::default(), joins: Vec::new(), lanes };
+    // A thread that starts makes system calls that the cage forbids.
+    let (tell, started) = std::sync::mpsc::channel();
     for index in 0..lanes as usize {
         let (region, hosted, is_over) = (region.clone(), hosted.clone(), threads.is_over.clone());
-        let working = move || work(&region, index, floor, &hosted, cage, &is_over);
+        let tell = tell.clone();
+        let working = move || {
+            let _ = tell.send(());
+            drop(tell);
+            work(&region, index, floor, &hosted, cage, &is_over);
+        };
         match cage {
             Cage::Shut => sys::spawn(LANE_STACK_BYTES, Box::new(working))?,
             Cage::None => threads.joins.push(std::thread::Builder::new().spawn(working)?),
         }
+    }
+    for _ in 0..lanes {
+        started.recv().map_err(io::Error::other)?;
     }
     if cage == Cage::Shut {
         report.lock();
@@ -152,7 +164,7 @@ fn serve(socket: OwnedFd, cage: Cage, mut report: Report) -> io::Result<()> {
         return refuse(format!("the sandbox is incomplete: {}", report.missing.join("; ")));
     }
     let (steps, missing) = (report.steps.join("\n"), report.missing.join("\n"));
-    let ready = Answer::Ready { pid: std::process::id(), steps: &steps, missing: &missing };
+    let ready = Answer::Ready { pid, steps: &steps, missing: &missing };
     proto::send(socket.as_fd(), &ready, &[])?;
 
     let mut control = Control { hosted, deposits: HashMap::new(), last_ticket: 0 };

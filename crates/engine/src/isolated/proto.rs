@@ -25,17 +25,17 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use zeroize::Zeroizing;
 
 /// Which language this is. Raised whenever a message changes.
-pub const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 1;
 
 /// Longest message, in bytes.
-pub const MESSAGE_BYTES_MAX: usize = 4096;
+pub(crate) const MESSAGE_BYTES_MAX: usize = 4096;
 
 /// Most descriptors beside one message.
-pub const DESCRIPTORS_MAX: usize = 4;
+pub(crate) const DESCRIPTORS_MAX: usize = 4;
 
 /// What a host asks an engine process to do.
 #[derive(Debug, Serialize, Deserialize)]
-pub enum Order<'a> {
+pub(crate) enum Order<'a> {
     /// The first order, with the shared memory beside it. The process makes its lanes, locks itself up, and says so.
     Hello {
         /// [`VERSION`].
@@ -100,7 +100,7 @@ pub enum Order<'a> {
 
 /// What an engine process answers.
 #[derive(Debug, Serialize, Deserialize)]
-pub enum Answer<'a> {
+pub(crate) enum Answer<'a> {
     /// To `Hello`: what keeps the process to itself, and what is missing for that.
     Ready {
         /// Its number.
@@ -136,7 +136,7 @@ pub enum Answer<'a> {
 
 /// Secret bytes in a message. They do not print.
 #[derive(Clone, Copy, Serialize, Deserialize)]
-pub struct Secret<'a>(pub &'a [u8]);
+pub(crate) struct Secret<'a>(pub &'a [u8]);
 
 impl fmt::Debug for Secret<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -146,7 +146,7 @@ impl fmt::Debug for Secret<'_> {
 
 /// What opens a root ([`RootMaterial`](crate::root::RootMaterial)).
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
-pub struct RootParts<'a> {
+pub(crate) struct RootParts<'a> {
     /// Which kind.
     pub kind: u8,
     /// What anybody may see.
@@ -158,7 +158,7 @@ pub struct RootParts<'a> {
 
 /// A key on its way to an engine.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
-pub struct WireKey<'a> {
+pub(crate) struct WireKey<'a> {
     mode: u8,
     unit_log2: u8,
     dun_bytes: u8,
@@ -170,7 +170,7 @@ pub struct WireKey<'a> {
 
 /// The form of a key on its way.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
-pub enum WireForm<'a> {
+pub(crate) enum WireForm<'a> {
     /// A raw key that the process keeps.
     Ticket(u64),
     /// The raw key itself.
@@ -182,7 +182,7 @@ pub enum WireForm<'a> {
 impl<'a> WireKey<'a> {
     /// A key of `config` in `form`.
     #[must_use]
-    pub fn new(config: &CryptoConfig, form: WireForm<'a>) -> Self {
+    pub(crate) fn new(config: &CryptoConfig, form: WireForm<'a>) -> Self {
         Self {
             mode: config.mode().info().linux_number,
             unit_log2: config.data_unit_size().log2(),
@@ -194,7 +194,7 @@ impl<'a> WireKey<'a> {
 
     /// Mode, data unit size, DUN bytes and whether hardware is allowed; `None` if a number means nothing.
     #[must_use]
-    pub fn config(&self) -> Option<(Mode, DataUnitSize, u8, Hardware)> {
+    pub(crate) fn config(&self) -> Option<(Mode, DataUnitSize, u8, Hardware)> {
         let mode = Mode::ALL.into_iter().find(|mode| mode.info().linux_number == self.mode)?;
         let unit = DataUnitSize::from_bytes(1u32.checked_shl(self.unit_log2.into())?)?;
         let hardware = if self.hardware { Hardware::Allowed } else { Hardware::Forbidden };
@@ -204,7 +204,7 @@ impl<'a> WireKey<'a> {
 
 /// Something that happens to an engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum WireStep {
+pub(crate) enum WireStep {
     /// A controller reset.
     Reset,
     /// Suspend.
@@ -215,7 +215,7 @@ pub enum WireStep {
 
 /// What an engine is and can do.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
-pub struct WireEngine<'a> {
+pub(crate) struct WireEngine<'a> {
     /// Its name.
     pub name: &'a str,
     units: [u32; Mode::ALL.len()],
@@ -233,7 +233,7 @@ pub struct WireEngine<'a> {
 impl<'a> WireEngine<'a> {
     /// Describes `engine`.
     #[must_use]
-    pub fn of(engine: &'a dyn inlinecrypt_core::engine::Engine) -> Self {
+    pub(crate) fn of(engine: &'a dyn inlinecrypt_core::engine::Engine) -> Self {
         let Capabilities { units, dun_bytes_max, key_types, keyslots } = engine.capabilities();
         Self {
             name: engine.name(),
@@ -250,7 +250,7 @@ impl<'a> WireEngine<'a> {
 
     /// What it can do.
     #[must_use]
-    pub fn capabilities(&self) -> Capabilities {
+    pub(crate) fn capabilities(&self) -> Capabilities {
         let key_types = match (self.raw, self.wrapped) {
             (true, true) => KeyTypes::BOTH,
             (true, false) => KeyTypes::RAW,
@@ -267,20 +267,20 @@ impl<'a> WireEngine<'a> {
 
     /// For how long it needs a keyslot.
     #[must_use]
-    pub fn slot_hold(&self) -> SlotHold {
+    pub(crate) fn slot_hold(&self) -> SlotHold {
         if self.whole_request { SlotHold::WholeRequest } else { SlotHold::WhileComputing }
     }
 }
 
 /// An error as a number.
 #[must_use]
-pub fn kind_code(kind: ErrorKind) -> u8 {
+pub(crate) fn kind_code(kind: ErrorKind) -> u8 {
     code_of(ErrorKind::ALL, kind)
 }
 
 /// The error of a number; what means nothing is a failure of the engine.
 #[must_use]
-pub fn kind_of(code: u8) -> ErrorKind {
+pub(crate) fn kind_of(code: u8) -> ErrorKind {
     ErrorKind::ALL.get(usize::from(code)).copied().unwrap_or(ErrorKind::EngineFailed)
 }
 
@@ -289,7 +289,7 @@ fn code_of<T: PartialEq>(all: &[T], one: T) -> u8 {
 }
 
 /// Calls `with` with the answer that tells of `error`.
-pub fn with_failure<T>(error: &Error, with: impl FnOnce(Answer<'_>) -> T) -> T {
+pub(crate) fn with_failure<T>(error: &Error, with: impl FnOnce(Answer<'_>) -> T) -> T {
     let mut source = String::new();
     let mut cause = std::error::Error::source(error);
     while let Some(why) = cause {
@@ -313,7 +313,7 @@ pub fn with_failure<T>(error: &Error, with: impl FnOnce(Answer<'_>) -> T) -> T {
 impl Answer<'_> {
     /// The error of a failure; a bug of the engine process if it answered something that was not asked.
     #[must_use]
-    pub fn into_error(self, asked: Op) -> Error {
+    pub(crate) fn into_error(self, asked: Op) -> Error {
         match self {
             Answer::Failed { kind, op, detail, source } => {
                 let op = Op::ALL.get(usize::from(op)).copied().unwrap_or(asked);
@@ -336,7 +336,7 @@ impl Answer<'_> {
 /// # Errors
 ///
 /// What the system says. A message is sent whole or not at all.
-pub fn send<T: Serialize>(
+pub(crate) fn send<T: Serialize>(
     socket: BorrowedFd<'_>,
     message: &T,
     descriptors: &[BorrowedFd<'_>],
@@ -361,7 +361,7 @@ pub fn send<T: Serialize>(
 
 /// Room for one message. Wiped when dropped.
 #[derive(Debug)]
-pub struct Inbox(Box<Zeroizing<[u8; MESSAGE_BYTES_MAX]>>);
+pub(crate) struct Inbox(Box<Zeroizing<[u8; MESSAGE_BYTES_MAX]>>);
 
 impl Default for Inbox {
     fn default() -> Self {
@@ -379,7 +379,7 @@ impl Inbox {
     /// # Blocking
     ///
     /// Waits for the other side.
-    pub fn receive(&mut self, socket: impl AsFd) -> io::Result<(usize, Vec<OwnedFd>)> {
+    pub(crate) fn receive(&mut self, socket: impl AsFd) -> io::Result<(usize, Vec<OwnedFd>)> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
         let mut beside = RecvAncillaryBuffer::new(&mut space);
         let received = loop {
@@ -407,7 +407,7 @@ impl Inbox {
     /// # Errors
     ///
     /// [`InvalidData`](io::ErrorKind::InvalidData) if it means nothing.
-    pub fn parse<'a, T: Deserialize<'a>>(&'a self, len: usize) -> io::Result<T> {
+    pub(crate) fn parse<'a, T: Deserialize<'a>>(&'a self, len: usize) -> io::Result<T> {
         parse(self.0.get(..len).unwrap_or_default())
     }
 }
@@ -417,7 +417,7 @@ impl Inbox {
 /// # Errors
 ///
 /// [`InvalidData`](io::ErrorKind::InvalidData) if they mean nothing.
-pub fn parse<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> io::Result<T> {
+pub(crate) fn parse<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> io::Result<T> {
     let invalid =
         |why: &str| io::Error::new(io::ErrorKind::InvalidData, format!("a message means nothing: {why}"));
     let (message, rest) = postcard::take_from_bytes(bytes).map_err(|why| invalid(&why.to_string()))?;

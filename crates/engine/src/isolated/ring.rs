@@ -25,13 +25,13 @@ use rustix::thread::futex;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
 
 /// Most pieces of one order.
-pub const PIECES_MAX: usize = 64;
+pub(crate) const PIECES_MAX: usize = 64;
 
 /// Most bytes that are transformed between two notes of progress: the largest data unit.
-pub const UNDO_BYTES: usize = 64 * 1024;
+pub(crate) const UNDO_BYTES: usize = 64 * 1024;
 
 /// How much is transformed at once if data units allow: what stays in the fastest cache together with its undo copy.
-pub const CHUNK_BYTES: usize = 16 * 1024;
+pub(crate) const CHUNK_BYTES: usize = 16 * 1024;
 
 const TURN: usize = 0;
 const ENGINE_SLEEPS: usize = 64;
@@ -46,7 +46,7 @@ const PIECES: usize = 1024;
 const PIECE_BYTES: usize = 48;
 const UNDO: usize = 4096;
 /// Length of a lane, in bytes.
-pub const LANE_BYTES: usize = UNDO + UNDO_BYTES;
+pub(crate) const LANE_BYTES: usize = UNDO + UNDO_BYTES;
 
 const _: () = assert!(PIECES + PIECES_MAX * PIECE_BYTES <= UNDO && TEXT + TEXT_BYTES_MAX <= PIECES);
 
@@ -58,11 +58,11 @@ const TAKEN_BACK: u32 = 2;
 const STOP: u32 = 3;
 
 /// The result of an order that nobody could work on: the engine process was gone.
-pub const RESULT_LOST: u32 = 1000;
+pub(crate) const RESULT_LOST: u32 = 1000;
 
 /// What to transform with which key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Head {
+pub(crate) struct Head {
     /// 0 for the main engine, 1 for its fallback.
     pub engine: u8,
     /// Whether `key` is a keyslot, else the handle of a remembered key.
@@ -104,7 +104,7 @@ impl Head {
 
 /// A piece of an order: where it lies in the shared memory, and the DUN of its first data unit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct WirePiece {
+pub(crate) struct WirePiece {
     /// In bytes from the beginning of the shared memory.
     pub offset: u64,
     /// In bytes.
@@ -136,7 +136,7 @@ impl WirePiece {
 
 /// How far an order is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub struct Progress {
+pub(crate) struct Progress {
     /// Pieces that are done.
     pub pieces: u8,
     /// Bytes of the next one that are done.
@@ -162,7 +162,7 @@ impl Progress {
 
 /// A lane, seen from either side.
 #[derive(Clone, Copy, Debug)]
-pub struct Lane<'r> {
+pub(crate) struct Lane<'r> {
     region: &'r Region,
     base: usize,
 }

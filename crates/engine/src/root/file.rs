@@ -186,7 +186,10 @@ fn sync_directory(directory: &Path) -> Result<(), Errno> {
 /// The error for what the system answered.
 pub(super) fn failed(op: Op, path: &Path, errno: Errno) -> Error {
     let (kind, why) = match errno {
-        Errno::NOENT => (ErrorKind::NotFound, "is not there; correct the name, or make a new root: inlinecrypt root create"),
+        Errno::NOENT => (
+            ErrorKind::NotFound,
+            "is not there; correct the name, or make a new root: inlinecrypt root create",
+        ),
         Errno::ACCESS | Errno::PERM => {
             (ErrorKind::Permission, "may not be reached by us; run as the user that it belongs to")
         }

@@ -141,7 +141,10 @@ pub(super) fn unwrap(
 
 fn check(passphrase: &[u8]) -> Result<(), (ErrorKind, String)> {
     match passphrase.len() {
-        0 => Err((ErrorKind::KeyRejected, "needs a passphrase, and the one given is empty; give another".into())),
+        0 => Err((
+            ErrorKind::KeyRejected,
+            "needs a passphrase, and the one given is empty; give another".into(),
+        )),
         1..=PASSPHRASE_BYTES_MAX => Ok(()),
         _ => Err((
             ErrorKind::KeyRejected,

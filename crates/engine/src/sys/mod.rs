@@ -120,8 +120,15 @@ impl Forbidden {
     }
 }
 
-/// Asks the system to end this process when its parent ends.
+/// Asks the system to end this process when its parent ends, and not before: the signals by which people and service managers
+/// end a server go to all processes of it, and the server still has requests to answer then.
 pub(crate) fn end_with_parent() -> io::Result<()> {
+    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT] {
+        // SAFETY: ignoring a signal runs no code of ours.
+        if unsafe { libc::signal(signal, libc::SIG_IGN) } == libc::SIG_ERR {
+            return Err(io::Error::last_os_error());
+        }
+    }
     Ok(rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?)
 }
 

@@ -428,9 +428,14 @@ impl Tpm {
                     Some(0) => self.locked(),
                     Some(left) => fail(
                         ErrorKind::Permission,
-                        format!("wrong PIN ({left} tries left, then the TPM locks itself); give the right one"),
+                        format!(
+                            "wrong PIN ({left} tries left, then the TPM locks itself); give the right one"
+                        ),
                     ),
-                    None => fail(ErrorKind::Permission, "wrong PIN (after too many the TPM locks itself); give the right one"),
+                    None => fail(
+                        ErrorKind::Permission,
+                        "wrong PIN (after too many the TPM locks itself); give the right one",
+                    ),
                 }
             }
             (_, TPM_RC_POLICY_FAIL) => fail(
