@@ -95,14 +95,15 @@ impl fmt::Debug for Asker {
 }
 
 fn read(path: PathBuf) -> Result<Zeroizing<Vec<u8>>, Error> {
-    let mut bytes = files::read(&path, "passphrase file", Secrecy::Secret, PASSPHRASE_BYTES_MAX)
-        .map_err(|Failure { code, what, advice }| {
+    let mut bytes = files::read(&path, "passphrase file", Secrecy::Secret, PASSPHRASE_BYTES_MAX).map_err(
+        |Failure { code, what, advice }| {
             let kind = match code {
                 Code::Refused => ErrorKind::Permission,
                 _ => ErrorKind::NotFound,
             };
             Error::new(kind, Op::Open).detail(format!("{what}; {advice}"))
-        })?;
+        },
+    )?;
     strip_line_feed(&mut bytes);
     Ok(bytes)
 }
@@ -110,18 +111,19 @@ fn read(path: PathBuf) -> Result<Zeroizing<Vec<u8>>, Error> {
 fn type_in(question: &Question<'_>) -> Result<Zeroizing<Vec<u8>>, Error> {
     let prompt = |text: String| {
         let typed = rpassword::prompt_password(text).map_err(|why: io::Error| {
-            Error::new(ErrorKind::Permission, Op::Open).detail(format!(
-                "{question}: there is no terminal to type it in; give it with --passphrase-file FILE or \
+            Error::new(ErrorKind::Permission, Op::Open)
+                .detail(format!(
+                    "{question}: there is no terminal to type it in; give it with --passphrase-file FILE or \
                  --passphrase-fd N"
-            ))
-            .because(why)
+                ))
+                .because(why)
         })?;
         Ok::<_, Error>(Zeroizing::new(typed.into_bytes()))
     };
     let typed = prompt(format!("{question}: "))?;
     if question.is_new && prompt(format!("{question}, again: "))? != typed {
         let why = format!("{question}: both times something else was typed; try again");
-        return Err(Error::new(ErrorKind::Invalid, Op::Open).detail(why));
+        return Err(Error::new(ErrorKind::Permission, Op::Open).detail(why));
     }
     Ok(typed)
 }

@@ -365,8 +365,7 @@ fn engine_plan(
     };
     match (spec, root, key_type, policy) {
         (Ok(spec), Ok(root), Ok(key_type), Ok(policy)) => {
-            let passphrase_file =
-                passphrase_file.as_ref().map(|path| relative_to(base, Path::new(path)));
+            let passphrase_file = passphrase_file.as_ref().map(|path| relative_to(base, Path::new(path)));
             Some(EnginePlan { name: name.clone(), spec, root, passphrase_file, key_type, policy })
         }
         (spec, root, key_type, policy) => {

@@ -29,7 +29,7 @@ use inlinecrypt_engine::root::{Pkcs11Spec, Secret};
 use zeroize::Zeroizing;
 
 const IV_BYTES: usize = 12;
-const TAG_BITS: u64 = 128;
+const TAG_BITS: usize = 128;
 
 /// What AES-GCM binds to the secret.
 const ASSOCIATED: &[u8] = b"inlinecrypt v1 root on a token";
@@ -62,7 +62,9 @@ pub(crate) fn wrap(spec: &Pkcs11Spec, pin: Option<&[u8]>, secret: &Secret) -> Re
             aws_lc_rs::rand::fill(&mut iv)
                 .map_err(|_unspecified| fail(ErrorKind::EngineFailed, "the system gave no random bytes"))?;
             let key = session.key(spec, &token, ObjectClass::SECRET_KEY)?;
-            session.call("wrap", |session| with_gcm(&mut iv.clone(), |gcm| session.encrypt(gcm, key, &secret[..])))?
+            session.call("wrap", |session| {
+                with_gcm(&mut iv.clone(), |gcm| session.encrypt(gcm, key, &secret[..]))
+            })?
         }
         Way::RsaOaep => {
             let key = session.key(spec, &token, ObjectClass::PUBLIC_KEY)?;
@@ -91,8 +93,9 @@ pub(crate) fn wrap(spec: &Pkcs11Spec, pin: Option<&[u8]>, secret: &Secret) -> Re
 /// Told apart as well as the module lets us: no module, no token, no key, a wrong PIN and what is known about the tries
 /// left, another key.
 pub(crate) fn open(spec: &Pkcs11Spec, pin: Option<&[u8]>, body: &[u8]) -> Result<Secret, Error> {
-    let kept = Kept::parse(body)
-        .ok_or_else(|| fail(ErrorKind::KeyRejected, "is no root wrapped by a token; restore it from a copy"))?;
+    let kept = Kept::parse(body).ok_or_else(|| {
+        fail(ErrorKind::KeyRejected, "is no root wrapped by a token; restore it from a copy")
+    })?;
     let module = Module::load(spec)?;
     let (slot, token) = module.find(spec)?;
     Use::start(&module, slot, &token, pin, Access::Reads)?.open(spec, &token, &kept)
@@ -132,16 +135,12 @@ impl Way {
     }
 }
 
-fn with_gcm<T>(
-    iv: &mut [u8],
-    f: impl FnOnce(&Mechanism<'_>) -> Result<T, CkError>,
-) -> Result<T, CkError> {
+fn with_gcm<T>(iv: &mut [u8], f: impl FnOnce(&Mechanism<'_>) -> Result<T, CkError>) -> Result<T, CkError> {
     f(&Mechanism::AesGcm(GcmParams::new(iv, ASSOCIATED, TAG_BITS.try_into()?)?))
 }
 
 fn oaep() -> Mechanism<'static> {
-    let params =
-        PkcsOaepParams::new(MechanismType::SHA1, PkcsMgfType::MGF1_SHA1, PkcsOaepSource::empty());
+    let params = PkcsOaepParams::new(MechanismType::SHA1, PkcsMgfType::MGF1_SHA1, PkcsOaepSource::empty());
     Mechanism::RsaPkcsOaep(params)
 }
 
@@ -162,9 +161,7 @@ impl Kept {
         let Self { way, iv, sealed, token_label, token_serial, key_label, key_id } = self;
         let mut bytes = vec![if *way == Way::AesGcm { 1 } else { 2 }];
         bytes.extend(iv);
-        for part in
-            [sealed, token_label.as_bytes(), token_serial.as_bytes(), key_label.as_bytes(), key_id]
-        {
+        for part in [sealed, token_label.as_bytes(), token_serial.as_bytes(), key_label.as_bytes(), key_id] {
             // Labels are for people: the end of an endless one can be spared.
             let part = &part[..part.len().min(PART_BYTES_MAX)];
             bytes.extend(u16::try_from(part.len()).expect("at most PART_BYTES_MAX").to_le_bytes());
@@ -210,7 +207,10 @@ impl Module {
         let context = Pkcs11::new(&spec.module).map_err(|why| {
             fail(
                 ErrorKind::NotFound,
-                format!("PKCS#11 module {name} cannot be loaded: {}; install it, or correct module-path", one_line(&why)),
+                format!(
+                    "PKCS#11 module {name} cannot be loaded: {}; install it, or correct module-path",
+                    one_line(&why)
+                ),
             )
         })?;
         let this = Self { name, context };
@@ -304,17 +304,25 @@ impl<'a> Use<'a> {
                 // A keypad of its own.
                 None if token.protected_authentication_path() => session.login(UserType::User, None),
                 None => {
-                    return Err(fail(ErrorKind::Permission, format!("token {name:?} takes a PIN, and none was given")));
+                    return Err(fail(
+                        ErrorKind::Permission,
+                        format!("token {name:?} takes a PIN, and none was given"),
+                    ));
                 }
             };
             match done {
                 Ok(()) | Err(CkError::Pkcs11(RvError::UserAlreadyLoggedIn, _)) => {}
-                Err(CkError::Pkcs11(RvError::PinIncorrect | RvError::PinLenRange | RvError::PinInvalid, _)) => {
+                Err(CkError::Pkcs11(
+                    RvError::PinIncorrect | RvError::PinLenRange | RvError::PinInvalid,
+                    _,
+                )) => {
                     return Err(wrong_pin(name, module.context.get_token_info(slot).ok().as_ref()));
                 }
                 Err(CkError::Pkcs11(RvError::PinLocked, _)) => return Err(locked(name)),
                 Err(CkError::Pkcs11(RvError::PinExpired, _)) => {
-                    let why = format!("the PIN of token {name:?} has expired; set a new one with the token's own tool");
+                    let why = format!(
+                        "the PIN of token {name:?} has expired; set a new one with the token's own tool"
+                    );
                     return Err(fail(ErrorKind::Permission, why));
                 }
                 Err(CkError::Pkcs11(RvError::UserPinNotInitialized, _)) => {
@@ -370,7 +378,10 @@ impl<'a> Use<'a> {
     /// A new AES-256 key, which nobody ever sees.
     fn make_key(&self, spec: &Pkcs11Spec, token: &TokenInfo) -> Result<(), Error> {
         if token.write_protected() {
-            let why = format!("token {:?} has no such key, and is write-protected; name a key that it has", token.label());
+            let why = format!(
+                "token {:?} has no such key, and is write-protected; name a key that it has",
+                token.label()
+            );
             return Err(fail(ErrorKind::NotFound, why));
         }
         let mut template = vec![
@@ -447,8 +458,9 @@ impl<'a> Use<'a> {
             ),
             why => self.module.told::<()>(Err(why), "open it").expect_err("an error"),
         })?;
-        secret_from(&opened)
-            .ok_or_else(|| fail(ErrorKind::KeyRejected, "opens to something that is no root; restore it from a copy"))
+        secret_from(&opened).ok_or_else(|| {
+            fail(ErrorKind::KeyRejected, "opens to something that is no root; restore it from a copy")
+        })
     }
 }
 
@@ -468,7 +480,9 @@ fn wrong_pin(token: &str, info: Option<&TokenInfo>) -> Error {
 fn locked(token: &str) -> Error {
     fail(
         ErrorKind::Permission,
-        format!("the PIN of token {token:?} was wrong too often, and is locked; its security officer can set a new one"),
+        format!(
+            "the PIN of token {token:?} was wrong too often, and is locked; its security officer can set a new one"
+        ),
     )
 }
 
@@ -523,6 +537,9 @@ mod tests {
         let secret = Box::new(Zeroizing::new([0; 32]));
         let error = wrap(&spec, None, &secret).map(drop).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::NotFound);
-        assert!(error.to_string().contains("/nowhere/m.so") && error.to_string().contains("module-path"), "{error}");
+        assert!(
+            error.to_string().contains("/nowhere/m.so") && error.to_string().contains("module-path"),
+            "{error}"
+        );
     }
 }

@@ -28,20 +28,22 @@ fn create(args: &RootCreate) -> Result<(), Failure> {
     check_new(root)?;
     let made = Root::create(root, &mut Asker::new(passphrase))
         .map_err(|error| Failure::of_file("cannot make the root", &error))?;
-    print(&format!("made root {} in {root}\nKeep a copy: without it, the keys wrapped under it are lost.\n", made.id()))
+    print(&format!(
+        "made root {} in {root}\nKeep a copy: without it, the keys wrapped under it are lost.\n",
+        made.id()
+    ))
 }
 
 fn rewrap(args: &RootRewrap) -> Result<(), Failure> {
     let RootRewrap { from, to, passphrase, new_passphrase_file, new_passphrase_fd } = args;
     let from = named(from.as_ref())?;
-    let same = matches!((fs::canonicalize(from.path()), fs::canonicalize(to.path())), (Ok(a), Ok(b)) if a == b);
+    let same =
+        matches!((fs::canonicalize(from.path()), fs::canonicalize(to.path())), (Ok(a), Ok(b)) if a == b);
     if !same {
         check_new(to)?;
     }
-    let new = PassphraseArgs {
-        passphrase_file: new_passphrase_file.clone(),
-        passphrase_fd: *new_passphrase_fd,
-    };
+    let new =
+        PassphraseArgs { passphrase_file: new_passphrase_file.clone(), passphrase_fd: *new_passphrase_fd };
     let root = Root::rewrap(&from, &mut Asker::new(passphrase), to, &mut Asker::new(&new))
         .map_err(|error| Failure::of_file("cannot wrap the root anew", &error))?;
     print(&format!("root {} is in {to} now, and opens the same keys\n", root.id()))?;
@@ -122,6 +124,10 @@ fn check_new(root: &RootSpec) -> Result<(), Failure> {
 pub(super) fn helper() -> Result<(), Failure> {
     let stdin = || -> io::Result<UnixStream> { Ok(io::stdin().as_fd().try_clone_to_owned()?.into()) };
     stdin().and_then(inlinecrypt_roots::serve).map_err(|error| {
-        Failure::of_io("cannot answer", &error, "This command is for inlinecrypt itself; there is nothing to do by hand.")
+        Failure::of_io(
+            "cannot answer",
+            &error,
+            "This command is for inlinecrypt itself; there is nothing to do by hand.",
+        )
     })
 }

@@ -1,7 +1,7 @@
 //! Roots that a TPM or a token keeps: a real TPM in software (swtpm), a real PKCS#11 module (SoftHSM), and the tools that
 //! people use with them.
 
-use crate::rig::{PATIENCE, Place, run, said};
+use crate::rig::{PATIENCE, Place, eventually, run, said};
 use inlinecrypt_testkit::{ServerProcess, pattern, require_tool};
 use std::fs;
 use std::io::{Read, Write};
@@ -65,7 +65,8 @@ impl Tokens {
     fn new(place: &Place, labels: &[&str]) -> Option<Self> {
         let tool = require_tool("softhsm2-util")?;
         let places = ["/usr/lib/softhsm", "/usr/lib64/pkcs11", "/usr/local/lib/softhsm", "/usr/lib/pkcs11"];
-        let module = places.map(|folder| Path::new(folder).join("libsofthsm2.so")).into_iter().find(|m| m.exists());
+        let module =
+            places.map(|folder| Path::new(folder).join("libsofthsm2.so")).into_iter().find(|m| m.exists());
         let module = module.expect("softhsm2-util is there, and its module is not");
         let (config, tokens) = (place.path("softhsm2.conf"), place.path("tokens"));
         fs::create_dir(&tokens).unwrap();
@@ -74,7 +75,8 @@ impl Tokens {
         let this = Self { config, module };
         for label in labels {
             let pin = str::from_utf8(PIN).unwrap();
-            let arguments = ["--init-token", "--free", "--label", label, "--so-pin", "99999999", "--pin", pin];
+            let arguments =
+                ["--init-token", "--free", "--label", label, "--so-pin", "99999999", "--pin", pin];
             run(Command::new(&tool).env("SOFTHSM2_CONF", &this.config).args(arguments));
         }
         Some(this)
@@ -120,7 +122,9 @@ fn pins(place: &Place) {
 #[test]
 fn a_root_goes_from_file_to_tpm_to_token_to_passphrase_and_back() {
     let place = Place::new();
-    let (Some(tpm), Some(tokens)) = (Tpm::start(&place, "tpm"), Tokens::new(&place, &["vault"])) else { return };
+    let (Some(tpm), Some(tokens)) = (Tpm::start(&place, "tpm"), Tokens::new(&place, &["vault"])) else {
+        return;
+    };
     pins(&place);
     place.run_ok(["root", "create", "root"]);
     place.run_ok(["volume", "create", "--size", "1MiB", "--root", "root", "v.img"]);
@@ -172,7 +176,8 @@ fn a_tpm_counts_wrong_pins_and_locks_itself() {
     let root = tpm.root("r", ",pin");
     place.run_ok(["root", "create", &root, "--passphrase-file", "pin"]);
     place.run_ok(["key", "generate", "--root", &root, "--passphrase-file", "pin", "--out", "k"]);
-    let open = |pin: &str| place.run(["key", "prepare", "--in", "k", "--root", &root, "--passphrase-file", pin]);
+    let open =
+        |pin: &str| place.run(["key", "prepare", "--in", "k", "--root", &root, "--passphrase-file", pin]);
     // swtpm's default: three failures.
     refused(&open("wrong"), 2, &["wrong PIN (2 tries left"]);
     refused(&open("wrong"), 2, &["wrong PIN (1 tries left"]);
@@ -185,7 +190,10 @@ fn a_tpm_counts_wrong_pins_and_locks_itself() {
     // Nobody there to ask, and a PIN that is empty.
     let mut alone = Command::new(require_tool("setsid").expect("of util-linux, which every system has"));
     place.prepare(&mut alone);
-    alone.arg("--wait").arg(env!("CARGO_BIN_EXE_inlinecrypt")).args(["key", "prepare", "--in", "k", "--root", &root]);
+    alone
+        .arg("--wait")
+        .arg(env!("CARGO_BIN_EXE_inlinecrypt"))
+        .args(["key", "prepare", "--in", "k", "--root", &root]);
     refused(&alone.output().unwrap(), 2, &["PIN of root r", "no terminal", "--passphrase-file"]);
     place.secret("none", b"\n");
     refused(&open("none"), 2, &["empty"]);
@@ -209,7 +217,11 @@ fn a_moved_register_is_named_and_others_do_not_matter() {
     // The spec need not say again what the container knows, but may not say something else.
     place.run_ok(["key", "info", "k", "--root", &tpm.root("r", "")]);
     let other = tpm.root("r", ",pcrs=sha256:7");
-    refused(&place.run(["key", "info", "k", "--root", &other]), 4, &["sealed to sha256:7+11, not to sha256:7"]);
+    refused(
+        &place.run(["key", "info", "k", "--root", &other]),
+        4,
+        &["sealed to sha256:7+11, not to sha256:7"],
+    );
 
     tpm.tool("tpm2_pcrextend", &[&format!("11:sha256={digest}")]).unwrap();
     let output = place.run(["key", "info", "k", "--root", &root]);
@@ -220,7 +232,9 @@ fn a_moved_register_is_named_and_others_do_not_matter() {
 #[test]
 fn another_tpm_opens_nothing_and_says_so() {
     let place = Place::new();
-    let (Some(ours), Some(theirs)) = (Tpm::start(&place, "ours"), Tpm::start(&place, "theirs")) else { return };
+    let (Some(ours), Some(theirs)) = (Tpm::start(&place, "ours"), Tpm::start(&place, "theirs")) else {
+        return;
+    };
     place.run_ok(["root", "create", &ours.root("r", "")]);
     place.run_ok(["key", "generate", "--root", &ours.root("r", ""), "--out", "k"]);
     let output = place.run(["key", "info", "k", "--root", &theirs.root("r", "")]);
@@ -348,7 +362,11 @@ fn a_token_opens_with_its_pin_and_says_what_is_wrong_otherwise() {
         tokens.run(&place, &["key", "info", "k", "--root", root, "--passphrase-file", pin])
     };
     done(&open(&root, "pin"));
-    refused(&open(&root, "wrong"), 2, &["wrong PIN for token \"vault\"", "does not say how many tries are left"]);
+    refused(
+        &open(&root, "wrong"),
+        2,
+        &["wrong PIN for token \"vault\"", "does not say how many tries are left"],
+    );
     refused(&open(&tokens.root("none", "root", "r"), "pin"), 4, &["no such token", "\"vault\" (serial"]);
     refused(&open(&tokens.root("vault", "none", "r"), "pin"), 4, &["has no key \"none\""]);
     let any = root.replace("token=vault;", "");
@@ -357,7 +375,8 @@ fn a_token_opens_with_its_pin_and_says_what_is_wrong_otherwise() {
     refused(&open(libc, "pin"), 4, &["libc.so.6 cannot be loaded", "C_GetFunctionList"]);
 
     // Another token with a key of that name.
-    tokens.run_ok(&place, &["root", "create", &tokens.root("other", "root", "r2"), "--passphrase-file", "pin"]);
+    tokens
+        .run_ok(&place, &["root", "create", &tokens.root("other", "root", "r2"), "--passphrase-file", "pin"]);
     refused(&open(&tokens.root("other", "root", "r"), "pin"), 2, &["on token \"vault\" (serial"]);
 
     // With the PIN in a file of the URI nobody is asked; others may not read that file.
@@ -378,7 +397,9 @@ fn the_key_on_the_token_never_leaves_it() {
     let pkcs11 = |arguments: &[&str]| {
         let mut command = Command::new(&tool);
         command.env("SOFTHSM2_CONF", &tokens.config).arg("--module").arg(&tokens.module);
-        command.args(["--token-label", "vault", "--login", "--pin", str::from_utf8(PIN).unwrap()]).args(arguments);
+        command
+            .args(["--token-label", "vault", "--login", "--pin", str::from_utf8(PIN).unwrap()])
+            .args(arguments);
         run(&mut command)
     };
     let listed = pkcs11(&["--list-objects", "--type", "secrkey"]);
@@ -394,29 +415,55 @@ fn the_key_on_the_token_never_leaves_it() {
     assert!(info.contains("RSA-OAEP") && info.contains("pair (id 42)"), "{info}");
 }
 
-/// Typed at a terminal, twice when it is new; the terminal shows none of it.
+/// A command at a terminal of its own, which echoes what is typed unless it is told not to. `words` are typed when they
+/// are asked for. Returns what the terminal showed.
+fn at_a_terminal(place: &Place, script: &Path, command: &str, words: &[&str]) -> (Option<i32>, String) {
+    let mut terminal = Command::new(script);
+    place.prepare(&mut terminal);
+    let command = format!("{} {command}", env!("CARGO_BIN_EXE_inlinecrypt"));
+    terminal.args(["--quiet", "--return", "--echo", "always", "--command", &command, "/dev/null"]);
+    terminal.stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut process = ServerProcess::start(&mut terminal).unwrap();
+    let (mut keys, mut screen) =
+        (process.child().stdin.take().unwrap(), process.child().stdout.take().unwrap());
+    let mut shown = Vec::new();
+    for (number, word) in (1..).zip(words) {
+        let mut byte = [0];
+        while shown.windows(3).filter(|part| part == b" r:" || part == b"n: ").count() < number {
+            screen.read_exact(&mut byte).expect("it asks");
+            shown.push(byte[0]);
+        }
+        eventually("the terminal shows what is typed no longer", || !echoes(process.pid()));
+        writeln!(keys, "{word}").unwrap();
+    }
+    screen.read_to_end(&mut shown).unwrap();
+    let code = process.wait(PATIENCE).unwrap().code();
+    (code, String::from_utf8_lossy(&shown).into_owned())
+}
+
+/// Whether the terminal of the process that `script` started echoes.
+fn echoes(script: u32) -> bool {
+    let children = fs::read_to_string(format!("/proc/{script}/task/{script}/children")).unwrap();
+    let child = children.split_whitespace().next().expect("it runs");
+    let stat = fs::read_to_string(format!("/proc/{child}/stat")).unwrap();
+    // proc(5): behind the name come state, parent, group, session, terminal; of that, the low byte is the number.
+    let terminal: u32 = stat.rsplit(") ").next().unwrap().split(' ').nth(4).unwrap().parse().unwrap();
+    let settings = run(Command::new("stty").arg("-F").arg(format!("/dev/pts/{}", terminal & 0xff)).arg("-a"));
+    settings.split_whitespace().any(|word| word == "echo")
+}
+
 #[test]
 fn a_passphrase_is_typed_without_being_seen() {
     let place = Place::new();
-    let Some(script) = require_tool("script") else { return };
-    let typed = |words: &str, command: &str| {
-        let mut script = Command::new(&script);
-        place.prepare(&mut script);
-        let command = format!("{} {command}", env!("CARGO_BIN_EXE_inlinecrypt"));
-        let mut child = script
-            .args(["--quiet", "--return", "--echo", "never", "--command", &command, "/dev/null"])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        child.stdin.take().unwrap().write_all(words.as_bytes()).unwrap();
-        let output = child.wait_with_output().unwrap();
-        assert!(!said(&output).contains("horse"), "{}", said(&output));
-        output
+    let (Some(script), Some(_)) = (require_tool("script"), require_tool("stty")) else { return };
+    let typed = |words: &[&str], code: i32, command: &str, saying: &str| {
+        let (ended, shown) = at_a_terminal(&place, &script, command, words);
+        assert_eq!(ended, Some(code), "{shown}");
+        assert!(shown.contains(saying), "{saying:?} is missing: {shown}");
+        assert!(words.iter().all(|word| !shown.contains(word)), "{shown}");
     };
-    let output = typed("horse\nhouse\n", "root create passphrase:r");
-    refused(&output, 1, &["New passphrase of root r", "something else was typed"]);
-    done(&typed("horse\nhorse\n", "root create passphrase:r"));
-    done(&typed("horse\n", "key generate --root passphrase:r --out k"));
-    refused(&typed("house\n", "key info k --root passphrase:r"), 2, &["does not open"]);
+    typed(&["horse", "house"], 2, "root create passphrase:r", "something else was typed");
+    typed(&["horse", "horse"], 0, "root create passphrase:r", "made root");
+    typed(&["horse"], 0, "key generate --root passphrase:r --out k", "wrapped under root");
+    typed(&["house"], 2, "key info k --root passphrase:r", "does not open");
 }

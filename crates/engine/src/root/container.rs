@@ -107,7 +107,9 @@ impl Container {
         let (Some(keeper), 0 | ASKS) = (keeper, flags) else {
             return Err((
                 ErrorKind::Invalid,
-                format!("is of kind {number} with flags {flags}, which this program does not know; a newer one may"),
+                format!(
+                    "is of kind {number} with flags {flags}, which this program does not know; a newer one may"
+                ),
             ));
         };
         if usize::try_from(word(32)) != Ok(body.len()) || body.len() > BODY_BYTES_MAX {

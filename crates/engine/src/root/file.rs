@@ -34,12 +34,12 @@ pub(super) fn write_new(path: &Path, bytes: &[u8]) -> Result<bool, Error> {
     let (directory, name) = split(path)
         .ok_or_else(|| refused(ErrorKind::Invalid, Op::Create, path, "does not end in a file's name"))?;
     let missing = directory.ancestors().take_while(|directory| !is_there(directory)).count();
-    DirBuilder::new().recursive(true).mode(0o700).create(directory).map_err(|why| {
-        match Errno::from_io_error(&why) {
+    DirBuilder::new().recursive(true).mode(0o700).create(directory).map_err(
+        |why| match Errno::from_io_error(&why) {
             Some(errno) => failed(errno),
             None => error(ErrorKind::EngineFailed, Op::Create, path, "no directory for it").because(why),
-        }
-    })?;
+        },
+    )?;
     let temporary = Temporary::write(directory, name, bytes).map_err(failed)?;
     // Unlike a rename, a link never replaces what is there.
     let linked = match rustix::fs::linkat(CWD, &temporary.path, CWD, path, AtFlags::empty()) {
@@ -62,7 +62,8 @@ pub(super) fn write_new(path: &Path, bytes: &[u8]) -> Result<bool, Error> {
 pub(super) fn replace(path: &Path, bytes: &[u8]) -> Result<(), Error> {
     let failed = |errno| failed(Op::Create, path, errno);
     // The file itself, where `path` is a link to it.
-    let path = fs::canonicalize(path).map_err(|why| failed(Errno::from_io_error(&why).unwrap_or(Errno::IO)))?;
+    let path =
+        fs::canonicalize(path).map_err(|why| failed(Errno::from_io_error(&why).unwrap_or(Errno::IO)))?;
     let (directory, name) = split(&path).expect("a file that is there has a name");
     let temporary = Temporary::write(directory, name, bytes).map_err(failed)?;
     rustix::fs::rename(&temporary.path, &path).map_err(failed)?;
@@ -185,7 +186,10 @@ fn sync_directory(directory: &Path) -> Result<(), Errno> {
 /// The error for what the system answered.
 pub(super) fn failed(op: Op, path: &Path, errno: Errno) -> Error {
     let (kind, why) = match errno {
-        Errno::NOENT => (ErrorKind::NotFound, "is not there; correct the name, or make a new root: inlinecrypt root create"),
+        Errno::NOENT => (
+            ErrorKind::NotFound,
+            "is not there; correct the name, or make a new root: inlinecrypt root create",
+        ),
         Errno::ACCESS | Errno::PERM => {
             (ErrorKind::Permission, "may not be reached by us; run as the user that it belongs to")
         }

@@ -91,7 +91,8 @@ impl Request {
     ///
     /// [`Bug`](ErrorKind::Bug) if it is none: only this program writes them.
     pub fn receive(from: &mut impl Read) -> Result<Self, Error> {
-        let strange = || Error::new(ErrorKind::Bug, Op::Open).detail("a request that this program does not write");
+        let strange =
+            || Error::new(ErrorKind::Bug, Op::Open).detail("a request that this program does not write");
         let message = Message::receive(from).map_err(|why| strange().because(why))?.ok_or_else(strange)?;
         let mut fields = message.fields();
         let mut next = || fields.next().ok_or_else(strange);
@@ -99,9 +100,9 @@ impl Request {
         let has_pin = next()? == [1];
         let pin = own(next()?);
         let task = match (next()?, next()?) {
-            (b"o", bytes) => Task::Open(Container::parse(bytes).map_err(|(kind, why)| {
-                Error::new(kind, Op::Open).detail(why)
-            })?),
+            (b"o", bytes) => Task::Open(
+                Container::parse(bytes).map_err(|(kind, why)| Error::new(kind, Op::Open).detail(why))?,
+            ),
             (b"w", bytes) => Task::Wrap(secret(bytes).ok_or_else(strange)?),
             _ => return Err(strange()),
         };
@@ -321,7 +322,8 @@ mod tests {
     #[test]
     fn an_error_arrives_with_its_kind_and_its_words() {
         for kind in ErrorKind::ALL {
-            let error = Error::new(*kind, Op::Open).detail("why; what to do").because(io::Error::other("cause"));
+            let error =
+                Error::new(*kind, Op::Open).detail("why; what to do").because(io::Error::other("cause"));
             let arrived = received(&sent(&Err(error))).unwrap_err();
             assert_eq!(arrived.kind(), *kind);
             let expected = Error::new(*kind, Op::Open).detail("root r: why; what to do: cause").to_string();

@@ -250,13 +250,20 @@ impl RootSpec {
 
     /// The PIN: from the file that holds it, else from whom we ask.
     pub(super) fn pin(&self, ask: &mut dyn Ask, question: Question<'_>) -> Result<Zeroizing<Vec<u8>>, Error> {
-        let Self::Pkcs11(super::Pkcs11Spec { pin_source: Some(source), .. }) = self else {
-            return ask.secret(&question);
+        let source = match self {
+            Self::Pkcs11(spec) => spec.pin_source.as_ref(),
+            _ => None,
         };
+        let Some(source) = source else { return ask.secret(&question) };
         let mut bytes = Zeroizing::new(vec![0; PIN_BYTES_MAX + 2]);
         let len = read_file(source, &mut bytes)?;
         if len > PIN_BYTES_MAX {
-            return Err(file::refused(ErrorKind::Invalid, Op::Open, source, "is too long for a PIN; name another file"));
+            return Err(file::refused(
+                ErrorKind::Invalid,
+                Op::Open,
+                source,
+                "is too long for a PIN; name another file",
+            ));
         }
         bytes.truncate(len);
         strip_line_feed(&mut bytes);
@@ -307,7 +314,8 @@ pub(super) fn ask_helper(request: &Request, ask: &mut dyn Ask) -> Result<OwnedFd
     let (mut ours, theirs) = UnixStream::pair().map_err(|why| failed("no socket for the helper", why))?;
     // Modules of others may print; what they print is no answer.
     command.stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::null());
-    let mut child = command.spawn().map_err(|why| failed("the process that talks to it cannot be started", why))?;
+    let mut child =
+        command.spawn().map_err(|why| failed("the process that talks to it cannot be started", why))?;
     // It holds a copy of the other end, which would keep the answer from ending.
     drop(command);
     // If it is gone already, its answer or its silence says more.

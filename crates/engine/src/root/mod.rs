@@ -363,7 +363,8 @@ fn open_secret(material: RootMaterial) -> Result<Secret, Error> {
     };
     let id = Wrapper::derive(&secret, Form::LongTerm).id();
     if id != container.id {
-        let why = format!("opens to another root, {id}, than it says, {}; restore it from a copy", container.id);
+        let why =
+            format!("opens to another root, {id}, than it says, {}; restore it from a copy", container.id);
         return Err(refused((ErrorKind::KeyRejected, why)));
     }
     Ok(secret)
@@ -376,8 +377,7 @@ fn wrap(spec: &RootSpec, secret: &Secret, ask: &mut dyn Ask) -> Result<Zeroizing
     let keeper = match spec {
         RootSpec::File(_) => return Ok(Zeroizing::new(serialize(secret).to_vec())),
         RootSpec::Passphrase(_) => {
-            let passphrase =
-                ask.secret(&Question { keeper: Keeper::Passphrase, spec, is_new: true })?;
+            let passphrase = ask.secret(&Question { keeper: Keeper::Passphrase, spec, is_new: true })?;
             let salt = random::secret(Op::Create)?;
             let container =
                 passphrase::wrap(secret, id, &passphrase, &salt, Cost::DEFAULT).map_err(refused)?;
@@ -394,9 +394,7 @@ fn wrap(spec: &RootSpec, secret: &Secret, ask: &mut dyn Ask) -> Result<Zeroizing
     let request = Request { spec: spec.clone(), pin, task: Task::Wrap(secret_copy(secret)) };
     let answer = ask_helper(&request, ask)?;
     match Answer::receive(&mut File::from(answer), Op::Create, &called(spec.path()))? {
-        Answer::Wrapped { asks, body } => {
-            Ok(Zeroizing::new(Container { keeper, asks, id, body }.to_bytes()))
-        }
+        Answer::Wrapped { asks, body } => Ok(Zeroizing::new(Container { keeper, asks, id, body }.to_bytes())),
         Answer::Opened(_) => Err(refused((ErrorKind::Bug, "was answered for another question".into()))),
     }
 }

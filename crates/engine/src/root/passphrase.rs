@@ -72,8 +72,12 @@ impl Cost {
         })?;
         memory.resize(blocks, Block::default());
         let mut key = Box::new(Zeroizing::new([0; 32]));
-        let done = Argon2::new(Algorithm::Argon2id, Version::V0x13, params)
-            .hash_password_into_with_memory(passphrase, salt, &mut **key, &mut memory);
+        let done = Argon2::new(Algorithm::Argon2id, Version::V0x13, params).hash_password_into_with_memory(
+            passphrase,
+            salt,
+            &mut **key,
+            &mut memory,
+        );
         memory.zeroize();
         done.expect("argon2 fails for lengths out of bounds only");
         Ok(WrappingKey::derive(&key, b"inlinecrypt v1 root wrapped by a passphrase"))
@@ -122,10 +126,14 @@ pub(super) fn unwrap(
         ));
     }
     let key = cost.stretch(passphrase, &body[SALT_AT..SEALED_AT])?;
-    let opened =
-        wrap::unwrap(&key, &[&container.header(), &body[..SEALED_AT]], &body[SEALED_AT..]).map_err(|_unauthentic| {
-            (ErrorKind::KeyRejected, "does not open with this passphrase; give the one that it was made with".into())
-        })?;
+    let opened = wrap::unwrap(&key, &[&container.header(), &body[..SEALED_AT]], &body[SEALED_AT..]).map_err(
+        |_unauthentic| {
+            (
+                ErrorKind::KeyRejected,
+                "does not open with this passphrase; give the one that it was made with".into(),
+            )
+        },
+    )?;
     let mut secret = Box::new(Zeroizing::new([0; 32]));
     secret.copy_from_slice(&opened);
     Ok(secret)
@@ -133,7 +141,10 @@ pub(super) fn unwrap(
 
 fn check(passphrase: &[u8]) -> Result<(), (ErrorKind, String)> {
     match passphrase.len() {
-        0 => Err((ErrorKind::KeyRejected, "needs a passphrase, and the one given is empty; give another".into())),
+        0 => Err((
+            ErrorKind::KeyRejected,
+            "needs a passphrase, and the one given is empty; give another".into(),
+        )),
         1..=PASSPHRASE_BYTES_MAX => Ok(()),
         _ => Err((
             ErrorKind::KeyRejected,
@@ -213,7 +224,8 @@ mod tests {
     #[test]
     fn the_format_of_version_1_does_not_change() {
         let container = wrapped(b"passphrase");
-        assert_eq!(hex::encode(&container.body[SEALED_AT..]), 
+        assert_eq!(
+            hex::encode(&container.body[SEALED_AT..]),
             "36efb33ab11c2268e3d656674159deb88e9d1aa122905fb6289c2592bbac9d60c8ff91dadab67893e6dcbbfafbc6611c"
         );
     }

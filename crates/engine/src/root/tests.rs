@@ -65,8 +65,7 @@ fn a_new_root_is_for_its_owner_alone_and_opens_again() {
 #[test]
 fn two_roots_differ() {
     let directory = directory();
-    let [one, other] =
-        ["one", "other"].map(|name| Root::create_file(directory.path().join(name)).unwrap());
+    let [one, other] = ["one", "other"].map(|name| Root::create_file(directory.path().join(name)).unwrap());
     assert_ne!(one.id(), other.id());
 }
 
@@ -195,11 +194,7 @@ fn what_is_not_a_regular_file_is_refused_without_waiting() {
     symlink("/dev/null", at("null")).unwrap();
     for name in ["directory", "fifo", "socket", "loop", "null"] {
         assert_eq!(refusal(&at(name)).0, ErrorKind::Invalid, "{name}");
-        assert_eq!(
-            described(&at(name), Root::open_or_create_file(at(name))).0,
-            ErrorKind::Invalid,
-            "{name}"
-        );
+        assert_eq!(described(&at(name), Root::open_or_create_file(at(name))).0, ErrorKind::Invalid, "{name}");
     }
 }
 
@@ -217,10 +212,7 @@ fn a_missing_file_is_not_found_and_a_file_for_a_directory_invalid() {
     let (directory, path, _) = root_file();
     assert_eq!(refusal(&directory.path().join("none")).0, ErrorKind::NotFound);
     assert_eq!(refusal(&path.join("below")).0, ErrorKind::Invalid);
-    assert_eq!(
-        described(&path.join("below"), Root::create_file(path.join("below"))).0,
-        ErrorKind::Invalid
-    );
+    assert_eq!(described(&path.join("below"), Root::create_file(path.join("below"))).0, ErrorKind::Invalid);
     for nameless in ["/", "", "..", "/tmp/.."] {
         assert_eq!(Root::create_file(nameless).unwrap_err().kind(), ErrorKind::Invalid, "{nameless:?}");
     }
@@ -336,12 +328,20 @@ fn a_root_changes_its_keeper_and_stays_the_same_root() {
     assert_eq!(RootInfo::look(&sealed).unwrap().id(), id);
     assert!(sealed.needs_asking() && !file.needs_asking());
     let stored = fs::read(&sealed_at).unwrap();
-    assert!(!stored.windows(8).any(|bytes| plain[SECRET_AT..CHECK_AT].windows(8).any(|secret| bytes == secret)));
+    assert!(
+        !stored.windows(8).any(|bytes| plain[SECRET_AT..CHECK_AT].windows(8).any(|secret| bytes == secret))
+    );
 
     // In place, through a link: another passphrase.
     let link = directory.path().join("link");
     symlink(&sealed_at, &link).unwrap();
-    Root::rewrap(&sealed, &mut Answers(b"one", 0), &RootSpec::Passphrase(link.clone()), &mut Answers(b"two", 0)).unwrap();
+    Root::rewrap(
+        &sealed,
+        &mut Answers(b"one", 0),
+        &RootSpec::Passphrase(link.clone()),
+        &mut Answers(b"two", 0),
+    )
+    .unwrap();
     assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
     let wrong = Root::open_with(&sealed, &mut Answers(b"one", 0)).unwrap_err();
     assert_eq!(wrong.kind(), ErrorKind::KeyRejected);
@@ -367,7 +367,8 @@ fn a_failed_rewrap_leaves_everything_as_it_was() {
         (format!("passphrase:{}", path.display()), ErrorKind::KeyRejected),
         (format!("tpm2:{}", path.display()), ErrorKind::EngineFailed),
     ] {
-        let error = Root::rewrap(&file, &mut Unattended, &to.parse().unwrap(), &mut Answers(b"", 0)).unwrap_err();
+        let error =
+            Root::rewrap(&file, &mut Unattended, &to.parse().unwrap(), &mut Answers(b"", 0)).unwrap_err();
         assert_eq!(error.kind(), kind, "{to}: {error}");
         assert_eq!(fs::read(&path).unwrap(), plain);
         assert_eq!(fs::read(at("other")).unwrap(), b"mine");
@@ -429,6 +430,26 @@ fn material_survives_being_sent() {
         let root = Root::from_material(again).unwrap();
         assert_eq!((root.id(), root.spec()), (expected, &spec));
     }
+}
+
+/// Material whose helper answered with `secret`, for a container that says `id`.
+fn answered(secret: &[u8; 32], id: WrappingKeyId) -> RootMaterial {
+    let (ours, mut theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    let mut opened = Box::new(Zeroizing::new([0; 32]));
+    opened.copy_from_slice(secret);
+    Answer::send(&Ok(Answer::Opened(opened)), &mut theirs).unwrap();
+    let container = Container { keeper: Keeper::Tpm2, asks: false, id, body: vec![1, 2, 3] };
+    RootMaterial::Helper { spec: "tpm2:/r".parse().unwrap(), container, answer: ours.into() }
+}
+
+#[test]
+fn what_a_helper_answers_has_to_be_the_root_that_the_container_names() {
+    let id = Root::from_secret(&[7; 32], RootSpec::File("/r".into())).id();
+    let sent = RootMaterial::from_parts(answered(&[7; 32], id).into_parts()).unwrap();
+    assert_eq!(Root::from_material(sent).unwrap().id(), id);
+    let error = Root::from_material(answered(&[8; 32], id)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::KeyRejected);
+    assert!(error.to_string().contains("opens to another root"), "{error}");
 }
 
 #[test]

@@ -77,7 +77,9 @@ pub(crate) fn open(spec: &Tpm2Spec, pin: Option<&[u8]>, body: &[u8]) -> Result<S
         let is = pcrs.map_or("to no registers".to_owned(), |pcrs| format!("to {pcrs}"));
         return Err(fail(
             ErrorKind::Invalid,
-            format!("is sealed {is}, not to {asked}; say what it is, or seal it anew: inlinecrypt root rewrap"),
+            format!(
+                "is sealed {is}, not to {asked}; say what it is, or seal it anew: inlinecrypt root rewrap"
+            ),
         ));
     }
     let auth = auth_value(pin.is_some(), pin)?;
@@ -106,7 +108,12 @@ fn moved(pcrs: Pcrs, sealed: &[Vec<u8>], now: &[Vec<u8>]) -> Option<String> {
         .zip(sealed.iter().zip(now))
         .filter(|(_, (sealed, now))| sealed != now)
         .map(|(number, (sealed, now))| {
-            format!("register {number} of {} was {}..., and is {}...", pcrs.bank.name(), hex(sealed), hex(now))
+            format!(
+                "register {number} of {} was {}..., and is {}...",
+                pcrs.bank.name(),
+                hex(sealed),
+                hex(now)
+            )
         })
         .collect();
     (!changes.is_empty()).then(|| {
@@ -132,7 +139,9 @@ pub(crate) fn describe(body: &[u8]) -> Vec<(&'static str, String)> {
 /// What a TPM compares: a hash of the PIN, as it takes 32 bytes at the most. Without a PIN it is empty.
 fn auth_value(has_pin: bool, pin: Option<&[u8]>) -> Result<Zeroizing<Vec<u8>>, Error> {
     match pin {
-        Some([]) => Err(fail(ErrorKind::Permission, "takes a PIN, and the one given is empty; give the right one")),
+        Some([]) => {
+            Err(fail(ErrorKind::Permission, "takes a PIN, and the one given is empty; give the right one"))
+        }
         Some(pin) => {
             let mut auth = Zeroizing::new(sha256(&[b"inlinecrypt v1 PIN of a sealed root\0", pin]).to_vec());
             // The TPM leaves out zeroes at the end, and its HMACs do.
@@ -382,11 +391,18 @@ impl Tpm {
         let attributes = CONTINUE_SESSION | SESSION_ENCRYPT;
         let none = Writer::new();
         let mut failure = None;
-        let reply =
-            self.run_in_session(TPM_CC_UNSEAL, (handle, &name), &mut session, attributes, auth, &none, |code| {
+        let reply = self.run_in_session(
+            TPM_CC_UNSEAL,
+            (handle, &name),
+            &mut session,
+            attributes,
+            auth,
+            &none,
+            |code| {
                 failure = Some(code);
                 None
-            });
+            },
+        );
         let mut reply = match (reply, failure) {
             (Ok(reply), _) => reply,
             (Err(error), Some(code)) => return Err(self.why_not_unsealed(code, auth, error)),
@@ -412,9 +428,14 @@ impl Tpm {
                     Some(0) => self.locked(),
                     Some(left) => fail(
                         ErrorKind::Permission,
-                        format!("wrong PIN ({left} tries left, then the TPM locks itself); give the right one"),
+                        format!(
+                            "wrong PIN ({left} tries left, then the TPM locks itself); give the right one"
+                        ),
                     ),
-                    None => fail(ErrorKind::Permission, "wrong PIN (after too many the TPM locks itself); give the right one"),
+                    None => fail(
+                        ErrorKind::Permission,
+                        "wrong PIN (after too many the TPM locks itself); give the right one",
+                    ),
                 }
             }
             (_, TPM_RC_POLICY_FAIL) => fail(
@@ -459,7 +480,8 @@ impl Tpm {
     ) -> Result<Zeroizing<Vec<u8>>, Error> {
         let cp_hash = sha256(&[&code.to_be_bytes(), name, &parameters.0]);
         let hmac = session.command_hmac(auth, &cp_hash, attributes);
-        let area = Writer::new().u32(session.handle).sized(session.nonce_caller()).u8(attributes).sized(&hmac);
+        let area =
+            Writer::new().u32(session.handle).sized(session.nonce_caller()).u8(attributes).sized(&hmac);
         let len = u32::try_from(area.0.len()).expect("shorter than a command");
         let command = Writer::new().u32(handle).u32(len).bytes(&area.0).bytes(&parameters.0);
         let reply = self.run(code, TPM_ST_SESSIONS, &command, explain)?;
@@ -562,7 +584,10 @@ fn strange() -> Error {
 }
 
 fn no_crypto() -> Error {
-    fail(ErrorKind::EngineFailed, "no session with the TPM: its key is no point of the curve, or there is no randomness; try again")
+    fail(
+        ErrorKind::EngineFailed,
+        "no session with the TPM: its key is no point of the curve, or there is no randomness; try again",
+    )
 }
 
 #[cfg(test)]
@@ -572,18 +597,20 @@ mod tests {
 
     fn sealed() -> impl Strategy<Value = Sealed> {
         let part = || prop::collection::vec(any::<u8>(), 0..200);
-        (prop::option::of(1..1_u32 << 24), any::<bool>(), part(), part()).prop_map(|(mask, long, private, public)| {
-            let bank = if long { PcrBank::Sha384 } else { PcrBank::Sha256 };
-            let pcrs = mask.map(|mask| Pcrs { bank, mask });
-            let values = pcrs.map_or(0, |pcrs| pcrs.numbers().count());
-            Sealed {
-                pcrs,
-                srk_name: [9; NAME_BYTES],
-                values: vec![vec![7; bank.digest_bytes()]; values],
-                private,
-                public,
-            }
-        })
+        (prop::option::of(1..1_u32 << 24), any::<bool>(), part(), part()).prop_map(
+            |(mask, long, private, public)| {
+                let bank = if long { PcrBank::Sha384 } else { PcrBank::Sha256 };
+                let pcrs = mask.map(|mask| Pcrs { bank, mask });
+                let values = pcrs.map_or(0, |pcrs| pcrs.numbers().count());
+                Sealed {
+                    pcrs,
+                    srk_name: [9; NAME_BYTES],
+                    values: vec![vec![7; bank.digest_bytes()]; values],
+                    private,
+                    public,
+                }
+            },
+        )
     }
 
     proptest! {
@@ -625,17 +652,25 @@ mod tests {
         let was = [vec![1; 32], vec![2; 32]];
         assert_eq!(moved(pcrs, &was, &was), None);
         let text = moved(pcrs, &was, &[vec![1; 32], vec![3; 32]]).unwrap();
-        assert!(text.contains("register 3 of sha256 was 0202020202020202..., and is 0303030303030303..."), "{text}");
+        assert!(
+            text.contains("register 3 of sha256 was 0202020202020202..., and is 0303030303030303..."),
+            "{text}"
+        );
         assert!(!text.contains("register 0"), "{text}");
     }
 
     /// Python's `hashlib` over what part 3 says.
     #[test]
     fn a_policy_is_the_digest_that_the_standard_says() {
-        let digest = |pcrs, values: &[Vec<u8>]| policy(pcrs, values).iter().map(|b| format!("{b:02x}")).collect::<String>();
+        let digest = |pcrs, values: &[Vec<u8>]| {
+            policy(pcrs, values).iter().map(|b| format!("{b:02x}")).collect::<String>()
+        };
         assert_eq!(digest(None, &[]), "8fcd2169ab92694e0c633f1ab772842b8241bbc20288981fc7ac1eddc1fddb0e");
         let pcrs = Pcrs { bank: PcrBank::Sha256, mask: 1 << 7 };
-        assert_eq!(digest(Some(pcrs), &[vec![0; 32]]), "b8db92fae7c1e0c588e7352d2fc10f27c7b384e32f706a520cb10bf7ffee8970");
+        assert_eq!(
+            digest(Some(pcrs), &[vec![0; 32]]),
+            "b8db92fae7c1e0c588e7352d2fc10f27c7b384e32f706a520cb10bf7ffee8970"
+        );
     }
 
     #[test]

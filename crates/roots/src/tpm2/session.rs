@@ -58,13 +58,13 @@ impl Salt {
         let ours = EphemeralPrivateKey::generate(&ECDH_P256, &SystemRandom::new())?;
         let public = ours.compute_public_key()?;
         let [x, y] = [1, 33].map(|at| {
-            let coordinate: [u8; 32] = public.as_ref()[at..at + 32].try_into().expect("an uncompressed point");
+            let coordinate: [u8; 32] =
+                public.as_ref()[at..at + 32].try_into().expect("an uncompressed point");
             coordinate
         });
         let theirs = [&[4][..], &point.0, &point.1].concat();
         let theirs: UnparsedPublicKey<Vec<u8>> = agreement::UnparsedPublicKey::new(&ECDH_P256, theirs);
-        let salt =
-            agree_ephemeral(ours, &theirs, Unspecified, |z| Ok(kdf_e(z, b"SECRET", &x, &point.0)))?;
+        let salt = agree_ephemeral(ours, &theirs, Unspecified, |z| Ok(kdf_e(z, b"SECRET", &x, &point.0)))?;
         Ok(Self { salt, x, y })
     }
 }

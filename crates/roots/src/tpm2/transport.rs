@@ -64,7 +64,10 @@ impl Transport {
             Self::Tcp(stream) => through_stream(stream, command),
         };
         done.map_err(|why| {
-            fail(ErrorKind::EngineFailed, format!("the TPM does not answer: {}; check that it works", plain(&why)))
+            fail(
+                ErrorKind::EngineFailed,
+                format!("the TPM does not answer: {}; check that it works", plain(&why)),
+            )
         })
     }
 }

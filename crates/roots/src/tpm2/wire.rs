@@ -125,15 +125,7 @@ pub(super) fn srk_template() -> Writer {
     Writer::new()
         .u16(TPM_ALG_ECC)
         .u16(TPM_ALG_SHA256)
-        .u32(
-            FIXED_TPM
-                | FIXED_PARENT
-                | SENSITIVE_DATA_ORIGIN
-                | USER_WITH_AUTH
-                | NO_DA
-                | RESTRICTED
-                | DECRYPT,
-        )
+        .u32(FIXED_TPM | FIXED_PARENT | SENSITIVE_DATA_ORIGIN | USER_WITH_AUTH | NO_DA | RESTRICTED | DECRYPT)
         .sized(&[])
         // Parameters: symmetric, scheme, curve, key derivation.
         .u16(TPM_ALG_AES)
