@@ -333,6 +333,7 @@ fn a_root_changes_its_keeper_and_stays_the_same_root() {
     );
 
     // In place, through a link: another passphrase.
+    let mut old = File::open(&sealed_at).unwrap();
     let link = directory.path().join("link");
     symlink(&sealed_at, &link).unwrap();
     Root::rewrap(
@@ -343,6 +344,9 @@ fn a_root_changes_its_keeper_and_stays_the_same_root() {
     )
     .unwrap();
     assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+    let mut untouched = Vec::new();
+    std::io::Read::read_to_end(&mut old, &mut untouched).unwrap();
+    assert_eq!(untouched, stored, "the old file was written to, not replaced");
     let wrong = Root::open_with(&sealed, &mut Answers(b"one", 0)).unwrap_err();
     assert_eq!(wrong.kind(), ErrorKind::KeyRejected);
     assert!(wrong.to_string().contains("does not open with this passphrase"), "{wrong}");
