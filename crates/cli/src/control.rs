@@ -110,6 +110,10 @@ pub(crate) struct EngineReport {
     pub(crate) decided_by: Option<String>,
     /// When, in seconds since the beginning of 1970.
     pub(crate) decided_at: Option<u64>,
+    /// `ok`, or `stopped` if it serves nothing until it is started again.
+    pub(crate) state: &'static str,
+    /// Why, if not `ok`.
+    pub(crate) reason: Option<String>,
     /// `None` for an engine without keyslots.
     pub(crate) keyslots: Option<KeyslotsReport>,
 }

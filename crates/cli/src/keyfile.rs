@@ -3,6 +3,7 @@
 use crate::files::{self, Secrecy};
 use crate::report::{Code, Failure};
 use inlinecrypt_core::config::Mode;
+use inlinecrypt_core::error::ErrorKind;
 use inlinecrypt_core::key::{KeyForm, LongTermWrappedKey, RawKey};
 use inlinecrypt_core::profile::CryptoProfile;
 use inlinecrypt_engine::{BlobError, Form, inspect, looks_like_wrapped_key};
@@ -209,10 +210,20 @@ impl LoadedKey {
         match self {
             Self::Raw(key) => Ok(KeyForm::Raw(RawKey::new(key.expose()))),
             Self::Wrapped(blob) => profile.prepare(blob).map(KeyForm::Wrapped).map_err(|error| {
-                let advice = if error.chain().contains("wrapped under root") {
-                    "Name the root that wrapped it with --root PATH, or give the right key."
-                } else {
-                    "Restore the key file from a copy: without it the data cannot be read."
+                let advice = match error.kind() {
+                    ErrorKind::KeyRejected if error.chain().contains("wrapped under root") => {
+                        "Name the root that wrapped it with --root PATH, or give the right key."
+                    }
+                    ErrorKind::KeyRejected if error.chain().contains("by an ICE engine") => {
+                        "Name the engine with --engine ice:VARIANT (spec = \"ice:VARIANT\" in a config)."
+                    }
+                    ErrorKind::KeyRejected => {
+                        "Restore the key file from a copy: without it the data cannot be read."
+                    }
+                    ErrorKind::Unsupported => {
+                        "Choose an engine that takes such keys (inlinecrypt engine info), or give a raw key."
+                    }
+                    _ => "The key may be good: start again, and if it stays, use another engine.",
                 };
                 Failure::of(format!("{name} is refused"), &error).advise(advice)
             }),

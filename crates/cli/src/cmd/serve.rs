@@ -421,6 +421,8 @@ impl Running {
             key_type,
             decided_by: lock.map(|lock| lock.by.clone()),
             decided_at: lock.map(|lock| lock.since.0),
+            state: if status.stopped.is_some() { "stopped" } else { "ok" },
+            reason: status.stopped,
             keyslots: status.keyslots.map(|keyslots| KeyslotsReport {
                 waiting: keyslots.waiting,
                 waits: keyslots.waits,
