@@ -50,6 +50,22 @@ fn with_the_type_declared_software_serves_the_raw_volume_and_status_says_so() {
     assert!(text.done().out.contains("hardware-wrapped keys only, by a declaration"), "{text}");
 }
 
+/// What the engine cannot do at all goes to software and decides nothing.
+#[test]
+fn a_volume_that_only_software_can_serve_does_not_stand_in_the_way() {
+    for layout in ["mode = \"AES-128-CBC-ESSIV\"", "data_unit = 512\niv_offset = 8589934592"] {
+        let place = Place::new();
+        let raw = format!("fallback = \"allowed\"\n{layout}");
+        let config = two_types(&place, "ice:hwkm-v2,dun=4", "", &raw);
+        std::fs::remove_file(place.path("raw.key")).unwrap();
+        place.raw_key("raw.key", if layout.starts_with("mode") { 16 } else { 64 });
+        let said = place.run([std::ffi::OsStr::new("check"), config.as_os_str()]);
+        let out = &said.done().out;
+        assert!(out.contains("\"r\": ") && out.contains("by software fallback"), "{out}");
+        assert!(out.contains("by engine ice"), "{out}");
+    }
+}
+
 #[test]
 fn the_next_generation_serves_both() {
     let place = Place::new();
