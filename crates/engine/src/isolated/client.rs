@@ -892,6 +892,23 @@ impl Engine for IsolatedEngine {
         }
     }
 
+    /// Does not wait for a process that is being started.
+    fn stopped(&self) -> Option<String> {
+        let session = {
+            let line = self.host().line();
+            if line.stopped.is_some() {
+                return line.stopped.clone();
+            }
+            line.session.clone()?
+        };
+        let answer =
+            session.exchange(&Order::WhyStopped { engine: self.index }, Op::Open, |answer| match answer {
+                Answer::Stopped(why) => Ok(why.map(str::to_owned)),
+                other => Err(other.into_error(Op::Open)),
+            });
+        answer.unwrap_or(None)
+    }
+
     fn process(&self) -> Option<EngineProcess> {
         let line = self.host().line();
         Some(EngineProcess {

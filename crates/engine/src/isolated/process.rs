@@ -315,6 +315,11 @@ impl Control {
                 exclusive.ok_or_else(|| nonsense("the engine is not exclusive"))?.commit(key_type)?;
                 Ok(send(Answer::Done))
             }
+            Order::WhyStopped { engine } => {
+                let why = self.engine(engine)?.engine.stopped();
+                let why = why.map(|why| why.chars().take(1000).collect::<String>());
+                Ok(send(Answer::Stopped(why.as_deref())))
+            }
             Order::Lifecycle { engine, step } => {
                 let lifecycle = self.engine(engine)?.engine.lifecycle();
                 let lifecycle = lifecycle.ok_or_else(|| nonsense("nothing happens to the engine"))?;
