@@ -75,10 +75,22 @@ pub(crate) enum Command {
     Status(Status),
     /// Check a config: whether all of it can be served. Changes nothing
     Check(Check),
+    /// Measure ciphers and engines on this machine
+    Bench(Bench),
     /// Print completions for a shell
     Completions(Completions),
     /// Write the manual pages
     Man(Man),
+}
+
+/// What to measure.
+#[derive(Args, Debug)]
+pub(crate) struct Bench {
+    #[command(flatten)]
+    pub(crate) engine: EngineArgs,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// Where engines run.

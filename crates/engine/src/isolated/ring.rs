@@ -31,7 +31,7 @@ pub(crate) const PIECES_MAX: usize = 64;
 pub(crate) const UNDO_BYTES: usize = 64 * 1024;
 
 /// How much is transformed at once if data units allow: what stays in the fastest cache together with its undo copy.
-pub(crate) const CHUNK_BYTES: usize = 16 * 1024;
+pub(crate) const CHUNK_BYTES: usize = 4 * 1024;
 
 const TURN: usize = 0;
 const ENGINE_SLEEPS: usize = 64;
