@@ -44,6 +44,8 @@ pub(crate) enum Order<'a> {
         lanes: u32,
         /// Its length in bytes.
         shared_bytes: u64,
+        /// Which start of the host's engine this is.
+        generation: u64,
         /// Whether to go if anything of the cage is missing.
         require_sandbox: bool,
     },
