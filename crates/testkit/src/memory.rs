@@ -3,7 +3,7 @@
 //! ```text
 //!   scan_process   /proc/PID/maps, /proc/PID/mem: all that is readable, the holes of shared memory left out
 //!   scan_core      the segments of a core dump
-//!     Search       secrets, whole and in halves; key schedules wherever they begin (multiples of 4)
+//!     Search       secrets, whole and in halves; key schedules; at every address
 //! ```
 //!
 //! A schedule is found by its recurrence: AES-128 and AES-256; as bytes and as numbers of the other byte order; first round key
@@ -57,7 +57,7 @@ impl Search {
 /// What was looked at, and what was found.
 #[derive(Debug, Default)]
 pub struct Scan {
-    /// How much was looked at, in bytes.
+    /// How much was read, in bytes.
     pub bytes: u64,
     /// Mappings that cannot be read, or not entirely.
     pub unreadable: Vec<String>,
@@ -219,25 +219,25 @@ pub fn scan_core(path: &Path, search: &Search) -> io::Result<Scan> {
         let (offset, address, len) = (long(&segment, 8), long(&segment, 16), long(&segment, 32));
         let name = format!("segment {index} of the dump");
         scan.stretch(search, &name, address, address + len, |at, into| {
-            file.read_exact_at(into, at - address + offset).is_ok()
+            file.read_exact_at(into, at - address + offset).map_or(0, |()| into.len())
         });
     }
     Ok(scan)
 }
 
-/// Reads a chunk, page by page if it cannot be read at once. What cannot be read stays zero. Says whether all could.
-fn read_pages(memory: &File, at: u64, into: &mut [u8]) -> bool {
+/// Reads a chunk, page by page if it cannot be read at once. What cannot be read is zeroed. How much could be read.
+fn read_pages(memory: &File, at: u64, into: &mut [u8]) -> usize {
     if memory.read_exact_at(into, at).is_ok() {
-        return true;
+        return into.len();
     }
-    let mut is_whole = true;
+    let mut known = 0;
     for (page, number) in into.chunks_mut(4096).zip(0u64..) {
-        if memory.read_exact_at(page, at + number * 4096).is_err() {
-            page.fill(0);
-            is_whole = false;
+        match memory.read_exact_at(page, at + number * 4096) {
+            Ok(()) => known += page.len(),
+            Err(_) => page.fill(0),
         }
     }
-    is_whole
+    known
 }
 
 /// Where shared memory has pages.
@@ -269,16 +269,19 @@ impl Scan {
         mapping: &str,
         start: u64,
         end: u64,
-        read: impl Fn(u64, &mut [u8]) -> bool,
+        read: impl Fn(u64, &mut [u8]) -> usize,
     ) -> bool {
         let mut chunk = vec![0; CHUNK_BYTES + OVERLAP_BYTES];
         let (mut at, mut is_whole) = (start, true);
         while at < end {
             let left = usize::try_from(end - at).unwrap_or(usize::MAX);
             let bytes = &mut chunk[..left.min(CHUNK_BYTES + OVERLAP_BYTES)];
-            is_whole &= read(at, bytes);
-            self.look(search, mapping, at, bytes);
-            self.bytes += left.min(CHUNK_BYTES) as u64;
+            let known = read(at, bytes);
+            is_whole &= known == bytes.len();
+            if known > 0 {
+                self.look(search, mapping, at, bytes);
+            }
+            self.bytes += known.min(CHUNK_BYTES) as u64;
             at += left.min(CHUNK_BYTES) as u64;
         }
         is_whole
@@ -336,15 +339,36 @@ impl fmt::Display for Shape {
     }
 }
 
-/// Where something like a key schedule begins in `bytes`, at multiples of 4, and what it is like.
+/// Where something like a key schedule begins in `bytes`, and what it is like.
 fn schedules(bytes: &[u8]) -> Vec<(usize, String)> {
+    // Not at multiples of 4 only: AWS-LC's contexts for XTS lie 2 bytes beside them.
+    let shifted = |shift: usize| {
+        let found = aligned_schedules(bytes.get(shift..).unwrap_or_default());
+        found.into_iter().map(move |(at, what)| (at + shift, what))
+    };
+    (0..4).flat_map(shifted).collect()
+}
+
+/// The longest stretch that [`is_step`] looks at, in words.
+const STEP_WORDS: usize = 12;
+
+/// The same at multiples of 4.
+fn aligned_schedules(bytes: &[u8]) -> Vec<(usize, String)> {
     let words: Vec<u32> = bytes
         .chunks_exact(4)
         .map(|word| u32::from_be_bytes(word.try_into().expect("four bytes")))
         .collect();
     let mut found: Vec<(usize, String)> = Vec::new();
-    let mut ends = 0;
-    for at in 0..words.len().saturating_sub(11) {
+    let (mut next, mut ends) = (0, 0);
+    while next + STEP_WORDS <= words.len() {
+        let at = next;
+        next += 1;
+        // Most memory is zero, which is no schedule, but adds up like one.
+        if words[at + STEP_WORDS - 1] == 0 && words[at..at + STEP_WORDS].iter().all(|word| *word == 0) {
+            let zeroes = words[at..].iter().take_while(|word| **word == 0).count();
+            next = at + zeroes + 1 - STEP_WORDS;
+            continue;
+        }
         for (long, backwards) in [(false, false), (false, true), (true, false), (true, true)] {
             if at < ends || !is_linear(&words, at, long, backwards) {
                 continue;
@@ -508,18 +532,19 @@ mod tests {
                 let [backwards, swapped, mixed] = [1, 2, 4].map(|bit| choice & bit != 0);
                 let schedule = in_shape(&key, backwards, swapped, mixed);
                 let mut memory = pattern::bytes(9, 0, 4096);
-                memory[100..100 + schedule.len()].copy_from_slice(&schedule);
+                let place = 100 + choice;
+                memory[place..place + schedule.len()].copy_from_slice(&schedule);
                 let found = schedules(&memory);
                 assert_eq!(found.len(), 1, "{len} {backwards} {swapped} {mixed}: {found:?}");
                 let (at, what) = &found[0];
                 // First and last round key of a decryption schedule are not mixed, so they are no part of the rest; unless
                 // mixing changes nothing, as of zeroes.
-                let begins = if mixed && !(index < 2 && !backwards) { 116 } else { 100 };
+                let begins = if mixed && !(index < 2 && !backwards) { place + 16 } else { place };
                 assert_eq!(*at, begins, "{what}");
                 assert!(what.starts_with(&format!("AES-{} ", len * 8)), "{what}");
                 assert_eq!(what.contains("decryption"), mixed, "{what}");
                 // The first half is gone.
-                memory[100..100 + schedule.len() / 2].fill(0xee);
+                memory[place..place + schedule.len() / 2].fill(0xee);
                 assert_eq!(schedules(&memory).len(), 1, "{len} {backwards} {swapped} {mixed}");
             }
         }
