@@ -62,10 +62,8 @@ proptest! {
         let mut process = ROOT.with(|root| Process::new(Some(root)));
         for message in &messages {
             process.control(message);
-            fuzzing::answer(message);
+            let _ = fuzzing::answer(message);
         }
-        // Unless it was told to change keys, lanes work as before.
-        drop(process);
     }
 
     #[test]
