@@ -29,6 +29,14 @@ mod unit;
 pub use dun::Dun;
 pub use mode::{KeyError, MODES, Mode, ModeInfo, SectorUpdate, UnitCipher};
 
+/// From now on, the memory of the library beneath some modes comes from the program's own allocator, and is wiped when it is
+/// freed: for programs whose allocator keeps secrets better than the C library's does. To be called at the very start, before any
+/// key is set up. Says whether it is so.
+#[must_use]
+pub fn allocate_as_rust_does() -> bool {
+    simd::awslc::allocate_as_rust_does()
+}
+
 /// For benchmarks and tests alone: what lies beneath, to be measured and compared one by one.
 #[doc(hidden)]
 pub mod beneath {

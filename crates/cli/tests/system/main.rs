@@ -7,6 +7,8 @@
 //!   many_volumes  more keys than keyslots, all at once
 //!   kill          kill -9 during writes
 //!   trouble       full, shortened and read-only disks; signals; rude clients; service managers
+//!   isolation     what is in whose memory, which system calls the engine process makes, what of its cage is missing
+//!   engine_death  kill -9 of the engine process
 //!   others_bugs   what went wrong elsewhere
 //!     rig         places, servers, what was logged
 //!     load        random requests, and whether the answers are right
@@ -17,7 +19,9 @@
 
 mod clients;
 mod dm_crypt;
+mod engine_death;
 mod filesystem;
+mod isolation;
 mod kill;
 mod load;
 mod many_volumes;
