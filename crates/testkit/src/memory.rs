@@ -348,7 +348,7 @@ impl fmt::Display for Shape {
 
 /// Where something like a key schedule begins in `bytes`, and what it is like.
 fn schedules(bytes: &[u8]) -> Vec<(usize, String)> {
-    // Not at multiples of 4 only: AWS-LC's contexts for XTS lie 2 bytes beside them.
+    // Not at multiples of 4 only: expanded keys that are bytes to their program lie anywhere.
     let shifted = |shift: usize| {
         let found = aligned_schedules(bytes.get(shift..).unwrap_or_default());
         found.into_iter().map(move |(at, what)| (at + shift, what))

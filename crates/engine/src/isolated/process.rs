@@ -76,7 +76,7 @@ pub fn run(socket: OwnedFd) -> ! {
             std::process::exit(3);
         }
     }
-    // The ciphers' library would have its own heap, beside the secret one.
+    // Where the CPU has no AES instructions a library's contexts hold keys: they would be in the C library's heap.
     if !inlinecrypt_cipher::allocate_as_rust_does() {
         eprintln!("inlinecrypt engine process: the library's memory cannot be secret");
         std::process::exit(3);
