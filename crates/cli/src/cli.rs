@@ -561,6 +561,28 @@ Examples:
 Examples:
   inlinecrypt engine reset --control /run/inlinecrypt/db.sock")]
     Reset(EngineReset),
+    /// Run engine processes for servers that ask for them, until SIGTERM or SIGINT
+    ///
+    /// Each server that connects (serve --engine-process unix:PATH) gets an engine process of its own, locked up like one
+    /// that it would start itself, with nothing of other servers' in it. Only this user and root may connect.
+    ///
+    /// The first signal lets no more servers in, and the service ends with the last of its engine processes, which end when
+    /// their servers do. The second signal ends it at once, and with it all engine processes: requests of servers that
+    /// still run are answered with EIO then.
+    #[command(after_help = "\
+Examples:
+  inlinecrypt engine serve --listen unix:/run/inlinecrypt/engine.sock
+  inlinecrypt serve --engine-process unix:/run/inlinecrypt/engine.sock demo.img
+      a server that uses it")]
+    Serve(EngineServe),
+}
+
+/// Run engine processes.
+#[derive(Args, Debug)]
+pub(crate) struct EngineServe {
+    /// Where servers connect: unix:PATH
+    #[arg(long, value_name = "PLACE", value_parser = parse_core::<Listen>)]
+    pub(crate) listen: Listen,
 }
 
 /// Reset engines.

@@ -3,6 +3,7 @@
 mod check;
 mod completions;
 mod engine;
+mod engine_serve;
 mod key;
 mod man;
 mod root;

@@ -112,7 +112,7 @@ pub(super) fn run(mut args: Serve) -> Result<(), Failures> {
 }
 
 /// The first signal comes out of the iterator; the second ends the process at once.
-fn catch_signals() -> Result<Signals, Failure> {
+pub(super) fn catch_signals() -> Result<Signals, Failure> {
     let caught = || -> std::io::Result<Signals> {
         let stopping = Arc::new(AtomicBool::new(false));
         for signal in [SIGTERM, SIGINT] {
@@ -126,7 +126,7 @@ fn catch_signals() -> Result<Signals, Failure> {
 }
 
 /// Every client and volume takes a descriptor, and the usual soft limit is for programs that call `select`.
-fn raise_descriptor_limit() {
+pub(super) fn raise_descriptor_limit() {
     let limit = getrlimit(Resource::Nofile);
     // If the system refuses, fewer clients fit.
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });

@@ -249,7 +249,7 @@ fn volumes_are_served_over_tcp_at_the_address_that_is_printed() {
 }
 
 /// fio with its NBD engine, two jobs of 32 requests each at random places, of random sizes.
-fn fio(program: &Path, place: &Place, uri: &str, block: &str, more: &[&str]) -> Command {
+pub(crate) fn fio(program: &Path, place: &Place, uri: &str, block: &str, more: &[&str]) -> Command {
     let mut fio = Command::new(program);
     fio.current_dir(place.path("run"))
         .args(["--name=job", "--ioengine=nbd", "--rw=randwrite", "--numjobs=2", "--iodepth=32"])

@@ -6,6 +6,7 @@
 //!   dm_crypt      volumes that Linux wrote
 //!   many_volumes  more keys than keyslots, all at once
 //!   kill          kill -9 during writes
+//!   engine_service   engine processes for several servers
 //!   trouble       full, shortened and read-only disks; signals; rude clients; service managers
 //!   others_bugs   what went wrong elsewhere
 //!     rig         places, servers, what was logged
@@ -17,6 +18,7 @@
 
 mod clients;
 mod dm_crypt;
+mod engine_service;
 mod filesystem;
 mod kill;
 mod load;
