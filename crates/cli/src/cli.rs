@@ -221,6 +221,8 @@ Examples:
       what dm-crypt wrote with aes-xts-plain64
   inlinecrypt serve --nbd tcp:0.0.0.0:10809 --tls-cert server.pem --tls-key server.key demo.img
   inlinecrypt serve --config servers.toml
+  inlinecrypt serve --control demo.control --take-over demo.control demo.img
+      a new program takes over from the one that serves demo.img with that control socket, which then ends
 
 A config:
   [[engine]]                      # none: one engine \"default\"
@@ -300,6 +302,11 @@ pub(crate) struct Serve {
     /// Socket for `inlinecrypt status`, or none [default: PID.sock in $XDG_RUNTIME_DIR/inlinecrypt]
     #[arg(long, value_name = "PATH", help_heading = "Server")]
     pub(crate) control: Option<PathBuf>,
+    /// Take over from the running server with this control socket, without a failed request: its listening sockets, its
+    /// volumes, which all have to be served here too and by the same keys, and its connections. Connections with TLS are
+    /// closed between two requests, and their clients have to connect again. If anything fails, that server goes on
+    #[arg(long, value_name = "CONTROL", help_heading = "Server", conflicts_with = "create")]
+    pub(crate) take_over: Option<PathBuf>,
     /// Threads for each connection; more than its own pays where the disk waits for a medium [default: 0]
     #[arg(long, value_name = "N", help_heading = "Server", value_parser = parse_workers)]
     pub(crate) workers: Option<usize>,

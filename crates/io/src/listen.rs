@@ -878,6 +878,16 @@ pub fn notify_ready() -> Result<(), Error> {
     notify("READY=1\n")
 }
 
+/// Tells the service manager that this process is the service now, and serves. Does nothing without one. It listens to this
+/// only if the unit says `NotifyAccess=all`.
+///
+/// # Errors
+///
+/// As [`notify_ready`].
+pub fn notify_taken_over() -> Result<(), Error> {
+    notify(&format!("MAINPID={}\nREADY=1\n", std::process::id()))
+}
+
 /// Tells the service manager that we are stopping. Does nothing without one.
 ///
 /// # Errors

@@ -8,6 +8,7 @@
 //!   kill          kill -9 during writes
 //!   engine_service   engine processes for several servers
 //!   trouble       full, shortened and read-only disks; signals; rude clients; service managers
+//!   upgrade       a new server takes over from the one that serves
 //!   others_bugs   what went wrong elsewhere
 //!     rig         places, servers, what was logged
 //!     load        random requests, and whether the answers are right
@@ -27,3 +28,4 @@ mod others_bugs;
 mod rig;
 mod roots;
 mod trouble;
+mod upgrade;
