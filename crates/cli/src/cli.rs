@@ -9,7 +9,7 @@ use crate::size::Size;
 use clap::builder::{OsStringValueParser, TypedValueParser as _};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use inlinecrypt_core::config::{DataUnitSize, KeyType, Mode};
-use inlinecrypt_engine::{EngineSpec, RootSpec};
+use inlinecrypt_engine::{EngineSpec, RootSpec, Sample};
 use inlinecrypt_io::listen::Listen;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -75,10 +75,22 @@ pub(crate) enum Command {
     Status(Status),
     /// Check a config: whether all of it can be served. Changes nothing
     Check(Check),
+    /// Measure ciphers and engines on this machine
+    Bench(Bench),
     /// Print completions for a shell
     Completions(Completions),
     /// Write the manual pages
     Man(Man),
+}
+
+/// What to measure.
+#[derive(Args, Debug)]
+pub(crate) struct Bench {
+    #[command(flatten)]
+    pub(crate) engine: EngineArgs,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// Where engines run.
@@ -278,6 +290,10 @@ pub(crate) struct Serve {
     pub(crate) engine: EngineArgs,
     #[command(flatten)]
     pub(crate) isolation: IsolationArgs,
+    /// Compare what hardware does with software: all requests, or one in N (sample=N). The first difference stops the
+    /// engine; `inlinecrypt status` tells which keyslot and data unit it was
+    #[arg(long, value_name = "SHARE", value_parser = parse_core::<Sample>)]
+    pub(crate) verify: Option<Sample>,
     /// Whether software may serve a raw key instead of the engine: never, if the engine cannot, or always [default:
     /// off]
     #[arg(long, value_name = "WHEN", value_enum)]

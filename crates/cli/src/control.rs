@@ -116,6 +116,10 @@ pub(crate) struct EngineReport {
     pub(crate) decided_at: Option<u64>,
     /// `None` for an engine in the serving process.
     pub(crate) process: Option<ProcessReport>,
+    /// `ok`, or `stopped` if it serves nothing until it is started again.
+    pub(crate) state: &'static str,
+    /// Why, if not `ok`.
+    pub(crate) reason: Option<String>,
     /// `None` for an engine without keyslots.
     pub(crate) keyslots: Option<KeyslotsReport>,
 }

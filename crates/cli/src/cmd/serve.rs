@@ -681,6 +681,8 @@ impl Running {
                 stopped: process.stopped,
                 sandbox: process.sandbox,
             }),
+            state: if status.stopped.is_some() { "stopped" } else { "ok" },
+            reason: status.stopped,
             keyslots: status.keyslots.map(|keyslots| KeyslotsReport {
                 waiting: keyslots.waiting,
                 waits: keyslots.waits,
