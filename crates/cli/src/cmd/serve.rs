@@ -474,13 +474,13 @@ impl Running {
         Some(format!("{:?} may have lost data, which only a new start takes note of", lost.name))
     }
 
-    /// Offers everything, and lets go once the other server has it. `Ok(None)`: this one goes on, and the other has been
-    /// told why, or has gone.
-    fn hand_over_to(&self, stream: &Stream, peer: Peer) -> io::Result<Option<Successor>> {
+    /// Offers everything, and lets go once the other server has it: then there is a successor. Else this one goes on, and the
+    /// other has been told why, or has gone.
+    fn hand_over_to(&self, stream: &Stream, peer: Peer) -> io::Result<()> {
         let socket = stream.as_fd();
         let refuse = |why: String| {
             tracing::warn!(%peer, "not handed over: {why}");
-            take_over::send(socket, &Message::Refused { why }, None).map(|()| None)
+            take_over::send(socket, &Message::Refused { why }, None)
         };
         if !matches!(peer, Peer::Unix { uid, .. } if uid == rustix::process::geteuid().as_raw()) {
             return refuse("it is another user's".to_owned());
@@ -555,6 +555,8 @@ impl Running {
             }
             _serves => std::mem::forget(resuming),
         }
+        // Before the turn ends: who waits for it must not stop what is the other's.
+        let _ = self.successor.set(Successor { peer, has_control: takes_control });
         tracing::info!(
             %peer,
             connections = count,
@@ -569,7 +571,7 @@ impl Running {
                 "connections were cut off in mid-request or mid-handshake"
             );
         }
-        Ok(Some(Successor { peer, has_control: takes_control }))
+        Ok(())
     }
 
     /// What a person reads when the server is ready: what, where, and the lines to try next.
@@ -725,20 +727,16 @@ impl Answers for Running {
     fn hand_over(&self, stream: &Stream) -> io::Result<()> {
         let peer = stream.peer();
         stream.set_write_timeout(Some(take_over::TAKE_TIME_MAX))?;
-        match self.hand_over_to(stream, peer) {
-            Ok(None) => Ok(()),
-            Ok(Some(successor)) => {
-                let _ = self.successor.set(successor);
-                if let Some(signals) = &self.signals {
-                    signals.close();
-                }
-                Ok(())
-            }
-            Err(error) => {
-                tracing::warn!(%peer, %error, "not handed over: this server goes on");
-                Err(error)
-            }
+        let done = self.hand_over_to(stream, peer);
+        if let Err(error) = &done {
+            tracing::warn!(%peer, %error, "not handed over: this server goes on");
         }
+        if self.successor.get().is_some()
+            && let Some(signals) = &self.signals
+        {
+            signals.close();
+        }
+        done
     }
 
     fn report(&self) -> ServerReport {

@@ -6,6 +6,7 @@ use inlinecrypt_testkit::nbd::{cmd, request_header};
 use inlinecrypt_testkit::require_tool;
 use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -35,16 +36,22 @@ fn refused(place: &Place, arguments: &[&str]) -> String {
 #[test]
 fn fio_verifies_while_five_servers_take_over_one_after_the_other() {
     let Some(program) = require_tool("fio") else { return };
+    for workers in ["0", "2"] {
+        take_over_under_fio(&program, workers);
+    }
+}
+
+fn take_over_under_fio(program: &Path, workers: &str) {
     let place = Place::new();
     // fio has its first 24 MiB for itself.
-    let server = place.serve(["-v", "--create", "25MiB", "v.img"]);
+    let server = place.serve(["-v", "--create", "25MiB", "--workers", workers, "v.img"]);
     let uri = server.uri("v");
     let done = AtomicBool::new(false);
     let mut client = server.client("v");
     let mut half_sent = server.client("v");
     let server = thread::scope(|scope| {
         let mut server = server;
-        let (place, done, uri, program) = (&place, &done, &uri, &program);
+        let (place, done, uri) = (&place, &done, &uri);
         let verified = scope.spawn(move || {
             let mut runs = 0;
             while !done.load(Ordering::Relaxed) {
@@ -61,7 +68,7 @@ fn fio_verifies_while_five_servers_take_over_one_after_the_other() {
             let at = 24 * MIB + 512 * u64::from(round);
             client.write(at, &[round; 512]).unwrap();
             thread::sleep(Duration::from_millis(200));
-            server = upgrade(place, server, &["-v", "v.img"]);
+            server = upgrade(place, server, &["-v", "--workers", workers, "v.img"]);
             half_sent.stream().write_all(&header[11..]).unwrap();
             let mut reply = [0; 16];
             half_sent.stream().read_exact(&mut reply).unwrap();
