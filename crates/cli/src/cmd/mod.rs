@@ -4,6 +4,7 @@ mod bench;
 mod check;
 mod completions;
 mod engine;
+mod engine_serve;
 mod key;
 mod man;
 mod root;
