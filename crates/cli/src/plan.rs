@@ -378,7 +378,9 @@ fn engine_plan(
         deaths_max,
     } = table.get_ref();
     let deaths_max = match deaths_max.unwrap_or(DEATHS_MAX) {
-        0 => Err("deaths_max = 0: how many ends of the engine process within a minute are too many, at least 1"),
+        0 => Err(
+            "deaths_max = 0: how many ends of the engine process within a minute are too many, at least 1",
+        ),
         some => Ok(some),
     };
     let home = process.as_deref().map(str::parse::<EngineHome>).transpose();

@@ -3,7 +3,9 @@
 //! bodies are fuzz targets (`fuzz/`).
 
 use inlinecrypt_engine::Root;
-use inlinecrypt_engine::isolated::fuzzing::{self, DATA_BYTES, FLOOR, Process, RawPiece, UNIT_BYTES, lane_order};
+use inlinecrypt_engine::isolated::fuzzing::{
+    self, DATA_BYTES, FLOOR, Process, RawPiece, UNIT_BYTES, lane_order,
+};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::sample::Index;
@@ -39,10 +41,16 @@ fn piece() -> impl Strategy<Value = RawPiece> {
     let inside = (0..DATA_BYTES as u64 / unit, 0..48u64)
         .prop_map(move |(at, units)| (floor + at * unit, units.min(DATA_BYTES as u64 / unit - at) * unit));
     // A unit or two before and behind where it becomes wrong.
-    let near = (prop::sample::select(vec![floor, end]), 0..5u64, 0..4u64, prop::sample::select(vec![0, 0, 0, 1, 16]))
+    let near = (
+        prop::sample::select(vec![floor, end]),
+        0..5u64,
+        0..4u64,
+        prop::sample::select(vec![0, 0, 0, 1, 16]),
+    )
         .prop_map(move |(edge, from, units, more)| (edge + from * unit - 2 * unit + more, units * unit));
     let bytes = (floor - 8..end + 8, 0..5000u64);
-    let edges = prop::sample::select(vec![0, 1, floor - 1, floor, end - unit, end, end + 1, u64::MAX, 1 << 63]);
+    let edges =
+        prop::sample::select(vec![0, 1, floor - 1, floor, end - unit, end, end + 1, u64::MAX, 1 << 63]);
     let place = prop_oneof![8 => inside, 3 => near, 1 => bytes, 1 => (edges.clone(), edges)];
     (place, any::<u64>()).prop_map(|((offset, len), first)| (offset, len, first))
 }

@@ -34,7 +34,10 @@ fn kill_engine(server: &Server, place: &Place) -> u64 {
         let process = &after["process"];
         assert!(process["stopped"].is_null(), "{process}");
         let pause_us = process["last_pause_us"].as_u64().unwrap();
-        if restarts(&after) == restarts(&before) + 1 && process["pid"].is_u64() && server.log().matches("pause_ms").count() as u64 > restarts(&before) {
+        if restarts(&after) == restarts(&before) + 1
+            && process["pid"].is_u64()
+            && server.log().matches("pause_ms").count() as u64 > restarts(&before)
+        {
             return pause_us;
         }
         assert!(Instant::now() < deadline, "no new engine process: {process}");
@@ -85,9 +88,10 @@ fn fio_verifies_fifty_volumes_while_the_engine_process_is_killed() {
     let mut random = seed();
     let place = Place::new();
     let server = serve_wrapped(&place, COUNT, MIB, 32);
-    let mut jobs = "[global]\nioengine=nbd\nrw=randwrite\niodepth=4\nsize=1m\nbsrange=512-64k\nverify=crc32c\n\
+    let mut jobs =
+        "[global]\nioengine=nbd\nrw=randwrite\niodepth=4\nsize=1m\nbsrange=512-64k\nverify=crc32c\n\
                     verify_fatal=1\ndo_verify=1\nverify_state_save=0\ngroup_reporting\nthread\n"
-        .to_owned();
+            .to_owned();
     for index in 0..COUNT {
         let _ = writeln!(jobs, "[v{index}]\nuri={}", server.uri(&format!("v{index}")));
     }
@@ -213,7 +217,10 @@ fn one_death_is_enough_if_the_config_says_so() {
     server.stop();
     let config = place.write_config(&format!("[[engine]]\nname = \"e\"\ndeaths_max = 0\n{volume}"));
     let refused = place.run(["check".as_ref(), config.as_os_str()]);
-    assert!(!refused.status.success() && crate::rig::said(&refused).contains("deaths_max = 0"), "{refused:?}");
+    assert!(
+        !refused.status.success() && crate::rig::said(&refused).contains("deaths_max = 0"),
+        "{refused:?}"
+    );
 }
 
 #[test]
@@ -228,7 +235,10 @@ fn a_raw_key_comes_back_from_its_file_and_not_from_standard_input() {
     };
     let state = |server: &Server| {
         let volume = server.status(&place)["servers"][0]["volumes"][0].clone();
-        (volume["state"].as_str().unwrap().to_owned(), volume["reason"].as_str().unwrap_or_default().to_owned())
+        (
+            volume["state"].as_str().unwrap().to_owned(),
+            volume["reason"].as_str().unwrap_or_default().to_owned(),
+        )
     };
 
     let server = serve("raw:v.raw");
@@ -257,7 +267,10 @@ fn a_raw_key_comes_back_from_its_file_and_not_from_standard_input() {
     fails_with_eio(client.read(0, 4096));
     fails_with_eio(client.write(0, &[9; 4096]));
     let (state_now, reason) = state(&server);
-    assert!(state_now == "no_key" && reason.contains("cannot be had again without asking"), "{state_now}: {reason}");
+    assert!(
+        state_now == "no_key" && reason.contains("cannot be had again without asking"),
+        "{state_now}: {reason}"
+    );
     drop(client);
     server.stop();
 }

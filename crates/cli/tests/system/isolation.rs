@@ -58,9 +58,8 @@ const WRAPPED: [&str; 5] = ["--root", "root", "--key", "v.key", "v.img"];
 fn busy(program: &Path, place: &Place, server: &Server) -> ServerProcess {
     let mut fio = fio(program, place, &server.uri("v"), "512", &["--time_based", "--runtime=600"]);
     let load = ServerProcess::start(fio.stdout(Stdio::null()).stderr(Stdio::null())).unwrap();
-    let bytes = || {
-        server.status(place)["servers"][0]["volumes"][0]["counters"]["write"]["bytes"].as_u64().unwrap()
-    };
+    let bytes =
+        || server.status(place)["servers"][0]["volumes"][0]["counters"]["write"]["bytes"].as_u64().unwrap();
     eventually("fio is at work", || bytes() > MIB);
     load
 }
@@ -100,7 +99,10 @@ fn dump(place: &Place, pid: u32, search: &Search) -> Option<Scan> {
 fn nothing_is_found(program: &Path, place: &Place, server: &Server, search: &Search) {
     let load = busy(program, place, server);
     for round in 0..3 {
-        is_clean(&format!("serving process, look {round}"), &memory::scan_process(server.process.pid(), search).unwrap());
+        is_clean(
+            &format!("serving process, look {round}"),
+            &memory::scan_process(server.process.pid(), search).unwrap(),
+        );
     }
     if let Some(scan) = dump(place, server.process.pid(), search) {
         is_clean("core dump of the serving process", &scan);
@@ -166,8 +168,12 @@ fn the_serving_process_holds_no_key_in_any_mode() {
         thread::sleep(Duration::from_millis(500));
         let search = Search::new().secret("key", &key);
         let pid = engine_pid(&server, &place).unwrap();
-        is_clean(&format!("serving process, {mode}"), &memory::scan_process(server.process.pid(), &search).unwrap());
-        let is_secret = memory::mappings(pid).unwrap().iter().any(|mapping| mapping.name.contains("secretmem"));
+        is_clean(
+            &format!("serving process, {mode}"),
+            &memory::scan_process(server.process.pid(), &search).unwrap(),
+        );
+        let is_secret =
+            memory::mappings(pid).unwrap().iter().any(|mapping| mapping.name.contains("secretmem"));
         if is_secret {
             is_clean(&format!("engine process, {mode}"), &memory::scan_process(pid, &search).unwrap());
         }
@@ -215,7 +221,10 @@ fn the_same_scan_finds_the_keys_of_an_engine_in_the_serving_process() {
     let search = wrapped_volume(&place);
     let server = place.serve([&["--engine-process", "none"], &WRAPPED[..]].concat());
     let load = busy(&program, &place, &server);
-    for scan in [memory::scan_process(server.process.pid(), &search).ok(), dump(&place, server.process.pid(), &search)] {
+    for scan in [
+        memory::scan_process(server.process.pid(), &search).ok(),
+        dump(&place, server.process.pid(), &search),
+    ] {
         let Some(scan) = scan else { continue };
         tell("engine in the serving process", &scan);
         for found in scan.secrets.iter().chain(&scan.schedules) {

@@ -117,7 +117,8 @@ impl Process {
         let mut is_good = key.is_some();
         for piece in pieces.iter().take_while(|_| key.is_some()) {
             let range = usize::try_from(piece.offset).ok().zip(usize::try_from(piece.len).ok());
-            let range = range.and_then(|(at, len)| Some(at.checked_sub(FLOOR)?..at.checked_sub(FLOOR)?.checked_add(len)?));
+            let range = range
+                .and_then(|(at, len)| Some(at.checked_sub(FLOOR)?..at.checked_sub(FLOOR)?.checked_add(len)?));
             let Some(bytes) = range.and_then(|range| expected.get_mut(range)) else {
                 is_good = false;
                 break;
@@ -144,7 +145,14 @@ impl Process {
 
 /// An order of a lane, as bytes for [`Process::lane`].
 #[must_use]
-pub fn lane_order(engine: u8, is_slot: bool, encrypt: bool, key: u32, count: u32, pieces: &[RawPiece]) -> Vec<u8> {
+pub fn lane_order(
+    engine: u8,
+    is_slot: bool,
+    encrypt: bool,
+    key: u32,
+    count: u32,
+    pieces: &[RawPiece],
+) -> Vec<u8> {
     use crate::isolated::ring::{Head, WirePiece};
     let head = Head { engine, is_slot, encrypt, key, cpu: 0, pieces: count };
     let pieces: Vec<_> = pieces
