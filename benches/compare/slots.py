@@ -5,7 +5,8 @@
 
 One server with an ICE model (`ice:next`: a keyslot is held for a whole request, programs come one after the other), one key a
 volume, random 4 KiB reads and writes by fio over NBD, one job a volume. Programs take 0, 50 us and 1 ms. Markdown on standard output.
-On a shared machine compare the rows of one run.
+On a shared machine compare the rows of one run. `--slots 128` shows what a keyslot for each key would give. The figures are in
+docs/keyslots.md.
 """
 import argparse, json, os, shutil, signal, subprocess, tempfile, time
 

@@ -137,7 +137,7 @@ fn type_in(question: &Question<'_>) -> Result<Zeroizing<Vec<u8>>, Error> {
     let typed = prompt(format!("{question}: "))?;
     if question.is_new && prompt(format!("{question}, again: "))? != typed {
         let why = format!("{question}: both times something else was typed; try again");
-        return Err(Error::new(ErrorKind::Invalid, Op::Open).detail(why));
+        return Err(Error::new(ErrorKind::Permission, Op::Open).detail(why));
     }
     Ok(typed)
 }

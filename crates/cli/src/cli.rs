@@ -9,7 +9,7 @@ use crate::size::Size;
 use clap::builder::{OsStringValueParser, TypedValueParser as _};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use inlinecrypt_core::config::{DataUnitSize, KeyType, Mode};
-use inlinecrypt_engine::{EngineSpec, RootSpec};
+use inlinecrypt_engine::{EngineSpec, RootSpec, Sample};
 use inlinecrypt_io::listen::Listen;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -75,10 +75,22 @@ pub(crate) enum Command {
     Status(Status),
     /// Check a config: whether all of it can be served. Changes nothing
     Check(Check),
+    /// Measure ciphers and engines on this machine
+    Bench(Bench),
     /// Print completions for a shell
     Completions(Completions),
     /// Write the manual pages
     Man(Man),
+}
+
+/// What to measure.
+#[derive(Args, Debug)]
+pub(crate) struct Bench {
+    #[command(flatten)]
+    pub(crate) engine: EngineArgs,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// Where engines run.
@@ -221,6 +233,8 @@ Examples:
       what dm-crypt wrote with aes-xts-plain64
   inlinecrypt serve --nbd tcp:0.0.0.0:10809 --tls-cert server.pem --tls-key server.key demo.img
   inlinecrypt serve --config servers.toml
+  inlinecrypt serve --control demo.control --take-over demo.control demo.img
+      a new program takes over from the one that serves demo.img with that control socket, which then ends
 
 A config:
   [[engine]]                      # none: one engine \"default\"
@@ -278,6 +292,10 @@ pub(crate) struct Serve {
     pub(crate) engine: EngineArgs,
     #[command(flatten)]
     pub(crate) isolation: IsolationArgs,
+    /// Compare what hardware does with software: all requests, or one in N (sample=N). The first difference stops the
+    /// engine; `inlinecrypt status` tells which keyslot and data unit it was
+    #[arg(long, value_name = "SHARE", value_parser = parse_core::<Sample>)]
+    pub(crate) verify: Option<Sample>,
     /// Whether software may serve a raw key instead of the engine: never, if the engine cannot, or always [default:
     /// off]
     #[arg(long, value_name = "WHEN", value_enum)]
@@ -302,6 +320,11 @@ pub(crate) struct Serve {
     /// Socket for `inlinecrypt status`, or none [default: PID.sock in $XDG_RUNTIME_DIR/inlinecrypt]
     #[arg(long, value_name = "PATH", help_heading = "Server")]
     pub(crate) control: Option<PathBuf>,
+    /// Take over from the running server with this control socket, without a failed request: its listening sockets, its
+    /// volumes, which all have to be served here too and by the same keys, and its connections. Connections with TLS are
+    /// closed between two requests, and their clients have to connect again. If anything fails, that server goes on
+    #[arg(long, value_name = "CONTROL", help_heading = "Server", conflicts_with = "create")]
+    pub(crate) take_over: Option<PathBuf>,
     /// Threads for each connection; more than its own pays where the disk waits for a medium [default: 0]
     #[arg(long, value_name = "N", help_heading = "Server", value_parser = parse_workers)]
     pub(crate) workers: Option<usize>,
@@ -563,6 +586,28 @@ Examples:
 Examples:
   inlinecrypt engine reset --control /run/inlinecrypt/db.sock")]
     Reset(EngineReset),
+    /// Run engine processes for servers that ask for them, until SIGTERM or SIGINT
+    ///
+    /// Each server that connects (serve --engine-process unix:PATH) gets an engine process of its own, locked up like one
+    /// that it would start itself, with nothing of other servers' in it. Only this user and root may connect.
+    ///
+    /// The first signal lets no more servers in, and the service ends with the last of its engine processes, which end when
+    /// their servers do. The second signal ends it at once, and with it all engine processes: requests of servers that
+    /// still run are answered with EIO then.
+    #[command(after_help = "\
+Examples:
+  inlinecrypt engine serve --listen unix:/run/inlinecrypt/engine.sock
+  inlinecrypt serve --engine-process unix:/run/inlinecrypt/engine.sock demo.img
+      a server that uses it")]
+    Serve(EngineServe),
+}
+
+/// Run engine processes.
+#[derive(Args, Debug)]
+pub(crate) struct EngineServe {
+    /// Where servers connect: unix:PATH
+    #[arg(long, value_name = "PLACE", value_parser = parse_core::<Listen>)]
+    pub(crate) listen: Listen,
 }
 
 /// Reset engines.

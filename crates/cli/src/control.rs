@@ -37,6 +37,8 @@ enum Request {
         /// Which.
         engine: Option<String>,
     },
+    /// Hand over to the server that asks. What follows is in `take_over.rs`.
+    TakeOver,
 }
 
 /// What answers requests.
@@ -45,6 +47,8 @@ pub(crate) trait Answers: Send + Sync {
     fn report(&self) -> ServerReport;
     /// Resets one engine or all. The names of those that were reset, or why not.
     fn reset(&self, engine: Option<&str>) -> Result<Vec<String>, String>;
+    /// Hands over to the server at the other end of `stream`, or tells it why not.
+    fn hand_over(&self, stream: &Stream) -> io::Result<()>;
 }
 
 /// What a server says about itself.
@@ -112,6 +116,10 @@ pub(crate) struct EngineReport {
     pub(crate) decided_at: Option<u64>,
     /// `None` for an engine in the serving process.
     pub(crate) process: Option<ProcessReport>,
+    /// `ok`, or `stopped` if it serves nothing until it is started again.
+    pub(crate) state: &'static str,
+    /// Why, if not `ok`.
+    pub(crate) reason: Option<String>,
     /// `None` for an engine without keyslots.
     pub(crate) keyslots: Option<KeyslotsReport>,
 }
@@ -158,9 +166,13 @@ pub(crate) struct ControlServer {
 }
 
 impl ControlServer {
-    /// Answers at `path` with what `server` says then.
-    pub(crate) fn start(path: &Path, server: Arc<dyn Answers>) -> Result<Self, Error> {
-        let listener = Listener::bind(&Listen::Unix(path.to_owned()), ListenOptions { unix_mode: 0o600 })?;
+    /// A socket at `path`, for [`start`](Self::start).
+    pub(crate) fn bind(path: &Path) -> Result<Listener, Error> {
+        Listener::bind(&Listen::Unix(path.to_owned()), ListenOptions { unix_mode: 0o600 })
+    }
+
+    /// Answers at `listener` with what `server` says then.
+    pub(crate) fn start(listener: Listener, server: Arc<dyn Answers>) -> Result<Self, Error> {
         let stopper = listener.stopper();
         let clients = Arc::new(AtomicUsize::new(0));
         let accept = move || loop {
@@ -219,6 +231,7 @@ fn answer(stream: &Stream, server: &dyn Answers) -> io::Result<()> {
     let mut line = String::new();
     BufReader::new(stream.take(REQUEST_BYTES_MAX)).read_line(&mut line)?;
     let answer = match serde_json::from_str(&line) {
+        Ok(Request::TakeOver) => return server.hand_over(stream),
         Ok(Request::Status) => serde_json::to_vec(&server.report()),
         Ok(Request::Reset { engine }) => serde_json::to_vec(&match server.reset(engine.as_deref()) {
             Ok(engines) => serde_json::json!({ "version": VERSION, "reset": engines }),
@@ -241,6 +254,11 @@ pub(crate) fn ask(path: &Path) -> io::Result<serde_json::Value> {
 /// Asks the server at `path` to reset an engine, or all.
 pub(crate) fn ask_to_reset(path: &Path, engine: Option<String>) -> io::Result<serde_json::Value> {
     send(path, &Request::Reset { engine })
+}
+
+/// The request by which another server takes over.
+pub(crate) fn take_over_request() -> io::Result<Vec<u8>> {
+    Ok(serde_json::to_vec(&Request::TakeOver)?)
 }
 
 fn send(path: &Path, request: &Request) -> io::Result<serde_json::Value> {

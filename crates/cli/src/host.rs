@@ -14,6 +14,7 @@ use crate::report::{Code, Failure, note};
 use crate::size::Size;
 use inlinecrypt_core::admission::{Fallback, Mode, Reason, Terms, Timestamp};
 use inlinecrypt_core::backing::Access;
+use inlinecrypt_core::caps::Capabilities;
 use inlinecrypt_core::config::{DataUnitSize, Hardware, InvalidKey, KeyType};
 use inlinecrypt_core::disk::LARGE_BUFFER_BYTES;
 use inlinecrypt_core::env::Clock;
@@ -183,7 +184,9 @@ impl Host {
             let volumes: Vec<_> = plan
                 .volumes
                 .iter()
-                .filter(|volume| volume.engine == index && volume.fallback != FallbackArg::Forced)
+                .filter(|volume| {
+                    volume.engine == index && !is_softwares(volume, engine.profile.capabilities())
+                })
                 .map(|volume| Candidate {
                     label: &volume.label,
                     key_type: match volume.key.wanted {
@@ -236,6 +239,22 @@ impl Host {
                     other.plan.label, plan.label
                 ));
             }
+        }
+    }
+}
+
+/// Whether software serves the volume whatever else the engine serves: it never asks the engine for anything.
+fn is_softwares(volume: &VolumePlan, engine: &Capabilities) -> bool {
+    match volume.fallback {
+        FallbackArg::Forced => true,
+        FallbackArg::Off => false,
+        FallbackArg::Allowed => {
+            let LayoutPlan { mode, data_unit, .. } = volume.layout;
+            let layout = Medium::look(&volume.path)
+                .and_then(|medium| layout(&volume.layout, medium.len_bytes, &volume.label));
+            let is_beyond = !engine.units[mode.index()].contains(data_unit)
+                || layout.is_ok_and(|layout| layout.dun_bytes() > engine.dun_bytes_max);
+            is_beyond && volume.key.wanted == Wanted::Raw
         }
     }
 }

@@ -227,10 +227,20 @@ impl LoadedKey {
                     .map_err(|error| Failure::of(format!("{name} is refused"), &error))
             }
             Self::Wrapped(blob) => profile.prepare(blob).map(KeyForm::Wrapped).map_err(|error| {
-                let advice = if error.chain().contains("wrapped under root") {
-                    "Name the root that wrapped it with --root PATH, or give the right key."
-                } else {
-                    "Restore the key file from a copy: without it the data cannot be read."
+                let advice = match error.kind() {
+                    ErrorKind::KeyRejected if error.chain().contains("wrapped under root") => {
+                        "Name the root that wrapped it with --root PATH, or give the right key."
+                    }
+                    ErrorKind::KeyRejected if error.chain().contains("by an ICE engine") => {
+                        "Name the engine with --engine ice:VARIANT (spec = \"ice:VARIANT\" in a config)."
+                    }
+                    ErrorKind::KeyRejected => {
+                        "Restore the key file from a copy: without it the data cannot be read."
+                    }
+                    ErrorKind::Unsupported => {
+                        "Choose an engine that takes such keys (inlinecrypt engine info), or give a raw key."
+                    }
+                    _ => "The key may be good: start again, and if it stays, use another engine.",
                 };
                 Failure::of(format!("{name} is refused"), &error).advise(advice)
             }),

@@ -9,6 +9,7 @@
 //!     engine_process   where engines run
 //!     create     new volumes: key, description and image, in an order that a crash cannot spoil
 //!     control    the socket by which `status` asks a running server
+//!     take_over   live upgrade: one server takes over from another
 //!   ask          passphrases and PINs, and the process that talks to TPMs and tokens
 //!   report       messages and exit codes
 //!   engine-process   not for people: this program as the process in which engines run (`inlinecrypt_engine::isolated`)
@@ -33,6 +34,7 @@ mod places;
 mod plan;
 mod report;
 mod size;
+mod take_over;
 mod watch;
 
 use clap::Parser as _;

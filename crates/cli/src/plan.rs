@@ -21,7 +21,7 @@ use inlinecrypt_core::config::{DataUnitSize, Mode};
 use inlinecrypt_core::keyslot::{Policy, Priority};
 use inlinecrypt_core::volume::Discard;
 use inlinecrypt_engine::isolated::client::DEATHS_MAX;
-use inlinecrypt_engine::{EngineSpec, RootSpec};
+use inlinecrypt_engine::{EngineSpec, RootSpec, Sample};
 use inlinecrypt_io::backing::Caching;
 use inlinecrypt_io::listen::Listen;
 use std::fmt::Display;
@@ -643,6 +643,9 @@ impl Plan {
             None => Self::for_volumes(args)?,
         };
         let mut failures = Vec::new();
+        if let Some(sample) = args.verify {
+            failures.extend(plan.verify(sample).err());
+        }
         if !args.nbd.is_empty() {
             plan.listen.places = args.nbd.clone();
             plan.listen.asked_for = true;
@@ -655,6 +658,25 @@ impl Plan {
         plan.engines.iter_mut().for_each(|engine| args.isolation.apply(engine));
         plan.listen.check(&mut failures);
         if failures.is_empty() { Ok(plan) } else { Err(failures) }
+    }
+
+    /// Has every engine that is not software compared with it.
+    fn verify(&mut self, sample: Sample) -> Result<(), Failure> {
+        let mut verified = 0;
+        for engine in &mut self.engines {
+            if let Some(spec) = engine.spec.verified(sample) {
+                engine.spec = spec;
+                verified += 1;
+            }
+        }
+        if verified > 0 {
+            return Ok(());
+        }
+        Err(Failure::new(
+            Code::Wrong,
+            "--verify compares what an engine does with software, and every engine here is software",
+            "Leave it out, or choose another engine: --engine ice:next",
+        ))
     }
 
     fn for_volumes(args: &Serve) -> Result<Self, Vec<Failure>> {

@@ -56,6 +56,8 @@ pub enum ServedBy {
 pub struct Refusal {
     engine: String,
     reason: Reason,
+    /// What the engine says of itself.
+    engine_says: Option<String>,
 }
 
 /// The rule that a refused key broke.
@@ -92,12 +94,15 @@ pub enum Reason {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Timestamp(pub u64);
 
+/// Who commits an engine whose key type is declared.
+pub const DECLARED: &str = "a declaration";
+
 /// What an exclusive engine is committed to, since when, and who did it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Lock {
     /// The key type that it serves.
     pub key_type: KeyType,
-    /// Whose admission committed it, or `declared`.
+    /// Whose admission committed it, or [`DECLARED`].
     pub by: String,
     /// When.
     pub since: Timestamp,
@@ -152,7 +157,12 @@ impl Refusal {
     /// A refusal by the engine of that name.
     #[must_use]
     pub fn new(engine: &str, reason: Reason) -> Self {
-        Self { engine: engine.to_owned(), reason }
+        Self { engine: engine.to_owned(), reason, engine_says: None }
+    }
+
+    /// The same, with why the engine serves nothing, if it says so.
+    pub(crate) fn with_engine_saying(self, engine_says: Option<String>) -> Self {
+        Self { engine_says, ..self }
     }
 
     /// The rule that was broken.
@@ -184,8 +194,9 @@ impl fmt::Display for Refusal {
             ),
             Reason::Poisoned(Lock { key_type, by, since }) => write!(
                 f,
-                "switching it to {key_type} keys for {by} failed {}, and it serves nothing until it is started again",
-                Ago(*since)
+                "switching it to {key_type} keys for {by} failed {}: {}",
+                Ago(*since),
+                self.engine_says.as_deref().unwrap_or("it serves nothing until it is started again")
             ),
             Reason::NoPinLeft { pinned, keyslots } => write!(
                 f,
@@ -382,7 +393,7 @@ impl AdmissionTable {
         match &self.mode {
             Mode::Undecided => {
                 self.declaring.push(applicant);
-                self.start_switch(Lock { key_type, by: "declared".to_owned(), since: now }, actions);
+                self.start_switch(Lock { key_type, by: DECLARED.to_owned(), since: now }, actions);
             }
             Mode::Committed(lock) | Mode::Switching(lock) if lock.key_type != key_type => {
                 actions.push(Action::Refuse { applicant, reason: Reason::Locked(lock.clone()) });
@@ -860,9 +871,7 @@ mod loom_tests {
     use crate::keyslot::Policy;
     use crate::memory::{HeapSource, Memory, MemoryPool, MemorySource};
     use crate::profile::CryptoProfile;
-    use inlinecrypt_cipher::Dun;
     use loom::sync::Mutex;
-    use std::ops::Range;
     use std::sync::Arc;
 
     /// Serves one key type, switches once a start, opens every blob.

@@ -155,6 +155,11 @@ pub trait Engine: fmt::Debug + Send + Sync {
         None
     }
 
+    /// Why it serves nothing until it is started again, if so. For status displays.
+    fn stopped(&self) -> Option<String> {
+        None
+    }
+
     /// What can happen to it from outside. `None` for engines to which nothing happens.
     fn lifecycle(&self) -> Option<&dyn Lifecycle> {
         None

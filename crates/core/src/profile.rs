@@ -73,6 +73,8 @@ pub struct ProfileStatus {
     pub spills: u64,
     /// Which key types it serves.
     pub mode: Mode,
+    /// Why the engine serves nothing until it is started again, if so.
+    pub stopped: Option<String>,
     /// Its keyslots; `None` for an engine without.
     pub keyslots: Option<KeyslotsStatus>,
     /// The engine's process; `None` if it runs in this one.
@@ -144,7 +146,7 @@ impl CryptoProfile {
     /// May wait for the engine, and for a switch that somebody else has begun. Not for the data path.
     pub fn admit(self: &Arc<Self>, key: Arc<Key>, terms: impl Into<Terms>) -> Result<Admission, Refusal> {
         let Terms { fallback: policy, hold, priority, preprogram, spill_after_ns, label, now } = terms.into();
-        let refuse = |reason| Refusal::new(self.name(), reason);
+        let refuse = |reason| self.refusal(reason);
         let software = self.fallback.as_ref().map(|fallback| fallback.capabilities());
         let config = key.config();
         let mut served_by = decide(config, self.capabilities(), software, policy).map_err(refuse)?;
@@ -193,7 +195,12 @@ impl CryptoProfile {
     /// Waits for the engine.
     pub fn declare(&self, key_type: KeyType, now: Timestamp) -> Result<(), Refusal> {
         let answer = self.ask(|table, actions| table.declare(key_type, now, actions));
-        answer.map(drop).map_err(|reason| Refusal::new(self.name(), reason))
+        answer.map(drop).map_err(|reason| self.refusal(reason))
+    }
+
+    fn refusal(&self, reason: Reason) -> Refusal {
+        let engine_says = if let Reason::Poisoned(_) = &reason { self.engine.stopped() } else { None };
+        Refusal::new(self.name(), reason).with_engine_saying(engine_says)
     }
 
     /// What a fallback does with a key that has been decided for it.
@@ -243,7 +250,7 @@ impl CryptoProfile {
     ) -> (MutexGuard<'a, Register>, Vec<Action>) {
         drop(register);
         let exclusive = self.engine.exclusive().expect("only exclusive engines are switched");
-        // Why it failed is the engine's to log; whoever asks learns that it is poisoned.
+        // Why it failed, the engine says when it is asked (`Engine::stopped`).
         let ok = exclusive.commit(key_type).is_ok();
         let mut register = self.register.lock();
         let mut actions = Vec::new();
@@ -398,6 +405,7 @@ impl CryptoProfile {
             pinned,
             spills: self.spills.load(Ordering::Relaxed),
             mode,
+            stopped: self.engine.stopped(),
             keyslots: self.keyslots.as_ref().map(Keyslots::status),
             process: self.engine.process(),
         }

@@ -139,11 +139,12 @@ pub fn inspect(blob: &[u8]) -> Result<BlobInfo, BlobError> {
     if let Some((form, wrapped_by)) = ice::blob::parse_v2(blob) {
         return Ok(BlobInfo { version: ice::blob::V2_VERSION, form, wrapped_by });
     }
-    Header::parse(blob).map(|(header, _sealed)| BlobInfo {
-        version: VERSION,
-        form: header.form,
-        wrapped_by: header.wrapped_by,
-    })
+    match Header::parse(blob) {
+        Ok((Header { form, wrapped_by }, _sealed)) => Ok(BlobInfo { version: VERSION, form, wrapped_by }),
+        // It would have been parsed above.
+        Err(BlobError::OtherEngine) => Err(BlobError::Header),
+        Err(why) => Err(why),
+    }
 }
 
 /// Whether `bytes` begin as a wrapped key does, whatever its version and however damaged the rest: which form it is.
@@ -176,7 +177,11 @@ pub enum BlobError {
     Length {
         /// Bytes given.
         len_bytes: usize,
+        /// Bytes of a wrapped key of its version.
+        wanted: usize,
     },
+    /// A storage controller's key manager wrapped it.
+    OtherEngine,
     /// A version of the format that this program does not know.
     Version(u8),
     /// The header holds what no version 1 header holds.
@@ -205,12 +210,15 @@ impl fmt::Display for BlobError {
             Self::NotWrapped { len_bytes } => {
                 write!(f, "these {len_bytes} bytes are no wrapped key (a raw key has to be imported first)")
             }
-            Self::Length { len_bytes } => {
-                write!(f, "the wrapped key has {len_bytes} bytes instead of {WRAPPED_KEY_BYTES}: it is damaged")
+            Self::Length { len_bytes, wanted } => {
+                write!(f, "the wrapped key has {len_bytes} bytes instead of {wanted}: it is damaged")
             }
-            Self::Version(version) => {
-                write!(f, "the wrapped key has version {version}, this program knows {VERSION}")
-            }
+            Self::OtherEngine => f.write_str("the key was wrapped by an ICE engine, and only such a one opens it"),
+            Self::Version(version) => write!(
+                f,
+                "the wrapped key has version {version}, this program knows {VERSION} and {}",
+                ice::blob::V2_VERSION
+            ),
             Self::Header => f.write_str("the wrapped key's header is damaged"),
             Self::OtherForm { actual: Form::LongTerm } => {
                 f.write_str("this is a long-term wrapped key; it has to be prepared before it is used")
@@ -262,12 +270,15 @@ impl Header {
         let rest = blob.strip_prefix(&MAGIC).ok_or(BlobError::NotWrapped { len_bytes })?;
         // The version comes first: others may have other lengths.
         match rest.first() {
-            Some(&VERSION) => {}
-            Some(&version) => return Err(BlobError::Version(version)),
-            None => return Err(BlobError::Length { len_bytes }),
-        }
-        if len_bytes != WRAPPED_KEY_BYTES {
-            return Err(BlobError::Length { len_bytes });
+            Some(&ice::blob::V2_VERSION) if len_bytes == ice::blob::V2_BYTES => {
+                return Err(BlobError::OtherEngine);
+            }
+            Some(&ice::blob::V2_VERSION) => {
+                return Err(BlobError::Length { len_bytes, wanted: ice::blob::V2_BYTES });
+            }
+            Some(&version) if version != VERSION => return Err(BlobError::Version(version)),
+            Some(_) if len_bytes == WRAPPED_KEY_BYTES => {}
+            Some(_) | None => return Err(BlobError::Length { len_bytes, wanted: WRAPPED_KEY_BYTES }),
         }
         let (header, sealed) = blob.split_at(HEADER_BYTES);
         let form = Form::from_byte(header[13]).ok_or(BlobError::Header)?;
@@ -371,6 +382,20 @@ mod tests {
             refuse(format!("{more} bytes added"), &changed);
         }
         refusals
+    }
+
+    /// Of the engine's blobs, those of HWKM v2 begin as ours do.
+    #[test]
+    fn a_key_of_the_ice_engine_is_told_from_a_damaged_one() {
+        let mut blob = [0; ice::blob::V2_BYTES];
+        blob[..14].copy_from_slice(b"inlinecrypt\0\x02\x01");
+        let of_ice = wrapper(Form::LongTerm).unwrap(&blob).unwrap_err();
+        assert_eq!(of_ice, BlobError::OtherEngine);
+        assert_eq!(inspect(&blob).map(|info| info.version), Ok(2));
+        let cut = inspect(&blob[..99]).unwrap_err();
+        assert_eq!(cut.to_string(), "the wrapped key has 99 bytes instead of 100: it is damaged");
+        blob[15] = 1;
+        assert_eq!(inspect(&blob), Err(BlobError::Header));
     }
 
     #[test]

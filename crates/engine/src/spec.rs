@@ -68,6 +68,15 @@ impl EngineSpec {
         shipped.into_iter().chain(odd).map(Self::Ice)
     }
 
+    /// The same, comparing this share of its work with software; `None` for the engine that is software.
+    #[must_use]
+    pub fn verified(self, sample: Sample) -> Option<Self> {
+        match self {
+            Self::Software(_) => None,
+            Self::Ice(ice) => Some(Self::Ice(IceSpec { verify: Some(sample), ..ice })),
+        }
+    }
+
     /// How the engine derives inline encryption keys and software secrets.
     #[must_use]
     pub fn kdf(&self) -> KdfVariant {

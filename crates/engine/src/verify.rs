@@ -130,16 +130,10 @@ impl Verified {
         self.compared.load(Ordering::Relaxed)
     }
 
-    /// Why it stopped, if it did.
-    #[must_use]
-    pub fn stopped(&self) -> Option<&str> {
-        self.stopped.get().map(String::as_str)
-    }
-
     fn check_running(&self, op: Op) -> Result<(), Error> {
-        match self.stopped() {
+        match self.stopped.get() {
             None => Ok(()),
-            Some(why) => Err(Error::new(ErrorKind::EngineFailed, op).detail(why.to_owned())),
+            Some(why) => Err(Error::new(ErrorKind::EngineFailed, op).detail(why.clone())),
         }
     }
 
@@ -311,6 +305,10 @@ impl Engine for Verified {
         self.inner.exclusive().map(|_inner| self as _)
     }
 
+    fn stopped(&self) -> Option<String> {
+        self.stopped.get().cloned().or_else(|| self.inner.stopped())
+    }
+
     fn lifecycle(&self) -> Option<&dyn Lifecycle> {
         self.inner.lifecycle()
     }
@@ -405,7 +403,7 @@ mod tests {
         });
         let passed = passed.count();
         assert!(passed < 100, "{passed}");
-        let text = verified.stopped().unwrap().to_owned();
+        let text = verified.stopped().unwrap();
         for _ in 0..3 {
             assert!(crypt(&verified, 0).unwrap_err().to_string().contains(&text));
             let why = verified.program(SlotIndex(0), &key(2)).unwrap_err();

@@ -30,7 +30,7 @@ use std::os::unix::net::{SocketAddr as UnixAddr, UnixDatagram, UnixListener, Uni
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 /// The port of NBD, as registered (`nbd`, 10809/tcp).
@@ -183,11 +183,41 @@ impl AsFd for Socket {
 struct Name {
     path: PathBuf,
     inode: Inode,
+    /// Whether it is ours to remove, and not still, or already, another server's.
+    claim: Claim,
+}
+
+/// The right to remove the name of a socket that another server handed over: not ours before it is claimed.
+#[derive(Clone, Debug)]
+pub struct Claim(Arc<AtomicBool>);
+
+impl Claim {
+    fn new(claimed: bool) -> Self {
+        Self(Arc::new(AtomicBool::new(claimed)))
+    }
+
+    /// The listener is ours now.
+    pub fn claim(&self) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
+/// Where a listener that is handed over has its name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NamedAt {
+    /// The path, absolute.
+    pub path: PathBuf,
+    /// The device that the name is on.
+    pub device: u64,
+    /// Its inode there.
+    pub inode: u64,
 }
 
 impl Drop for Name {
     fn drop(&mut self) {
-        if Inode::at(&self.path).is_ok_and(|inode| inode == self.inode) {
+        if self.claim.0.load(Ordering::Acquire)
+            && Inode::at(&self.path).is_ok_and(|inode| inode == self.inode)
+        {
             // Somebody else may have been faster; then it is gone, as it should be.
             let _ = fs::remove_file(&self.path);
         }
@@ -241,7 +271,7 @@ impl Listener {
     pub fn bind(place: &Listen, options: ListenOptions) -> Result<Self, Error> {
         match place {
             Listen::Unix(path) => {
-                let (socket, name) = bind_unix(path, options.unix_mode)?;
+                let (socket, name) = bind_unix(path, SocketType::STREAM, options.unix_mode)?;
                 Self::new(Socket::Unix(socket), Some(name))
             }
             Listen::Tcp { host, port } => {
@@ -259,6 +289,16 @@ impl Listener {
                 Self::new(Socket::Tcp(socket), None)
             }
         }
+    }
+
+    /// Listens at `path` for connections that keep messages whole (`SOCK_SEQPACKET` of `unix(7)`).
+    ///
+    /// # Errors
+    ///
+    /// As [`bind`](Self::bind).
+    pub fn bind_packets(path: &Path, options: ListenOptions) -> Result<Self, Error> {
+        let (socket, name) = bind_unix(path, SocketType::SEQPACKET, options.unix_mode)?;
+        Self::new(Socket::Unix(socket), Some(name))
     }
 
     /// The listeners that the service manager has handed over, with their names (`LISTEN_FDS`, `LISTEN_PID` and
@@ -285,6 +325,43 @@ impl Listener {
             listeners.push((name, Self::new(socket, None)?));
         }
         Ok(listeners)
+    }
+
+    /// Another descriptor of the socket, for a server that takes it over, and where its name is if we made it.
+    ///
+    /// # Errors
+    ///
+    /// The system's.
+    pub fn hand_over(&self) -> io::Result<(OwnedFd, Option<NamedAt>)> {
+        let socket = self.socket.as_fd().try_clone_to_owned()?;
+        let named = match &self.name {
+            Some(Name { path, inode, .. }) => {
+                Some(NamedAt { path: std::path::absolute(path)?, device: inode.device, inode: inode.number })
+            }
+            None => None,
+        };
+        Ok((socket, named))
+    }
+
+    /// Takes over what [`hand_over`](Self::hand_over) of another server gave. The name is removed with the listener only
+    /// once it was claimed.
+    ///
+    /// # Errors
+    ///
+    /// [`Invalid`](ErrorKind::Invalid) if it is not a listening stream socket.
+    pub fn adopt(socket: OwnedFd, named: Option<NamedAt>) -> Result<(Self, Claim), Error> {
+        let socket = Socket::try_from(socket).map_err(|error| {
+            Error::new(ErrorKind::Invalid, Op::Open)
+                .detail("a listener of the other server cannot be taken over")
+                .because(error)
+        })?;
+        let claim = Claim::new(false);
+        let name = named.map(|NamedAt { path, device, inode }| Name {
+            path,
+            inode: Inode { device, number: inode },
+            claim: claim.clone(),
+        });
+        Ok((Self::new(socket, name)?, claim))
     }
 
     fn new(socket: Socket, name: Option<Name>) -> Result<Self, Error> {
@@ -343,6 +420,19 @@ impl Listener {
             if self.wait()? {
                 return Ok(None);
             }
+            if let Some(stream) = self.accept_now()? {
+                return Ok(Some(stream));
+            }
+        }
+    }
+
+    /// A client that waits, if one does.
+    ///
+    /// # Errors
+    ///
+    /// As [`accept`](Self::accept).
+    pub(crate) fn accept_now(&self) -> Result<Option<Stream>, Error> {
+        loop {
             let accepted = match &self.socket {
                 Socket::Unix(socket) => socket.accept().map(|(stream, _)| Stream::Unix(stream)),
                 Socket::Tcp(socket) => socket.accept().map(|(stream, _)| Stream::Tcp(stream)),
@@ -358,10 +448,12 @@ impl Listener {
                     .detail("a client cannot be accepted for now")
                     .because(error));
             }
+            if let Some(Errno::AGAIN) = errno {
+                return Ok(None);
+            }
             // `accept(2)`: it has gone, another thread has it, or its network failed while it waited: the next one, then.
             let Some(
-                Errno::AGAIN
-                | Errno::CONNABORTED
+                Errno::CONNABORTED
                 | Errno::INTR
                 | Errno::PERM
                 | Errno::PROTO
@@ -383,7 +475,7 @@ impl Listener {
     }
 
     /// Waits for a client or for being stopped; says whether stopped.
-    fn wait(&self) -> Result<bool, Error> {
+    pub(crate) fn wait(&self) -> Result<bool, Error> {
         let mut both = [
             PollFd::new(&*self.stop, PollFlags::IN),
             PollFd::from_borrowed_fd(self.socket.as_fd(), PollFlags::IN),
@@ -401,7 +493,7 @@ impl Listener {
 }
 
 /// Puts a listening socket at `path`.
-fn bind_unix(path: &Path, mode: u32) -> Result<(UnixListener, Name), Error> {
+fn bind_unix(path: &Path, kind: SocketType, mode: u32) -> Result<(UnixListener, Name), Error> {
     let failed =
         |errno: Errno| refusal(path, kind_of(errno), "the system refused").because(io::Error::from(errno));
 
@@ -413,12 +505,11 @@ fn bind_unix(path: &Path, mode: u32) -> Result<(UnixListener, Name), Error> {
     let Some(file_name) = path.file_name() else {
         return Err(refusal(path, ErrorKind::Invalid, "that is not a name for a socket"));
     };
-    let mut holder = look(path)?;
+    let mut holder = look(path, kind)?;
 
     // Under a name of its own until it listens and has its mode.
     let staging = staging_path(path, file_name);
-    let socket =
-        socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).map_err(failed)?;
+    let socket = socket_with(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None).map_err(failed)?;
     let mode = mode & 0o777;
     // The name gets the mode of the socket, less the umask: never more than was asked for, not even for a moment.
     rustix::fs::fchmod(&socket, Mode::from_raw_mode(mode)).map_err(failed)?;
@@ -431,11 +522,11 @@ fn bind_unix(path: &Path, mode: u32) -> Result<(UnixListener, Name), Error> {
     for _ in 0..ATTEMPTS_MAX {
         match publish(&bound, path, holder) {
             Ok(true) => {
-                let name = Name { path: path.to_owned(), inode: bound.inode };
+                let name = Name { path: path.to_owned(), inode: bound.inode, claim: Claim::new(true) };
                 return Ok((UnixListener::from(socket), name));
             }
             // Somebody came or went meanwhile.
-            Ok(false) => holder = look(path)?,
+            Ok(false) => holder = look(path, kind)?,
             Err(errno) => return Err(failed(errno)),
         }
     }
@@ -484,7 +575,7 @@ fn bind_at(socket: &OwnedFd, path: &Path) -> Result<Name, Errno> {
         bind(socket, &SocketAddrUnix::new(&short)?)?;
     }
     let inode = Inode::at(path).map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
-    Ok(Name { path: path.to_owned(), inode })
+    Ok(Name { path: path.to_owned(), inode, claim: Claim::new(true) })
 }
 
 /// Gives the listening socket at `staged` its real name, if that still belongs to `holder` or, without one, to nobody.
@@ -537,7 +628,7 @@ fn publish_by_link(staged: &Name, path: &Path, holder: Option<Inode>) -> Result<
 }
 
 /// Looks who has the name: nobody (`None`), or a socket that nobody listens on. Anything else is refused.
-fn look(path: &Path) -> Result<Option<Inode>, Error> {
+fn look(path: &Path, kind: SocketType) -> Result<Option<Inode>, Error> {
     let metadata = match fs::symlink_metadata(path) {
         Ok(metadata) => metadata,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -550,7 +641,7 @@ fn look(path: &Path) -> Result<Option<Inode>, Error> {
         let why = "something else has that name; it is left alone, pick another";
         return Err(refusal(path, ErrorKind::Invalid, why));
     }
-    match listening_at(path) {
+    match listening_at(path, kind) {
         Ok(Some(process)) => Err(refusal(path, ErrorKind::Busy, &format!("{process} listens there"))),
         Ok(None) => Ok(Some(Inode::of(&metadata))),
         Err(errno) => Err(refusal(path, kind_of(errno), "a socket is there, and it cannot be told whose")
@@ -559,9 +650,9 @@ fn look(path: &Path) -> Result<Option<Inode>, Error> {
 }
 
 /// Who listens on a Unix socket, `None` if nobody does.
-fn listening_at(path: &Path) -> Result<Option<String>, Errno> {
+fn listening_at(path: &Path, kind: SocketType) -> Result<Option<String>, Errno> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let probe = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    let probe = socket_with(AddressFamily::UNIX, kind, flags, None)?;
     match retry_on_intr(|| connect(&probe, &SocketAddrUnix::new(path)?)) {
         Ok(()) => Ok(Some(match sys::peer_credentials(&probe).ok().and_then(|who| who.pid) {
             Some(pid) => crate::backing::process_name(pid.get()),
@@ -718,6 +809,12 @@ impl From<TcpStream> for Stream {
     }
 }
 
+impl From<Stream> for OwnedFd {
+    fn from(stream: Stream) -> Self {
+        either!(stream, stream => stream.into())
+    }
+}
+
 impl AsFd for Stream {
     fn as_fd(&self) -> BorrowedFd<'_> {
         either!(self, stream => stream.as_fd())
@@ -779,6 +876,16 @@ impl Write for Stream {
 /// [`Backing`](ErrorKind::Backing) if there is one and it cannot be reached; serving goes on all the same.
 pub fn notify_ready() -> Result<(), Error> {
     notify("READY=1\n")
+}
+
+/// Tells the service manager that this process is the service now, and serves. Does nothing without one. It listens to this
+/// only if the unit says `NotifyAccess=all`.
+///
+/// # Errors
+///
+/// As [`notify_ready`].
+pub fn notify_taken_over() -> Result<(), Error> {
+    notify(&format!("MAINPID={}\nREADY=1\n", std::process::id()))
 }
 
 /// Tells the service manager that we are stopping. Does nothing without one.

@@ -29,7 +29,7 @@ use inlinecrypt_engine::root::{Pkcs11Spec, Secret};
 use zeroize::Zeroizing;
 
 const IV_BYTES: usize = 12;
-const TAG_BITS: u64 = 128;
+const TAG_BITS: usize = 128;
 
 /// What AES-GCM binds to the secret.
 const ASSOCIATED: &[u8] = b"inlinecrypt v1 root on a token";

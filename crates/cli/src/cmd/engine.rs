@@ -1,6 +1,7 @@
 //! `engine info`: what an engine can do, as sysfs shows it under `queue/crypto`. `engine reset`: what a controller goes
-//! through, on a running server.
+//! through, on a running server. `engine serve` has a file of its own.
 
+use super::engine_serve;
 use crate::ask::Asker;
 use crate::cli::{EngineCommand, EngineInfo, EngineReset};
 use crate::control;
@@ -32,6 +33,7 @@ pub(super) fn run(command: EngineCommand) -> Result<(), Failure> {
     match command {
         EngineCommand::Info(args) => info(args),
         EngineCommand::Reset(args) => reset(args),
+        EngineCommand::Serve(args) => engine_serve::run(args),
     }
 }
 

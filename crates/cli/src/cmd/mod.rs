@@ -1,8 +1,10 @@
 //! The verbs, one file each.
 
+mod bench;
 mod check;
 mod completions;
 mod engine;
+mod engine_serve;
 mod key;
 mod man;
 mod root;
@@ -24,6 +26,7 @@ pub(crate) fn run(command: Command) -> Result<(), Failures> {
         Command::RootHelper => Ok(root::helper()?),
         Command::Status(args) => status::run(&args),
         Command::Check(args) => check::run(&args),
+        Command::Bench(args) => Ok(bench::run(&args)?),
         Command::Completions(args) => Ok(completions::run(&args)?),
         Command::Man(args) => Ok(man::run(&args)?),
     }

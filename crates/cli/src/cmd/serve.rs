@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   create (if asked) -> plan -> keys admitted -> backings locked -> sockets -> clients -> READY=1
+//!   --take-over: sockets and locked backings come from the running server, which ends (`take_over.rs`)
 //!   SIGTERM or SIGINT -> STOPPING=1 -> no more clients -> requests answered -> flushed -> sockets removed -> exit 0
 //! ```
 //!
@@ -21,27 +22,32 @@ use crate::places;
 use crate::plan::{self, ControlPlan, ListenPlan, Plan, Settings};
 use crate::report::{Code, Failure, Failures, note, print};
 use crate::size::Size;
+use crate::take_over::{self, Message, Predecessor, VolumeFacts};
 use crate::watch::Watched;
 use inlinecrypt_core::admission::{Mode, ServedBy};
-use inlinecrypt_core::backing::Access;
+use inlinecrypt_core::backing::{Access, Backing as _};
 use inlinecrypt_core::config::KeyType;
 use inlinecrypt_core::disk::Disk as _;
+use inlinecrypt_core::error::Error;
 use inlinecrypt_core::key::KeyId;
 use inlinecrypt_core::profile::CryptoProfile;
 use inlinecrypt_core::volume::{Discard, Volume};
 use inlinecrypt_engine::{EngineSpec, WrappingKeyId};
-use inlinecrypt_io::backing::{BackingSpec, Caching, DiscardPolicy, OpenOptions};
+use inlinecrypt_io::backing::{Caching, DiscardPolicy, FileBacking, OpenOptions};
 use inlinecrypt_io::export::ExportSpec;
-use inlinecrypt_io::export::nbd::{NbdServer, ServerOptions};
-use inlinecrypt_io::listen::{self, Listen, ListenOptions, Listener};
+use inlinecrypt_io::export::nbd::{NbdServer, ServerOptions, TlsMode};
+use inlinecrypt_io::listen::{self, Claim, Listen, ListenOptions, Listener, NamedAt, Peer, Stream};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use signal_hook::consts::{SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
+use signal_hook::iterator::{Handle, Signals};
 use std::collections::HashMap;
 use std::fmt::Write as _;
+use std::io;
+use std::net::ToSocketAddrs as _;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, TryLockError};
 
 pub(super) fn run(mut args: Serve) -> Result<(), Failures> {
     // First, so that a signal at any moment is an orderly stop.
@@ -80,16 +86,51 @@ pub(super) fn run(mut args: Serve) -> Result<(), Failures> {
         connections_max: plan.server.connections_max.unwrap_or(ServerOptions::default().connections_max),
         ..ServerOptions::default()
     };
-    let running = Running::open(host, options)?;
-    let listeners = listen(&plan.listen, activated)?;
+    let takes_plain = !matches!(options.tls, TlsMode::Required(_));
+    let mut predecessor = args.take_over.as_deref().map(Predecessor::ask).transpose()?;
+    let running = Running::open(host, options, predecessor.as_mut())?;
+    let (adopted, claims) = match &mut predecessor {
+        Some(predecessor) => adopt_doors(std::mem::take(&mut predecessor.doors))?,
+        None => <(Vec<_>, Vec<_>)>::default(),
+    };
+    let listeners = listen(&plan.listen, activated, adopted)?;
     let uris = uris(&listeners, &plan.listen, &running);
-    let running = Arc::new(Running { uris, ..running });
+    let doors = listeners.iter().map(Listener::hand_over).collect::<io::Result<_>>().map_err(|error| {
+        Failure::of_io("cannot keep a listener", &error, "Raise the limit on descriptors (ulimit -n).")
+    })?;
+    let running = Arc::new(Running { uris, doors, signals: Some(signals.handle()), ..running });
+    let inherited = predecessor.as_mut().and_then(|old| old.inherited_control(&plan.server.control));
+    let is_held = predecessor.is_some();
+    if is_held {
+        // Nobody is accepted or answered before the other server has let go.
+        running.server.hold(take_over::REST_TIME_MAX).map_err(|error| {
+            Failure::of_io("cannot wait for the other server", &error, "Please report this.")
+        })?;
+    }
     // Before the first client is served, so that who has been served finds it.
-    let control = start_control(&plan.server.control, &running)?;
+    let mut control = match inherited {
+        Some(_) => None,
+        None => start_control(&plan.server.control, &running)?,
+    };
     for listener in listeners {
         running.server.listen(listener).map_err(|error| {
             Failure::of_io("cannot start a listener", &error, "Raise the limit on threads (ulimit -u).")
         })?;
+    }
+    if let Some(old) = predecessor {
+        let adopt = |connection| running.server.adopt(connection);
+        let count = old.take(takes_plain, inherited.is_some(), adopt)?;
+        running.claim_all(&claims);
+        if let Err(error) = listen::notify_taken_over() {
+            note(error.chain());
+        }
+        old.tell_serving();
+        if let Some((listener, claim)) = inherited {
+            claim.claim();
+            control = running.answer_at(listener).map_err(|error| note(error.chain())).ok();
+        }
+        running.server.resume();
+        tracing::info!(connections = count, "took over from another server");
     }
 
     // A reader that has gone is no reason to stop.
@@ -98,6 +139,20 @@ pub(super) fn run(mut args: Serve) -> Result<(), Failures> {
         note(error.chain());
     }
     signals.forever().next();
+
+    // Whoever is taking over gets to an end first, one way or the other.
+    let _turn = running.turn.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(successor) = running.successor.get() {
+        let closed = running.server.close_held();
+        note(format_args!(
+            "handed over to {successor}; {closed} connections with TLS were closed, to be made again"
+        ));
+        if !successor.has_control {
+            drop(control);
+        }
+        // Without a word to the sockets, names and locks, which are that server's.
+        std::process::exit(0);
+    }
 
     tracing::info!("stopping");
     if let Err(error) = listen::notify_stopping() {
@@ -112,7 +167,7 @@ pub(super) fn run(mut args: Serve) -> Result<(), Failures> {
 }
 
 /// The first signal comes out of the iterator; the second ends the process at once.
-fn catch_signals() -> Result<Signals, Failure> {
+pub(super) fn catch_signals() -> Result<Signals, Failure> {
     let caught = || -> std::io::Result<Signals> {
         let stopping = Arc::new(AtomicBool::new(false));
         for signal in [SIGTERM, SIGINT] {
@@ -126,7 +181,7 @@ fn catch_signals() -> Result<Signals, Failure> {
 }
 
 /// Every client and volume takes a descriptor, and the usual soft limit is for programs that call `select`.
-fn raise_descriptor_limit() {
+pub(super) fn raise_descriptor_limit() {
     let limit = getrlimit(Resource::Nofile);
     // If the system refuses, fewer clients fit.
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
@@ -196,10 +251,17 @@ fn create(args: &Serve, asker: &mut Asker) -> Result<(), Failures> {
     Ok(())
 }
 
-fn listen(plan: &ListenPlan, activated: Vec<(String, Listener)>) -> Result<Vec<Listener>, Failure> {
+fn listen(
+    plan: &ListenPlan,
+    activated: Vec<(String, Listener)>,
+    adopted: Vec<Listener>,
+) -> Result<Vec<Listener>, Failure> {
     let mut listeners: Vec<Listener> = activated.into_iter().map(|(_, listener)| listener).collect();
-    if listeners.is_empty() || plan.asked_for {
-        for place in &plan.places {
+    let asked_for = listeners.is_empty() || plan.asked_for;
+    let inherited: Vec<Listen> = adopted.iter().map(Listener::place).collect();
+    listeners.extend(adopted);
+    if asked_for {
+        for place in plan.places.iter().filter(|place| !inherited.iter().any(|other| is_same(place, other))) {
             let listener = Listener::bind(place, ListenOptions::default()).map_err(|error| {
                 let failure = Failure::of_file("cannot serve", &error);
                 if failure.code == Code::Busy && matches!(place, Listen::Tcp { .. }) {
@@ -214,9 +276,32 @@ fn listen(plan: &ListenPlan, activated: Vec<(String, Listener)>) -> Result<Vec<L
     Ok(listeners)
 }
 
+/// Whether a server that listens at `actual`, which has a number for an address, does as `asked`.
+fn is_same(asked: &Listen, actual: &Listen) -> bool {
+    match (asked, actual) {
+        (Listen::Unix(asked), Listen::Unix(actual)) => {
+            std::path::absolute(asked).ok() == std::path::absolute(actual).ok()
+        }
+        (Listen::Tcp { host, port }, Listen::Tcp { host: actual_host, port: actual_port }) => {
+            let mut addresses = (host.as_str(), *port).to_socket_addrs().into_iter().flatten();
+            (*port == 0 || port == actual_port)
+                && addresses.any(|address| address.ip().to_string() == *actual_host)
+        }
+        _ => false,
+    }
+}
+
+type Door = (OwnedFd, Option<NamedAt>);
+
+/// Makes listeners of another server's sockets. Their names are not ours before they are claimed.
+fn adopt_doors(doors: Vec<Door>) -> Result<(Vec<Listener>, Vec<Claim>), Failure> {
+    let adopted = doors.into_iter().map(|(socket, named)| Listener::adopt(socket, named));
+    let adopted: Result<Vec<_>, _> = adopted.collect();
+    Ok(adopted.map_err(|error| Failure::of_file("cannot serve", &error))?.into_iter().unzip())
+}
+
 fn start_control(plan: &ControlPlan, running: &Arc<Running>) -> Result<Option<ControlServer>, Failure> {
-    let server = running.clone();
-    let start = |path: &Path| ControlServer::start(path, server);
+    let start = |path: &Path| ControlServer::bind(path).and_then(|listener| running.answer_at(listener));
     match plan {
         ControlPlan::None => Ok(None),
         ControlPlan::At(path) => {
@@ -260,6 +345,8 @@ fn default_control_path() -> Result<PathBuf, Failure> {
 struct Served {
     volume: Arc<Volume>,
     backing: Arc<Watched>,
+    /// What is behind it.
+    file: Arc<FileBacking>,
     name: String,
     path: PathBuf,
     engine: usize,
@@ -276,6 +363,28 @@ struct Running {
     identifiers: HashMap<KeyId, Identifier>,
     uris: Vec<String>,
     started_at: u64,
+    /// Its listening sockets, to be handed over.
+    doors: Vec<Door>,
+    control_door: OnceLock<Door>,
+    /// Wakes the thread that waits for signals.
+    signals: Option<Handle>,
+    /// Held while handing over, and while stopping.
+    turn: Mutex<()>,
+    successor: OnceLock<Successor>,
+}
+
+/// The server to which this one has handed over.
+#[derive(Debug)]
+struct Successor {
+    peer: Peer,
+    /// It also has the control socket.
+    has_control: bool,
+}
+
+impl std::fmt::Display for Successor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.peer.fmt(f)
+    }
 }
 
 /// An engine or the fallback, as `status` shows it.
@@ -289,7 +398,11 @@ struct EngineFacts {
 
 impl Running {
     /// Locks the backings and makes volumes of them.
-    fn open(host: Host, options: ServerOptions) -> Result<Self, Failures> {
+    fn open(
+        host: Host,
+        options: ServerOptions,
+        mut predecessor: Option<&mut Predecessor>,
+    ) -> Result<Self, Failures> {
         let Host { engines, volumes: ready } = host;
         let mut facts = Vec::new();
         let mut fallbacks = Vec::new();
@@ -307,12 +420,16 @@ impl Running {
         let mut volumes = Vec::new();
         let mut failures = Vec::new();
         for ready in ready {
-            match Served::open(ready) {
+            let file = predecessor.as_mut().and_then(|old| old.file(&ready.plan.name));
+            match Served::open(ready, file) {
                 Ok(served) => volumes.push(served),
                 Err(failure) => failures.push(failure),
             }
         }
         Failures::check(failures)?;
+        if let Some(old) = predecessor {
+            old.check(&volumes.iter().map(Served::facts).collect::<Vec<_>>())?;
+        }
         let exports = volumes.iter().map(|served| ExportSpec {
             name: served.name.clone(),
             description: String::new(),
@@ -322,7 +439,139 @@ impl Running {
         let identifiers =
             volumes.iter().map(|served| (served.volume.admission().key().id(), served.identifier)).collect();
         let started_at = host::seconds_now();
-        Ok(Self { server, volumes, engines: facts, identifiers, uris: Vec::new(), started_at })
+        Ok(Self {
+            server,
+            volumes,
+            engines: facts,
+            identifiers,
+            uris: Vec::new(),
+            started_at,
+            doors: Vec::new(),
+            control_door: OnceLock::new(),
+            signals: None,
+            turn: Mutex::new(()),
+            successor: OnceLock::new(),
+        })
+    }
+
+    /// Locks and names that were another server's are ours.
+    fn claim_all(&self, claims: &[Claim]) {
+        claims.iter().for_each(Claim::claim);
+        self.volumes.iter().for_each(|served| served.file.claim());
+    }
+
+    /// Answers `status` and its like at `listener`.
+    fn answer_at(self: &Arc<Self>, listener: Listener) -> Result<ControlServer, Error> {
+        if let Ok(door) = listener.hand_over() {
+            let _ = self.control_door.set(door);
+        }
+        ControlServer::start(listener, self.clone())
+    }
+
+    /// Why data may be lost, if it may: a server that does not know it must not go on.
+    fn lost(&self) -> Option<String> {
+        let lost = self.volumes.iter().find(|served| served.backing.lost().is_some())?;
+        Some(format!("{:?} may have lost data, which only a new start takes note of", lost.name))
+    }
+
+    /// Offers everything, and lets go once the other server has it: then there is a successor. Else this one goes on, and the
+    /// other has been told why, or has gone.
+    fn hand_over_to(&self, stream: &Stream, peer: Peer) -> io::Result<()> {
+        let socket = stream.as_fd();
+        let refuse = |why: String| {
+            tracing::warn!(%peer, "not handed over: {why}");
+            take_over::send(socket, &Message::Refused { why }, None)
+        };
+        if !matches!(peer, Peer::Unix { uid, .. } if uid == rustix::process::geteuid().as_raw()) {
+            return refuse("it is another user's".to_owned());
+        }
+        let _turn = match self.turn.try_lock() {
+            Ok(turn) => turn,
+            Err(TryLockError::Poisoned(turn)) => turn.into_inner(),
+            Err(TryLockError::WouldBlock) => {
+                return refuse("it is stopping, or handing over already".to_owned());
+            }
+        };
+        if self.successor.get().is_some() {
+            return refuse("it has handed over already".to_owned());
+        }
+        if let Some(why) = self.lost() {
+            return refuse(why);
+        }
+        for served in &self.volumes {
+            let file = served.file.hand_over()?;
+            take_over::send(socket, &Message::Volume(served.facts()), Some(file.as_fd()))?;
+        }
+        for (door, named) in &self.doors {
+            take_over::send(socket, &Message::Door(named.clone().into()), Some(door.as_fd()))?;
+        }
+        if let Some((door, named)) = self.control_door.get() {
+            take_over::send(socket, &Message::Control(named.clone().into()), Some(door.as_fd()))?;
+        }
+        take_over::send(socket, &Message::Offered { version: take_over::VERSION }, None)?;
+        let (Message::Prepared { takes_plain, takes_control }, _) =
+            take_over::expect(socket, Some(take_over::PREPARE_TIME_MAX))?
+        else {
+            return refuse("it was not told that the other is prepared".to_owned());
+        };
+
+        let began = std::time::Instant::now();
+        let held = match self.server.hold(take_over::REST_TIME_MAX) {
+            Ok(held) => held,
+            Err(error) => return refuse(format!("its connections do not come to rest: {error}")),
+        };
+        let resuming = Resuming(&self.server);
+        if let Some(why) = self.lost() {
+            return refuse(why);
+        }
+        if !takes_plain && !held.connections.is_empty() {
+            return refuse("it has connections without TLS, which the new one would not serve".to_owned());
+        }
+        let count = held.connections.len();
+        for connection in held.connections {
+            let socket_of = connection.socket;
+            let message = Message::Connection {
+                export: connection.export,
+                structured: connection.structured,
+                allocation: connection.allocation,
+                unread: connection.unread,
+            };
+            take_over::send(socket, &message, Some(socket_of.as_fd()))?;
+        }
+        take_over::send(socket, &Message::All, None)?;
+        let (Message::Taken, _) = take_over::expect(socket, Some(take_over::TAKE_TIME_MAX))? else {
+            return refuse("it was not told that the other has everything".to_owned());
+        };
+        take_over::send(socket, &Message::Go, None)?;
+        // From here on the other server may serve, for as long as it lives.
+        match take_over::expect(socket, None) {
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe
+                ) =>
+            {
+                return Err(error);
+            }
+            _serves => std::mem::forget(resuming),
+        }
+        // Before the turn ends: who waits for it must not stop what is the other's.
+        let _ = self.successor.set(Successor { peer, has_control: takes_control });
+        tracing::info!(
+            %peer,
+            connections = count,
+            with_tls = held.stay,
+            cut_off = held.cut_off,
+            pause_us = began.elapsed().as_micros(),
+            "handed over"
+        );
+        if held.cut_off > 0 {
+            tracing::warn!(
+                cut_off = held.cut_off,
+                "connections were cut off in mid-request or mid-handshake"
+            );
+        }
+        Ok(())
     }
 
     /// What a person reads when the server is ready: what, where, and the lines to try next.
@@ -436,6 +685,8 @@ impl Running {
                 stopped: process.stopped,
                 sandbox: process.sandbox,
             }),
+            state: if status.stopped.is_some() { "stopped" } else { "ok" },
+            reason: status.stopped,
             keyslots: status.keyslots.map(|keyslots| KeyslotsReport {
                 waiting: keyslots.waiting,
                 waits: keyslots.waits,
@@ -464,7 +715,32 @@ impl Running {
     }
 }
 
+/// Lets the server go on when dropped: nobody has taken over.
+#[derive(Debug)]
+struct Resuming<'s>(&'s NbdServer);
+
+impl Drop for Resuming<'_> {
+    fn drop(&mut self) {
+        self.0.resume();
+    }
+}
+
 impl Answers for Running {
+    fn hand_over(&self, stream: &Stream) -> io::Result<()> {
+        let peer = stream.peer();
+        stream.set_write_timeout(Some(take_over::TAKE_TIME_MAX))?;
+        let done = self.hand_over_to(stream, peer);
+        if let Err(error) = &done {
+            tracing::warn!(%peer, %error, "not handed over: this server goes on");
+        }
+        if self.successor.get().is_some()
+            && let Some(signals) = &self.signals
+        {
+            signals.close();
+        }
+        done
+    }
+
     fn report(&self) -> ServerReport {
         self.report_all()
     }
@@ -486,17 +762,21 @@ impl Answers for Running {
 }
 
 impl Served {
-    fn open(ready: Ready) -> Result<Self, Failure> {
+    /// Opens and locks the backing, or takes it over as `handed` by another server.
+    fn open(ready: Ready, handed: Option<OwnedFd>) -> Result<Self, Failure> {
         let Ready { plan, layout, admission, identifier, unused_bytes: _ } = ready;
         let discard = match plan.discard {
             Discard::Pass => DiscardPolicy::PassDown,
             Discard::Off => DiscardPolicy::Ignore,
         };
         let options = OpenOptions { access: plan.access, caching: plan.caching, discard };
-        let backing = inlinecrypt_io::backing::open(&BackingSpec::File(plan.path.clone()), options)
-            .map_err(|error| Failure::of_file(&plan.label, &error))?;
-        let align_bytes = backing.facts().align_bytes;
-        let backing = Arc::new(Watched::new(backing));
+        let file = match handed {
+            Some(file) => FileBacking::adopt(&plan.path, file, options),
+            None => FileBacking::open(&plan.path, options),
+        };
+        let file = Arc::new(file.map_err(|error| Failure::of_file(&plan.label, &error))?);
+        let align_bytes = file.facts().align_bytes;
+        let backing = Arc::new(Watched::new(file.clone()));
         let unit_bytes = layout.data_unit_size().bytes();
         let volume =
             Volume::new(layout, admission, backing.clone(), plan.access, plan.discard).map_err(|error| {
@@ -513,11 +793,18 @@ impl Served {
         Ok(Self {
             volume: Arc::new(volume),
             backing,
+            file,
             name: plan.name,
             path: std::path::absolute(&plan.path).unwrap_or(plan.path),
             engine: plan.engine,
             identifier,
         })
+    }
+}
+
+impl Served {
+    fn facts(&self) -> VolumeFacts {
+        VolumeFacts::of(&self.name, self.identifier.to_string(), &self.volume)
     }
 }
 

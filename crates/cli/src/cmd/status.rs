@@ -124,6 +124,7 @@ fn describe(server: &Value) -> String {
             match engine["key_type"].as_str() {
                 Some("any") | None => String::new(),
                 Some("undecided") => "raw or wrapped keys, undecided, ".to_owned(),
+                Some("poisoned") => "no keys, ".to_owned(),
                 Some(decided) =>
                     format!("{} keys only, by {}, ", printable(decided), word(&engine["decided_by"])),
             },
@@ -144,6 +145,9 @@ fn describe(server: &Value) -> String {
             },
         );
         text.push_str(&describe_process(&engine["process"]));
+        if engine["state"] == "stopped" {
+            let _ = writeln!(text, "  stopped: {}", word(&engine["reason"]));
+        }
         let used: Vec<&Value> =
             list(&keyslots["slots"]).iter().filter(|slot| number(&slot["programs"]) > 0).collect();
         if !used.is_empty() {

@@ -1,4 +1,4 @@
-use crate::place::Place;
+use crate::place::{Place, assert_same};
 use serde_json::json;
 
 /// A config with a wrapped and a raw volume on one engine.
@@ -44,10 +44,26 @@ fn with_the_type_declared_software_serves_the_raw_volume_and_status_says_so() {
     let engine = &status["servers"][0]["engines"][0];
     assert_eq!(
         (&engine["key_type"], &engine["decided_by"]),
-        (&json!("hardware-wrapped"), &json!("declared"))
+        (&json!("hardware-wrapped"), &json!("a declaration"))
     );
     let text = place.run(["status"]);
-    assert!(text.done().out.contains("hardware-wrapped keys only, by declared"), "{text}");
+    assert!(text.done().out.contains("hardware-wrapped keys only, by a declaration"), "{text}");
+}
+
+/// What the engine cannot do at all goes to software and decides nothing.
+#[test]
+fn a_volume_that_only_software_can_serve_does_not_stand_in_the_way() {
+    for layout in ["mode = \"AES-128-CBC-ESSIV\"", "data_unit = 512\niv_offset = 8589934592"] {
+        let place = Place::new();
+        let raw = format!("fallback = \"allowed\"\n{layout}");
+        let config = two_types(&place, "ice:hwkm-v2,dun=4", "", &raw);
+        std::fs::remove_file(place.path("raw.key")).unwrap();
+        place.raw_key("raw.key", if layout.starts_with("mode") { 16 } else { 64 });
+        let said = place.run([std::ffi::OsStr::new("check"), config.as_os_str()]);
+        let out = &said.done().out;
+        assert!(out.contains("\"r\": ") && out.contains("by software fallback"), "{out}");
+        assert!(out.contains("by engine ice"), "{out}");
+    }
 }
 
 #[test]
@@ -94,4 +110,75 @@ fn a_reset_engine_has_its_keys_again() {
     }
     place.run(["engine", "reset", "--control", "c.sock", "other"]).refused(1, &["there is no engine"]);
     place.run(["engine", "reset", "--control", "nowhere.sock"]).refused(4, &["no server answers"]);
+}
+
+/// A fault that nobody would notice otherwise: the ciphertext is wrong. The first such request fails, nothing reaches the
+/// disk, and `status` says where it was.
+#[test]
+fn verify_stops_an_engine_that_encrypts_wrongly_and_status_says_so() {
+    let place = Place::new();
+    place.run(["volume", "create", "--size", "1MiB", "--engine", "ice:next", "v.img"]).done();
+    let engine = "ice:next,faults=wrong-ciphertext";
+    let server = place.serve("v.img.sock", ["--engine", engine, "--verify", "all", "v.img"]);
+    let mut client = server.client("");
+    let before = std::fs::read(place.path("v.img")).unwrap();
+    for _ in 0..2 {
+        assert!(client.write(8192, &[3; 4096]).is_err());
+    }
+    assert_same(&std::fs::read(place.path("v.img")).unwrap(), &before);
+    let status = place.run(["status", "--json"]).json();
+    let report = &status["servers"][0]["engines"][0];
+    assert_eq!(
+        (&report["state"], &report["spec"]),
+        (&json!("stopped"), &json!(format!("{engine},verify=all")))
+    );
+    assert!(report["reason"].as_str().unwrap().contains("DUN 2 in keyslot 0"), "{report}");
+    assert!(place.run(["status"]).done().out.contains("stopped: verification stopped the engine ice:next"));
+    drop(server);
+
+    // A healthy one passes, wherever the flag is said.
+    let config = "[[engine]]\nname = \"e\"\nspec = \"ice:next\"\n[[volume]]\npath = \"v.img\"\n[listen]\nnbd = [\"unix:c.sock\"]\n";
+    place.write("c.toml", config.as_bytes());
+    let server = place.serve("c.sock", ["--config", "c.toml", "--verify", "sample=2"]);
+    let mut client = server.client("");
+    for block in 0..8 {
+        client.write(block * 4096, &[7; 4096]).unwrap();
+        assert_eq!(client.read(block * 4096, 4096).unwrap(), [7; 4096]);
+    }
+    let report = &place.run(["status", "--json"]).json()["servers"][0]["engines"][0];
+    assert_eq!((&report["state"], &report["spec"]), (&json!("ok"), &json!("ice:next,verify=2")));
+}
+
+#[test]
+fn verify_takes_a_share_and_something_to_compare() {
+    let place = Place::new();
+    place.create("v.img");
+    for (share, why) in [
+        ("sample=0", "number from 1"),
+        ("half", "verify \"half\": not \"all\""),
+        ("", "not \"all\""),
+        ("sample=1", "every engine here is software"),
+    ] {
+        let said = place.run(["serve", "--verify", share, "v.img"]);
+        assert_eq!(said.code, Some(1), "{said}");
+        assert!(said.err.contains(why), "{why}: {said}");
+    }
+}
+
+/// A switch that fails refuses the volume at the start, with what can be done.
+#[test]
+fn a_switch_that_fails_is_told_at_the_start() {
+    let place = Place::new();
+    place.run(["volume", "create", "--size", "1MiB", "--engine", "ice:hwkm-v2", "v.img"]).done();
+    let ill = ["--engine", "ice:hwkm-v2,faults=commit-fail"];
+    let saying = [
+        "switching it to hardware-wrapped keys",
+        "failed",
+        "the hardware did not answer",
+        "Start the engine again",
+    ];
+    place.run(["serve"].iter().chain(&ill).chain(&["v.img"])).refused(4, &saying);
+    place
+        .run(["serve"].iter().chain(&ill).chain(&["--key-type", "wrapped", "v.img"]))
+        .refused(4, &["for a declaration failed", "serves nothing until it is started again"]);
 }

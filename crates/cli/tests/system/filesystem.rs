@@ -226,3 +226,17 @@ fn ext4_that_trims_survives_too() {
         trims: true,
     });
 }
+
+/// On the model of a storage controller, with a wrapped key, few keyslots, programs that take their time, and every request
+/// compared with software.
+#[test]
+fn ext4_on_a_storage_controller_with_a_wrapped_key_survives_too() {
+    ext4_survives_a_restart(&Trial {
+        create: &["--engine", "ice:hwkm-v2,slots=2,program-latency=50us"],
+        serve: &["--verify", "all"],
+        mkfs: &[],
+        mount: "discard",
+        waits_for_zeroing: false,
+        trims: true,
+    });
+}

@@ -9,10 +9,8 @@ use crate::engine::{Direction, Engine, KeyLadder, KeyRef, Piece, SlotIndex};
 use crate::error::{Error, ErrorKind, Op};
 use crate::key::{Key, KeyForm, KeyId, RawKey};
 use crate::memory::{HeapSource, Memory, MemorySource};
-use inlinecrypt_cipher::Dun;
 use loom::sync::Mutex;
 use loom::thread;
-use std::ops::Range;
 use std::sync::Arc;
 
 /// Remembers which key each keyslot holds, and notices overlapping calls.

@@ -14,7 +14,8 @@ pub struct Policy {
     pub bypass_max: u32,
     /// How often a failed program is tried again before the key's requests fail.
     pub program_retries: u32,
-    /// Most of the time that programming may take while more keys are busy than there are keyslots, in percent: 1 to 100.
+    /// Most of a keyslot's time that programming may take while more keys are busy than there are keyslots, in percent: 1 to
+    /// 100. What it buys is measured in docs/keyslots.md.
     ///
     /// A key that took `p` to program keeps its keyslot for the quantum `p * (100 - share) / share`, as long as it has
     /// requests. 100 means no quantum: swap as soon as somebody waits.

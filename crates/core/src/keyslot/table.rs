@@ -37,8 +37,8 @@
 //!     ceil(n / s) * (q + (b + 1) * h) + n * p
 //! ```
 //!
-//! and while all of `s` are busy, programs take at most the policy's share of the time, since each is followed by its
-//! quantum on that keyslot.
+//! and while all of `s` are busy, programs take at most the policy's share of each keyslot's time, since each is followed by
+//! its quantum on that keyslot.
 
 use super::lru::LruList;
 use super::policy::{Order, Policy, Priority};

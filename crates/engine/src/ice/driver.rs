@@ -11,6 +11,8 @@
 //! - Both self tests are read at probe. Linux reads the key manager's later and can only log that it failed, since its
 //!   capabilities are out by then.
 //! - CFGE is cleared before raw keys and evictions, too, so that whatever fails leaves the keyslot off.
+//! - A wrapped key that the secure world refuses while it is programmed is `EBADMSG`, as at prepare and derive, so that it is
+//!   not tried again. Linux passes `EINVAL` on.
 //! - A wrapped key has to have the length of a blob. The secure world tells raw from wrapped by length alone; where it takes
 //!   both, 64 bytes that were given as a wrapped key would be used as a raw one.
 //! - The keyslot numbers of raw keys are translated as those of wrapped ones once the key manager is on, which in Linux

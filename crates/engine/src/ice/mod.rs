@@ -371,6 +371,13 @@ impl Engine for IceEngine {
         self.is_exclusive.then_some(self as _)
     }
 
+    fn stopped(&self) -> Option<String> {
+        match &self.status().state {
+            State::Poisoned(why) => Some(why.clone()),
+            State::Running | State::Suspended => None,
+        }
+    }
+
     fn lifecycle(&self) -> Option<&dyn Lifecycle> {
         Some(self)
     }
@@ -396,7 +403,7 @@ impl Exclusive for IceEngine {
         let poisoned = |why: &dyn fmt::Display| {
             self.poison(
                 Op::Admit,
-                format!("the switch to {key_type} keys failed ({why}); the engine serves nothing until it is started again"),
+                format!("the switch to {key_type} keys failed: {why}; the engine serves nothing until it is started again"),
             )
         };
         if self.dice.faults.commit_fail {

@@ -25,7 +25,7 @@ use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::Child;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 use zeroize::Zeroizing;
@@ -110,7 +110,8 @@ pub fn start(
         busy: (0..lanes).map(|_| AtomicBool::new(false)).collect(),
         freed: AtomicU32::new(0),
         waiting: AtomicU32::new(0),
-        is_gone: AtomicBool::new(true),
+        current: AtomicU64::new(0),
+        gone: AtomicU64::new(0),
         line: Mutex::new(Line::default()),
         changed: Condvar::new(),
         prepared: Mutex::default(),
@@ -200,8 +201,10 @@ struct Host {
     freed: AtomicU32,
     /// How many threads wait for a lane.
     waiting: AtomicU32,
-    /// There is no process, so nobody answers orders in lanes.
-    is_gone: AtomicBool,
+    /// Which start runs, or ran last.
+    current: AtomicU64,
+    /// The last start whose process has ended, with every thread of it: nobody answers its orders in lanes any more.
+    gone: AtomicU64,
     line: Mutex<Line>,
     changed: Condvar,
     /// Blobs of this start and earlier ones, and what they were prepared from.
@@ -362,7 +365,8 @@ impl Host {
         loop {
             self.wait_for_end(child);
             let ended = Instant::now();
-            self.is_gone.store(true, Ordering::SeqCst);
+            let ended_generation = self.current.load(Ordering::SeqCst);
+            self.gone.store(ended_generation, Ordering::SeqCst);
             let generation = {
                 let mut line = self.line();
                 line.session = None;
@@ -372,7 +376,7 @@ impl Host {
                 line.starts + 1
             };
             // Every thread of the process has ended: what it was working on stays as it is.
-            (0..self.busy.len()).for_each(|index| self.lane(index).take_back());
+            (0..self.busy.len()).for_each(|index| self.lane(index).take_back(ended_generation));
             deaths.push_back(ended);
             while deaths.front().is_some_and(|death| ended.duration_since(*death) > DEATHS_TIME) {
                 deaths.pop_front();
@@ -436,12 +440,12 @@ impl Host {
                 .detail("the engine process ended as soon as it was started; see its messages"),
             Trouble::Said(error) => error,
         };
-        (0..self.busy.len()).for_each(|index| self.lane(index).clear());
         let mut session = Session { socket, pid: 0, generation, inbox: Mutex::default() };
         let hello = Order::Hello {
             version: VERSION,
             lanes: u32::try_from(self.busy.len()).expect("at most LANES_MAX"),
             shared_bytes: self.region.len_bytes() as u64,
+            generation,
             require_sandbox: self.options.require_sandbox,
         };
         let ready =
@@ -486,7 +490,7 @@ impl Host {
         line.starts = generation;
         line.sandbox = sandbox;
         let is_closing = line.is_closing;
-        self.is_gone.store(false, Ordering::SeqCst);
+        self.current.store(generation, Ordering::SeqCst);
         drop(line);
         self.changed.notify_all();
         if is_closing { Err(Error::new(ErrorKind::Stopping, Op::Open)) } else { Ok(opened) }
@@ -727,7 +731,10 @@ impl IsolatedEngine {
             cpu: u32::try_from(rustix::thread::sched_getcpu()).unwrap_or(u32::MAX),
             pieces: u32::try_from(pieces.len()).expect("at most PIECES_MAX"),
         };
+        // Left for the process of this start, whether it runs or has just ended.
+        let generation = host.current.load(Ordering::SeqCst);
         lane.post(
+            generation,
             head,
             pieces.iter().map(|Piece { first, range }| WirePiece {
                 offset: memory_at + range.start as u64,
@@ -735,7 +742,7 @@ impl IsolatedEngine {
                 first: *first,
             }),
         );
-        lane.wait(|| host.is_gone.load(Ordering::SeqCst));
+        lane.wait(generation, || host.gone.load(Ordering::SeqCst) >= generation);
         match lane.result() {
             0 => {
                 pieces.iter_mut().for_each(Piece::finish);
@@ -900,6 +907,23 @@ impl Engine for IsolatedEngine {
                 })
             }),
         }
+    }
+
+    /// Does not wait for a process that is being started.
+    fn stopped(&self) -> Option<String> {
+        let session = {
+            let line = self.host().line();
+            if line.stopped.is_some() {
+                return line.stopped.clone();
+            }
+            line.session.clone()?
+        };
+        let answer =
+            session.exchange(&Order::WhyStopped { engine: self.index }, Op::Open, |answer| match answer {
+                Answer::Stopped(why) => Ok(why.map(str::to_owned)),
+                other => Err(other.into_error(Op::Open)),
+            });
+        answer.unwrap_or(None)
     }
 
     fn trouble(&self, key: &Key) -> Option<String> {

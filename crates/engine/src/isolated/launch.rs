@@ -59,22 +59,31 @@ impl ProcessLauncher {
     pub fn this_program() -> Self {
         Self::new("/proc/self/exe")
     }
+
+    /// Starts a process whose host is at the other end of `socket`. It ends when the calling thread does.
+    ///
+    /// # Errors
+    ///
+    /// [`EngineGone`](ErrorKind::EngineGone) if it does not start.
+    pub fn start(&self, socket: OwnedFd) -> Result<Child, Error> {
+        Command::new(&self.program)
+            .args(&self.arguments)
+            .env_clear()
+            // Ctrl-C is for the server, which then ends the engine when it needs it no more.
+            .process_group(0)
+            .stdin(Stdio::from(socket))
+            .stdout(Stdio::null())
+            .spawn()
+            .map_err(|why| {
+                failed(format!("cannot start {} as the engine process", self.program.display()), why)
+            })
+    }
 }
 
 impl Launcher for ProcessLauncher {
     fn launch(&self) -> Result<Launched, Error> {
         let (ours, its) = pair().map_err(|why| failed("no socket for the engine process".into(), why))?;
-        let child = Command::new(&self.program)
-            .args(&self.arguments)
-            .env_clear()
-            // Ctrl-C is for the server, which then ends the engine when it needs it no more.
-            .process_group(0)
-            .stdin(Stdio::from(its))
-            .stdout(Stdio::null())
-            .spawn()
-            .map_err(|why| {
-                failed(format!("cannot start {} as the engine process", self.program.display()), why)
-            })?;
+        let child = self.start(its)?;
         Ok(Launched { socket: ours, child: Some(child) })
     }
 }
@@ -91,6 +100,11 @@ impl Launcher for SocketLauncher {
         let connected = || {
             let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
             connect(&socket, &SocketAddrUnix::new(&self.path)?)?;
+            // It will be told keys.
+            let uid = rustix::net::sockopt::socket_peercred(&socket)?.uid;
+            if uid != rustix::process::geteuid() && !uid.is_root() {
+                return Err(io::Error::other(format!("user {} listens there", uid.as_raw())));
+            }
             Ok(socket)
         };
         let connected = connected().map_err(|why: io::Error| {

@@ -119,7 +119,7 @@ fn serve(socket: OwnedFd, cage: Cage, mut report: Report) -> io::Result<()> {
     if len == 0 {
         return Ok(());
     }
-    let Order::Hello { version, lanes, shared_bytes, require_sandbox } = inbox.parse(len)? else {
+    let Order::Hello { version, lanes, shared_bytes, generation, require_sandbox } = inbox.parse(len)? else {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "the host did not say hello first"));
     };
     let refuse = |why: String| {
@@ -155,7 +155,7 @@ fn serve(socket: OwnedFd, cage: Cage, mut report: Report) -> io::Result<()> {
         let working = move || {
             let _ = tell.send(());
             drop(tell);
-            work(&region, index, floor, &hosted, cage, &is_over);
+            work(&region, index, generation, floor, &hosted, cage, &is_over);
         };
         match cage {
             Cage::Shut => sys::spawn(LANE_STACK_BYTES, Box::new(working))?,
@@ -326,6 +326,11 @@ impl Control {
                 exclusive.ok_or_else(|| nonsense("the engine is not exclusive"))?.commit(key_type)?;
                 Ok(send(Answer::Done))
             }
+            Order::WhyStopped { engine } => {
+                let why = self.engine(engine)?.engine.stopped();
+                let why = why.map(|why| why.chars().take(1000).collect::<String>());
+                Ok(send(Answer::Stopped(why.as_deref())))
+            }
             Order::Lifecycle { engine, step } => {
                 let lifecycle = self.engine(engine)?.engine.lifecycle();
                 let lifecycle = lifecycle.ok_or_else(|| nonsense("nothing happens to the engine"))?;
@@ -448,6 +453,7 @@ impl Drop for Threads {
 fn work(
     region: &Region,
     index: usize,
+    generation: u64,
     floor: usize,
     hosted: &OnceLock<Hosted>,
     cage: Cage,
@@ -456,7 +462,7 @@ fn work(
     let lane = Lane::new(region, index);
     let mut pieces = Vec::with_capacity(PIECES_MAX);
     let mut cpu = None;
-    while let Some(head) = lane.next_order(is_over, &mut pieces) {
+    while let Some(head) = lane.next_order(generation, is_over, &mut pieces) {
         if cage == Cage::Shut && cpu != Some(head.cpu) {
             cpu = Some(head.cpu);
             follow_to(head.cpu);

@@ -44,6 +44,8 @@ pub(crate) enum Order<'a> {
         lanes: u32,
         /// Its length in bytes.
         shared_bytes: u64,
+        /// Which start of the host's engine this is.
+        generation: u64,
         /// Whether to go if anything of the cage is missing.
         require_sandbox: bool,
     },
@@ -94,6 +96,8 @@ pub(crate) enum Order<'a> {
     Identify { engine: u8, blob: &'a [u8] },
     /// Decides the key type of an exclusive engine.
     Commit { engine: u8, wrapped: bool },
+    /// Asks why an engine serves nothing any more, if that is so.
+    WhyStopped { engine: u8 },
     /// Resets, suspends or resumes an engine.
     Lifecycle { engine: u8, step: WireStep },
 }
@@ -128,6 +132,8 @@ pub(crate) enum Answer<'a> {
     Blob(&'a [u8]),
     /// A software secret.
     Secret(#[serde(borrow)] Secret<'a>),
+    /// Why an engine has stopped, if it has.
+    Stopped(Option<&'a str>),
     /// A public name.
     Identifier([u8; KEY_IDENTIFIER_BYTES]),
     /// It failed.

@@ -6,7 +6,7 @@
 //!
 //!   host thread                                 engine thread of the lane
 //!     takes the lane, writes the order
-//!     turn = ENGINE, wakes ------------------->   copies the order, checks the copy
+//!     turn = its, wakes    ------------------->   copies the order, checks the copy
 //!     sleeps                                      per chunk: undo <- chunk, progress, transform in place, progress
 //!     wakes  <---------------------------------   result, turn = HOST, wakes
 //! ```
@@ -31,7 +31,7 @@ pub(crate) const PIECES_MAX: usize = 64;
 pub(crate) const UNDO_BYTES: usize = 64 * 1024;
 
 /// How much is transformed at once if data units allow: what stays in the fastest cache together with its undo copy.
-pub(crate) const CHUNK_BYTES: usize = 16 * 1024;
+pub(crate) const CHUNK_BYTES: usize = 4 * 1024;
 
 const TURN: usize = 0;
 const ENGINE_SLEEPS: usize = 64;
@@ -51,11 +51,17 @@ pub(crate) const LANE_BYTES: usize = UNDO + UNDO_BYTES;
 const _: () = assert!(PIECES + PIECES_MAX * PIECE_BYTES <= UNDO && TEXT + TEXT_BYTES_MAX <= PIECES);
 
 const HOST: u32 = 0;
-const ENGINE: u32 = 1;
 /// Somebody puts back what a process that is gone was working on.
-const TAKEN_BACK: u32 = 2;
+const TAKEN_BACK: u32 = 1;
 /// The engine's thread is to end.
-const STOP: u32 = 3;
+const STOP: u32 = 2;
+
+/// The turn of the engine process of a start. Each has a turn of its own, so that a later process never works on an order that was
+/// left for an earlier one, which the host takes back.
+fn turn_of(generation: u64) -> u32 {
+    const FIRST: u32 = STOP + 1;
+    FIRST + u32::try_from(generation % u64::from(u32::MAX - FIRST)).expect("less than it was divided by")
+}
 
 /// The result of an order that nobody could work on: the engine process was gone.
 pub(crate) const RESULT_LOST: u32 = 1000;
@@ -185,34 +191,28 @@ impl<'r> Lane<'r> {
         self.region.word(self.base + HOST_SLEEPS)
     }
 
-    /// As it was before the first order.
-    pub(crate) fn clear(&self) {
-        self.turn().store(HOST, Ordering::SeqCst);
-        self.engine_sleeps().store(0, Ordering::SeqCst);
-    }
-
     // The host's side.
 
-    /// Leaves an order and wakes the engine. The lane is the caller's alone until the order is done.
-    pub(crate) fn post(&self, head: Head, pieces: impl Iterator<Item = WirePiece>) {
+    /// Leaves an order for the process of `generation` and wakes it. The lane is the caller's alone until the order is done.
+    pub(crate) fn post(&self, generation: u64, head: Head, pieces: impl Iterator<Item = WirePiece>) {
         for (index, piece) in pieces.enumerate() {
             self.region.copy_in(self.base + PIECES + index * PIECE_BYTES, &piece.to_bytes());
         }
         self.region.copy_in(self.base + ORDER, &head.to_bytes());
         self.region.long(self.base + PROGRESS).store(0, Ordering::Relaxed);
-        self.hand_over();
+        self.hand_over(generation);
     }
 
     /// The order is complete: wakes the engine.
-    pub(crate) fn hand_over(&self) {
-        self.turn().store(ENGINE, Ordering::SeqCst);
+    pub(crate) fn hand_over(&self, generation: u64) {
+        self.turn().store(turn_of(generation), Ordering::SeqCst);
         if self.engine_sleeps().load(Ordering::SeqCst) != 0 {
             wake(self.turn());
         }
     }
 
-    /// Waits until the order is done, or `is_gone` says that there is nobody to do it.
-    pub(crate) fn wait(&self, is_gone: impl Fn() -> bool) {
+    /// Waits until the order is done, or taken back since `is_gone` says that the process of `generation` has ended.
+    pub(crate) fn wait(&self, generation: u64, is_gone: impl Fn() -> bool) {
         let turn = self.turn();
         loop {
             let whose = turn.load(Ordering::SeqCst);
@@ -220,7 +220,7 @@ impl<'r> Lane<'r> {
                 return;
             }
             if is_gone() {
-                self.take_back();
+                self.take_back(generation);
             }
             self.host_sleeps().store(1, Ordering::SeqCst);
             if turn.load(Ordering::SeqCst) == whose {
@@ -230,10 +230,11 @@ impl<'r> Lane<'r> {
         }
     }
 
-    /// The engine process is gone: puts back what it was working on. Whoever comes first does it; the host thread that waits
-    /// finds its order lost. Every thread of the engine process must have ended.
-    pub(crate) fn take_back(&self) {
-        if self.turn().compare_exchange(ENGINE, TAKEN_BACK, Ordering::SeqCst, Ordering::SeqCst).is_err() {
+    /// The engine process of `generation` is gone: puts back what it was working on. Whoever comes first does it; the host
+    /// thread that waits finds its order lost. Every thread of that process must have ended.
+    pub(crate) fn take_back(&self, generation: u64) {
+        let its = turn_of(generation);
+        if self.turn().compare_exchange(its, TAKEN_BACK, Ordering::SeqCst, Ordering::SeqCst).is_err() {
             return;
         }
         let progress = self.progress();
@@ -294,16 +295,22 @@ impl<'r> Lane<'r> {
         wake(self.turn());
     }
 
-    /// Waits for an order and copies it. `None` if there will be none, as `is_over` knows.
-    pub(crate) fn next_order(&self, is_over: &AtomicBool, pieces: &mut Vec<WirePiece>) -> Option<Head> {
+    /// Waits for an order to the process of `generation` and copies it. `None` if there will be none, as `is_over` knows.
+    pub(crate) fn next_order(
+        &self,
+        generation: u64,
+        is_over: &AtomicBool,
+        pieces: &mut Vec<WirePiece>,
+    ) -> Option<Head> {
         let turn = self.turn();
-        while turn.load(Ordering::SeqCst) != ENGINE {
+        let ours = turn_of(generation);
+        while turn.load(Ordering::SeqCst) != ours {
             if is_over.load(Ordering::SeqCst) {
                 return None;
             }
             self.engine_sleeps().store(1, Ordering::SeqCst);
             let whose = turn.load(Ordering::SeqCst);
-            if whose != ENGINE && !is_over.load(Ordering::SeqCst) {
+            if whose != ours && !is_over.load(Ordering::SeqCst) {
                 sleep_while(turn, whose);
             }
             self.engine_sleeps().store(0, Ordering::SeqCst);

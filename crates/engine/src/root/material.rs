@@ -250,9 +250,11 @@ impl RootSpec {
 
     /// The PIN: from the file that holds it, else from whom we ask.
     pub(super) fn pin(&self, ask: &mut dyn Ask, question: Question<'_>) -> Result<Zeroizing<Vec<u8>>, Error> {
-        let Self::Pkcs11(super::Pkcs11Spec { pin_source: Some(source), .. }) = self else {
-            return ask.secret(&question);
+        let source = match self {
+            Self::Pkcs11(spec) => spec.pin_source.as_ref(),
+            _ => None,
         };
+        let Some(source) = source else { return ask.secret(&question) };
         let mut bytes = Zeroizing::new(vec![0; PIN_BYTES_MAX + 2]);
         let len = read_file(source, &mut bytes)?;
         if len > PIN_BYTES_MAX {

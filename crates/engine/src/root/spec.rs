@@ -27,7 +27,7 @@ pub enum RootSpec {
     /// In a file, sealed by a TPM 2.0. `tpm2:PATH[,OPTION]...`
     Tpm2(Tpm2Spec),
     /// In a file, wrapped by a key on a PKCS#11 token. `pkcs11:...`, an RFC 7512 URI
-    Pkcs11(Pkcs11Spec),
+    Pkcs11(Box<Pkcs11Spec>),
 }
 
 /// A secret sealed by a TPM 2.0.
@@ -192,7 +192,9 @@ pkcs11:token=LABEL;object=KEY?module-path=LIBRARY&file=PATH[&pin-source=FILE]
             }
             b"passphrase" => return Ok(Self::Passphrase(path_of(rest))),
             b"tpm2" => return Tpm2Spec::parse(rest).map(Self::Tpm2).map_err(|why| refused(&why)),
-            b"pkcs11" => return Pkcs11Spec::parse(rest).map(Self::Pkcs11).map_err(|why| refused(&why)),
+            b"pkcs11" => {
+                return Pkcs11Spec::parse(rest).map(Box::new).map(Self::Pkcs11).map_err(|why| refused(&why));
+            }
             // A word and a colon is a kind of root that a later version may know, not a file.
             word if !word.is_empty() && word.iter().all(|b| b.is_ascii_alphanumeric() || *b == b'-') => {
                 return Err(refused(&format!(
@@ -658,7 +660,7 @@ mod tests {
                 })
             ),
             (paths(), paths(), text(), text(), text(), prop::collection::vec(any::<u8>(), 0..9)).prop_map(
-                |(path, module, token, serial, object, id)| RootSpec::Pkcs11(Pkcs11Spec {
+                |(path, module, token, serial, object, id)| RootSpec::Pkcs11(Box::new(Pkcs11Spec {
                     pin_source: serial.as_ref().map(|_| "pin".into()),
                     path,
                     module,
@@ -668,7 +670,7 @@ mod tests {
                     serial,
                     object,
                     id: Some(id),
-                })
+                }))
             ),
         ]
     }

@@ -333,6 +333,7 @@ fn a_root_changes_its_keeper_and_stays_the_same_root() {
     );
 
     // In place, through a link: another passphrase.
+    let mut old = File::open(&sealed_at).unwrap();
     let link = directory.path().join("link");
     symlink(&sealed_at, &link).unwrap();
     Root::rewrap(
@@ -343,6 +344,9 @@ fn a_root_changes_its_keeper_and_stays_the_same_root() {
     )
     .unwrap();
     assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+    let mut untouched = Vec::new();
+    std::io::Read::read_to_end(&mut old, &mut untouched).unwrap();
+    assert_eq!(untouched, stored, "the old file was written to, not replaced");
     let wrong = Root::open_with(&sealed, &mut Answers(b"one", 0)).unwrap_err();
     assert_eq!(wrong.kind(), ErrorKind::KeyRejected);
     assert!(wrong.to_string().contains("does not open with this passphrase"), "{wrong}");
@@ -430,6 +434,26 @@ fn material_survives_being_sent() {
         let root = Root::from_material(again).unwrap();
         assert_eq!((root.id(), root.spec()), (expected, &spec));
     }
+}
+
+/// Material whose helper answered with `secret`, for a container that says `id`.
+fn answered(secret: &[u8; 32], id: WrappingKeyId) -> RootMaterial {
+    let (ours, mut theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    let mut opened = Box::new(Zeroizing::new([0; 32]));
+    opened.copy_from_slice(secret);
+    Answer::send(&Ok(Answer::Opened(opened)), &mut theirs).unwrap();
+    let container = Container { keeper: Keeper::Tpm2, asks: false, id, body: vec![1, 2, 3] };
+    RootMaterial::Helper { spec: "tpm2:/r".parse().unwrap(), container, answer: ours.into() }
+}
+
+#[test]
+fn what_a_helper_answers_has_to_be_the_root_that_the_container_names() {
+    let id = Root::from_secret(&[7; 32], RootSpec::File("/r".into())).id();
+    let sent = RootMaterial::from_parts(answered(&[7; 32], id).into_parts()).unwrap();
+    assert_eq!(Root::from_material(sent).unwrap().id(), id);
+    let error = Root::from_material(answered(&[8; 32], id)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::KeyRejected);
+    assert!(error.to_string().contains("opens to another root"), "{error}");
 }
 
 #[test]

@@ -59,9 +59,61 @@ impl FileBacking {
     /// See [`open`](super::open).
     pub fn open(path: impl Into<PathBuf>, options: OpenOptions) -> Result<Self, Error> {
         let path = path.into();
-        let OpenOptions { access, caching, discard } = options;
+        let OpenOptions { access, caching, .. } = options;
         let (file, stat) = open_file(&path, access, caching)?;
         let file = lock::lock(file, &stat, access, &path)?;
+        Self::of(file, &stat, path, options)
+    }
+
+    /// Takes over the file at `path`, open and locked, that another server handed over. The lock stays that server's until
+    /// [`claim`](Self::claim).
+    ///
+    /// # Errors
+    ///
+    /// [`Invalid`](ErrorKind::Invalid) if it is another file, or open in another way; else as [`open`](super::open).
+    pub fn adopt(path: impl Into<PathBuf>, file: OwnedFd, options: OpenOptions) -> Result<Self, Error> {
+        let path = path.into();
+        let failed = |errno| not_opened(&path, errno);
+        let (is, named) =
+            (rustix::fs::fstat(&file).map_err(failed)?, rustix::fs::stat(&path).map_err(failed)?);
+        check_type(&is, &path)?;
+        let refuse = |why: &str| {
+            Err(Error::new(ErrorKind::Invalid, Op::Open).detail(format!("{}: {why}", path.display())))
+        };
+        if (is.st_dev, is.st_ino) != (named.st_dev, named.st_ino) {
+            return refuse("the other server serves another file of that name");
+        }
+        let flags = rustix::fs::fcntl_getfl(&file).map_err(failed)?;
+        let access = match flags & OFlags::RWMODE {
+            OFlags::RDONLY => Access::ReadOnly,
+            _ => Access::ReadWrite,
+        };
+        let caching = if flags.contains(OFlags::DIRECT) { Caching::Direct } else { Caching::PageCache };
+        if (access, caching) != (options.access, options.caching) {
+            return refuse("the other server serves it in another way (--read-only, --direct)");
+        }
+        // It is, in this very opening, so that this changes nothing.
+        let file = lock::lock(file, &is, access, &path)?;
+        file.disclaim();
+        Self::of(file, &is, path, options)
+    }
+
+    /// Another descriptor of the opening that holds the lock, for a server that takes it over.
+    ///
+    /// # Errors
+    ///
+    /// The system's.
+    pub fn hand_over(&self) -> io::Result<OwnedFd> {
+        self.file.as_fd().try_clone_to_owned()
+    }
+
+    /// The lock of an adopted file is ours now.
+    pub fn claim(&self) {
+        self.file.claim();
+    }
+
+    fn of(file: LockedFile, stat: &Stat, path: PathBuf, options: OpenOptions) -> Result<Self, Error> {
+        let OpenOptions { access, caching, discard } = options;
         let witness = match access {
             Access::ReadOnly => None,
             Access::ReadWrite => open_again(&file),
@@ -102,7 +154,7 @@ impl FileBacking {
             && discard == DiscardPolicy::PassDown
             && match medium {
                 Medium::Regular => can_punch(&file, len_bytes),
-                Medium::BlockDevice { .. } => can_trim(&stat),
+                Medium::BlockDevice { .. } => can_trim(stat),
             };
         Ok(Self {
             file,

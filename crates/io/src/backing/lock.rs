@@ -10,6 +10,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// How many holders of a lock an error message names.
 const NAMED_MAX: usize = 3;
@@ -17,18 +18,36 @@ const NAMED_MAX: usize = 3;
 /// An open file that is locked. Unlocked when dropped, and not only when the last descriptor of it is closed: a process
 /// that is being started has copies of ours for a moment.
 #[derive(Debug)]
-pub(super) struct LockedFile(OwnedFd);
+pub(super) struct LockedFile {
+    file: OwnedFd,
+    /// Whether the lock is ours to give back, and not another server's that may hand it over.
+    is_ours: AtomicBool,
+}
+
+impl LockedFile {
+    /// The lock belongs to another server, until it is claimed.
+    pub(super) fn disclaim(&self) {
+        self.is_ours.store(false, Ordering::Release);
+    }
+
+    /// The lock is ours now.
+    pub(super) fn claim(&self) {
+        self.is_ours.store(true, Ordering::Release);
+    }
+}
 
 impl AsFd for LockedFile {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.file.as_fd()
     }
 }
 
 impl Drop for LockedFile {
     fn drop(&mut self) {
-        // Closing it does the same, a little later at worst.
-        let _ = rustix::fs::flock(&self.0, FlockOperation::Unlock);
+        if self.is_ours.load(Ordering::Acquire) {
+            // Closing it does the same, a little later at worst.
+            let _ = rustix::fs::flock(&self.file, FlockOperation::Unlock);
+        }
     }
 }
 
@@ -39,7 +58,7 @@ pub(super) fn lock(file: OwnedFd, stat: &Stat, access: Access, path: &Path) -> R
         Access::ReadWrite => FlockOperation::NonBlockingLockExclusive,
     };
     match rustix::io::retry_on_intr(|| rustix::fs::flock(&file, operation)) {
-        Ok(()) => Ok(LockedFile(file)),
+        Ok(()) => Ok(LockedFile { file, is_ours: AtomicBool::new(true) }),
         Err(Errno::WOULDBLOCK) => {
             Err(Error::new(ErrorKind::Busy, Op::Open).detail(busy_text(path, &lock_holders(stat))))
         }

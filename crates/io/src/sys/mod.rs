@@ -56,6 +56,37 @@ pub(crate) fn peer_credentials(socket: impl AsFd) -> io::Result<Credentials> {
     Ok(Credentials { pid, uid: answer.uid })
 }
 
+/// Lets [`interrupt`] end the waiting of a thread.
+pub(crate) fn be_interruptible() -> io::Result<()> {
+    extern "C" fn nothing(_signal: libc::c_int) {}
+    // SAFETY: all fields of `sigaction` are integers or an optional function, for which zero is a valid value.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    // Without SA_RESTART: what waits shall return.
+    action.sa_sigaction = nothing as extern "C" fn(libc::c_int) as libc::sighandler_t;
+    // SAFETY:
+    // - `action` lives during the call and is only read; the former action is not asked for;
+    // - the handler does nothing at all, so it may run at any moment on any thread;
+    // - SIGURG is ignored by default, and nothing of ours asks for the urgent data that it tells of.
+    match unsafe { libc::sigaction(libc::SIGURG, &raw const action, std::ptr::null_mut()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Makes a system call in which a thread of this process waits return `EINTR`. Who is just about to wait is missed.
+pub(crate) fn interrupt(thread: rustix::thread::Pid) {
+    // SAFETY: takes three numbers and touches no memory. Only threads of this very process are reached, whose handler, see
+    // above, does nothing; a thread that has gone is not found.
+    unsafe {
+        libc::syscall(
+            libc::SYS_tgkill,
+            libc::pid_t::from(rustix::process::getpid().as_raw_nonzero().get()),
+            thread.as_raw_nonzero().get(),
+            libc::SIGURG,
+        );
+    }
+}
+
 /// The descriptors that the service manager has handed over, with their names; from the second call on, none.
 pub(crate) fn handed_over() -> io::Result<Vec<(OwnedFd, String)>> {
     static TAKEN: AtomicBool = AtomicBool::new(false);

@@ -1,6 +1,7 @@
 //! The NBD export as its clients see it: a client written apart from it, hostile ones, TLS, and real programs.
 
 mod handshake;
+mod hold;
 mod hostile;
 mod programs;
 mod server;

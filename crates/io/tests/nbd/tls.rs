@@ -115,6 +115,33 @@ fn settle(client: &mut Client<TlsStream>) -> Result<(), NbdError> {
     client.go("disk").map(drop)
 }
 
+/// Its keys stay here: it rests with the others, goes on if nothing comes of it, and is closed between two requests else.
+#[test]
+fn a_connection_with_tls_is_held_but_not_handed_over() {
+    let pki = Pki::new();
+    let rig = pki.rig(TlsMode::Required, ClientCertificates::None, 0);
+    let mut client = upgrade(Client::greet(rig.dial()).unwrap(), pki.client_config(false));
+    settle(&mut client).unwrap();
+    for round in 0..20u8 {
+        for at in 0..8 {
+            client.send(cmd::WRITE, 0, at * 70_000, 70_000, &[round; 70_000]).unwrap();
+        }
+        let held = rig.server.hold(PATIENCE).unwrap();
+        assert_eq!((held.connections.len(), held.stay, held.cut_off), (0, 1, 0));
+        rig.server.resume();
+        for _ in 0..8 {
+            assert_eq!(client.receive().unwrap().errno, 0);
+        }
+        assert!(client.read(0, 560_000).unwrap() == [round; 560_000]);
+    }
+    rig.server.hold(PATIENCE).unwrap();
+    assert_eq!(rig.server.close_held(), 1);
+    // With TLS's goodbye, so that the client knows that nothing was cut off.
+    let end = client.receive().unwrap_err();
+    assert!(matches!(&end, NbdError::Io(error) if error.to_string().contains("failed to fill")), "{end:?}");
+    assert_eq!(rig.server.status().connections_now, 0);
+}
+
 #[test]
 fn data_goes_through_tls_and_back() {
     let pki = Pki::new();

@@ -5,7 +5,8 @@
 
 use super::model::EngineMode;
 use inlinecrypt_core::admission::{
-    self, AdmissionTable, Applicant, Application, Hold, Lock, Mode, Reason, Refusal, ServedBy, Timestamp,
+    self, AdmissionTable, Applicant, Application, DECLARED, Hold, Lock, Mode, Reason, Refusal, ServedBy,
+    Timestamp,
 };
 use inlinecrypt_core::config::KeyType;
 use inlinecrypt_core::engine::SlotIndex;
@@ -207,7 +208,7 @@ impl OurGate {
 fn layer_in(lock: &Lock) -> u8 {
     let layer = match lock.by.strip_prefix("layer ") {
         Some(number) => number.parse().unwrap_or(u8::MAX - 1),
-        None if lock.by == "declared" => super::model::DECLARED,
+        None if lock.by == DECLARED => super::model::DECLARED,
         None => u8::MAX - 1,
     };
     if lock.since == Timestamp(u64::from(layer) + 1) { layer } else { u8::MAX - 1 }

@@ -100,10 +100,9 @@ impl Process {
         let order = &order[..order.len().min(LANE_BYTES - TURN_BYTES)];
         self.region.copy_in(TURN_BYTES, order);
         let lane = Lane::new(&self.region, 0);
-        lane.clear();
-        lane.hand_over();
+        lane.hand_over(1);
         let mut pieces = Vec::with_capacity(PIECES_MAX);
-        let head = lane.next_order(&AtomicBool::new(false), &mut pieces).expect("an order");
+        let head = lane.next_order(1, &AtomicBool::new(false), &mut pieces).expect("an order");
         let hosted = self.control.hosted.get().expect("started by us");
         attend(&self.region, &lane, FLOOR, Some(hosted), &head, &pieces);
         let is_done = lane.result() == 0;
@@ -188,7 +187,13 @@ pub fn orders() -> Vec<Vec<u8>> {
     let known = known.expect("a good key");
     let key = |form| WireKey::new(known.config(), form);
     let orders = [
-        Order::Hello { version: proto::VERSION, lanes: 1, shared_bytes: 1 << 20, require_sandbox: false },
+        Order::Hello {
+            version: proto::VERSION,
+            lanes: 1,
+            shared_bytes: 1 << 20,
+            generation: 1,
+            require_sandbox: false,
+        },
         Order::Open { spec: "software:slots=2", fallback: Some("software"), root: None },
         Order::Deposit(Secret(&raw)),
         Order::Program { engine: 0, slot: 1, key: key(WireForm::Raw(Secret(&raw))) },

@@ -25,6 +25,7 @@ pub mod activity;
 pub mod cores;
 mod execute;
 mod helper;
+mod hold;
 pub mod negotiate;
 mod parts;
 mod reply;
@@ -37,6 +38,7 @@ mod tls;
 pub mod wire;
 mod workers;
 
+pub use hold::{Handed, Held};
 pub use server::{ExportStatus, NbdServer, ServerOptions, ServerStatus, Stopped};
 pub use status::NbdError;
 pub use tls::{ClientCertificates, TlsFiles, TlsMode, TlsSetup};

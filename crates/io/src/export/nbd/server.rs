@@ -2,15 +2,18 @@
 
 use super::activity::Activity;
 use super::cores::Cores;
+use super::hold::{Fate, Handed, Held, Hold, Rest, WAKE_INTERVAL};
 use super::negotiate::{Handshake, Next, Terms, TlsState, greet, haggle};
 use super::session::{Ended, Session};
 use super::stream::Inbox;
 use super::tls::{self, Tls, TlsMode};
 use crate::export::{CountersSnapshot, Export, ExportSpec, Exports};
 use crate::listen::{Listener, Stopper, Stream};
+use crate::sys;
 use inlinecrypt_core::backing::Access;
 use inlinecrypt_core::error::Error;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::retry_on_intr;
 use rustix::net::{RecvFlags, SendFlags};
 use serde::Serialize;
 use std::collections::HashMap;
@@ -85,8 +88,11 @@ struct Inner {
     stopping: AtomicBool,
     /// Nothing else is locked while this is held.
     table: Mutex<Table>,
-    /// A connection or an acceptor has gone.
+    /// A connection or an acceptor has gone, or a connection has come to rest.
     gone: Condvar,
+    hold: Hold,
+    /// Connections need rest no longer.
+    roused: Condvar,
     refused: AtomicU64,
     failed_handshakes: AtomicU64,
 }
@@ -98,6 +104,8 @@ struct Table {
     next_id: u64,
     acceptors: usize,
     refusal_logged: Option<Instant>,
+    /// Resting connections that stay here are to be closed.
+    closing_held: bool,
 }
 
 #[derive(Debug)]
@@ -106,9 +114,18 @@ struct Connection {
     activity: Arc<Activity>,
     /// It was closed to make room, and its thread is about to notice.
     closed: bool,
+    /// Its thread, once it runs.
+    thread: Option<rustix::thread::Pid>,
+    /// It is held, and has come to rest.
+    rest: Option<Rest>,
 }
 
 impl Table {
+    /// How many resting connections stay with this server.
+    fn staying(&self) -> usize {
+        self.connections.values().filter(|connection| matches!(connection.rest, Some(Rest::Stays))).count()
+    }
+
     /// Sees to it that there is room for one more, and says whether there is.
     fn make_room(&mut self, connections_max: usize, now: Instant) -> bool {
         if self.connections.len() < connections_max {
@@ -197,6 +214,8 @@ impl NbdServer {
             stopping: AtomicBool::new(false),
             table: Mutex::default(),
             gone: Condvar::new(),
+            hold: Hold::default(),
+            roused: Condvar::new(),
             refused: AtomicU64::new(0),
             failed_handshakes: AtomicU64::new(0),
         })))
@@ -247,6 +266,90 @@ impl NbdServer {
         self.0.clone().start(stream.into())
     }
 
+    /// Answers what was received, and then lets connections rest and accepts no more, until [`resume`](Self::resume).
+    ///
+    /// Connections that do not come to rest within `time_max` are cut off. The disks are at rest when this returns; nothing
+    /// is flushed.
+    ///
+    /// # Errors
+    ///
+    /// [`TimedOut`](io::ErrorKind::TimedOut) if a connection's thread still waits for its disk then, and all others go on;
+    /// the system's.
+    ///
+    /// # Blocking
+    ///
+    /// For `time_max` and a second at most.
+    pub fn hold(&self, time_max: Duration) -> io::Result<Held> {
+        let inner = &self.0;
+        sys::be_interruptible()?;
+        inner.hold.begin();
+        let deadline = Instant::now() + time_max;
+        if inner.wait_for_rest(deadline) == 0 {
+            return Ok(inner.held(0));
+        }
+        let cut_off = inner.cut_off_the_restless();
+        if inner.wait_for_rest(Instant::now() + CUT_OFF_GRACE) == 0 {
+            return Ok(inner.held(cut_off));
+        }
+        self.resume();
+        Err(io::Error::new(io::ErrorKind::TimedOut, "a request still waits for its disk"))
+    }
+
+    /// Goes on after [`hold`](Self::hold), with the connections that rest and those that were adopted meanwhile.
+    pub fn resume(&self) {
+        let inner = &self.0;
+        {
+            let mut table = inner.lock();
+            inner.hold.end();
+            for connection in table.connections.values_mut() {
+                connection.rest.take_if(|rest| !matches!(rest, Rest::Given));
+            }
+        }
+        inner.roused.notify_all();
+    }
+
+    /// Takes over a connection of another server. While held, it rests until [`resume`](Self::resume).
+    ///
+    /// # Errors
+    ///
+    /// [`NotFound`](io::ErrorKind::NotFound) if there is no such export; else as [`serve`](Self::serve).
+    pub fn adopt(&self, connection: Handed) -> io::Result<()> {
+        let (socket, handed) = connection.checked()?;
+        let export = self.0.exports.all().into_iter().find(|export| export.name() == handed.export);
+        let Some(export) = export else {
+            return Err(io::Error::new(
+                io::ErrorKind::NotFound,
+                format!("there is no export {:?} here", handed.export),
+            ));
+        };
+        let terms = Terms { export, structured: handed.structured, allocation: handed.allocation };
+        self.0.clone().start_with(socket, Some((terms, handed.unread)))
+    }
+
+    /// Closes the resting connections that were not handed over, as those whose client has to connect again, and lets the
+    /// others rest for ever: they are another server's, and this process must end. Returns how many were closed.
+    ///
+    /// # Blocking
+    ///
+    /// For a second at most.
+    pub fn close_held(&self) -> usize {
+        let inner = &self.0;
+        let count = {
+            let mut table = inner.lock();
+            table.closing_held = true;
+            for connection in table.connections.values_mut() {
+                if !matches!(connection.rest, Some(Rest::Stays)) {
+                    connection.rest = Some(Rest::Given);
+                }
+            }
+            table.staying()
+        };
+        inner.roused.notify_all();
+        let table = inner.lock();
+        drop(inner.gone.wait_timeout_while(table, CUT_OFF_GRACE, |table| table.staying() > 0));
+        count
+    }
+
     /// What it is doing.
     #[must_use]
     pub fn status(&self) -> ServerStatus {
@@ -275,6 +378,7 @@ impl NbdServer {
     pub fn stop(&self, drain_time_max: Duration) -> Result<Stopped, Error> {
         let inner = &self.0;
         inner.stopping.store(true, Ordering::Release);
+        self.resume();
         for stopper in &inner.lock().stoppers {
             stopper.stop();
         }
@@ -334,13 +438,20 @@ impl Inner {
 
     fn accept_until_stopped(self: &Arc<Self>, listener: &Listener) {
         loop {
-            match listener.accept() {
+            match listener.wait() {
+                Ok(true) => return,
+                Ok(false) => {}
+                Err(error) => self.log_refusal(&io::Error::other(error)),
+            }
+            let _turn = self.hold.turn_to_accept();
+            match listener.accept_now() {
                 Ok(Some(stream)) => {
                     if let Err(error) = self.clone().start(stream) {
                         self.log_refusal(&error);
                     }
                 }
-                Ok(None) => return,
+                // It has gone, or is another's by now.
+                Ok(None) => {}
                 Err(error) => self.log_refusal(&io::Error::other(error)),
             }
         }
@@ -358,6 +469,11 @@ impl Inner {
 
     /// Enters the connection and starts its thread.
     fn start(self: Arc<Self>, socket: Stream) -> io::Result<()> {
+        self.start_with(socket, None)
+    }
+
+    /// The same; one that was taken over has its terms already, and what was received of its next request.
+    fn start_with(self: Arc<Self>, socket: Stream, taken: Option<(Terms, Vec<u8>)>) -> io::Result<()> {
         let socket = Arc::new(socket);
         let activity = Arc::new(Activity::default());
         let id = {
@@ -375,14 +491,20 @@ impl Inner {
             }
             table.next_id += 1;
             let id = table.next_id;
-            let connection = Connection { socket: socket.clone(), activity: activity.clone(), closed: false };
+            let connection = Connection {
+                socket: socket.clone(),
+                activity: activity.clone(),
+                closed: false,
+                thread: None,
+                rest: None,
+            };
             table.connections.insert(id, connection);
             id
         };
         let inner = self.clone();
         let spawned =
             thread::Builder::new().name("nbd".to_owned()).stack_size(STACK_BYTES).spawn(move || {
-                inner.converse(id, &socket, &activity);
+                inner.converse(id, &socket, &activity, taken);
                 inner.leave(id, socket);
             });
         if let Err(error) = spawned {
@@ -402,9 +524,15 @@ impl Inner {
     }
 
     /// The whole life of a connection.
-    fn converse(&self, id: u64, socket: &Stream, activity: &Activity) {
+    fn converse(&self, id: u64, socket: &Stream, activity: &Activity, taken: Option<(Terms, Vec<u8>)>) {
+        let few = {
+            let mut table = self.lock();
+            if let Some(connection) = table.connections.get_mut(&id) {
+                connection.thread = Some(rustix::thread::gettid());
+            }
+            table.connections.len() <= LARGE_SEND_ROOMS_MAX
+        };
         // Replies leave when we say so.
-        let few = self.lock().connections.len() <= LARGE_SEND_ROOMS_MAX;
         if few && let Err(error) = socket.set_send_room(SEND_ROOM_BYTES) {
             tracing::debug!(connection = id, %error, "no larger send buffer");
         }
@@ -415,17 +543,23 @@ impl Inner {
         if let Err(error) = rustix::net::sockopt::set_socket_keepalive(socket, true) {
             tracing::debug!(connection = id, %error, "no keepalive");
         }
+        if let Some((terms, unread)) = taken {
+            let timed = Timed { socket, deadline: None };
+            let mut inbox = Inbox::with(timed, &unread);
+            return self.transmit(id, socket, activity, &terms, &mut inbox, HandOver::Possible, || timed);
+        }
         let deadline = Instant::now() + self.options.handshake_time_max;
         let timed = Timed { socket, deadline: Some(deadline) };
         match self.shake_hands(timed) {
             Ok(Shaken::Plain(mut inbox, terms)) => {
                 inbox.reader_mut().deadline = None;
-                self.transmit(id, socket, activity, &terms, &mut inbox, Timed { socket, deadline: None });
+                let timed = Timed { socket, deadline: None };
+                self.transmit(id, socket, activity, &terms, &mut inbox, HandOver::Possible, || timed);
             }
             Ok(Shaken::Tls(tls, mut inbox, terms)) => {
                 inbox.reader_mut().transport().deadline = None;
-                let writer = tls.writer(Timed { socket, deadline: None });
-                self.transmit(id, socket, activity, &terms, &mut inbox, writer);
+                let writer = || tls.writer(Timed { socket, deadline: None });
+                self.transmit(id, socket, activity, &terms, &mut inbox, HandOver::Impossible, writer);
                 tls.close(Timed { socket, deadline: Some(Instant::now() + CUT_OFF_GRACE) });
             }
             Ok(Shaken::Closed(why)) => tracing::debug!(connection = id, why, "closed in handshake"),
@@ -471,6 +605,7 @@ impl Inner {
         }
     }
 
+    #[expect(clippy::too_many_arguments, reason = "all that a connection consists of")]
     fn transmit<R: Read, W: Write + Send>(
         &self,
         id: u64,
@@ -478,7 +613,8 @@ impl Inner {
         activity: &Activity,
         terms: &Terms,
         inbox: &mut Inbox<R>,
-        writer: W,
+        hand_over: HandOver,
+        writer: impl Fn() -> W,
     ) {
         let name = terms.export.name();
         tracing::debug!(connection = id, peer = %socket.peer(), export = name, structured = terms.structured, "connected");
@@ -488,17 +624,100 @@ impl Inner {
         };
         let session = Session::new(terms, &self.stopping, self.options.workers, &hang_up)
             .telling(activity)
-            .on(&self.cores);
-        let ended = session.run(inbox, writer);
+            .on(&self.cores)
+            .unless(self.hold.wanted());
+        let ended = loop {
+            match session.run(inbox, writer()) {
+                Ended::Held => {
+                    let handed = match hand_over {
+                        HandOver::Possible => Handed::of(socket, terms, inbox.available()),
+                        HandOver::Impossible => None,
+                    };
+                    match self.rest(id, handed.map_or(Rest::Stays, Rest::Handed)) {
+                        Fate::GoOn => {}
+                        Fate::End(ended) => break ended,
+                    }
+                }
+                ended => break ended,
+            }
+        };
         terms.export.counters().disconnected();
         match ended {
-            Ended::Disconnected | Ended::Left | Ended::Stopped => {
+            Ended::Disconnected | Ended::Left | Ended::Stopped | Ended::Held => {
                 tracing::debug!(connection = id, export = name, ?ended, "disconnected");
             }
             Ended::Violation(_) | Ended::FailedLate | Ended::Transport(_) => {
                 tracing::info!(connection = id, export = name, ?ended, "connection lost");
             }
         }
+    }
+}
+
+/// Whether another server can take over a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum HandOver {
+    Possible,
+    /// What TLS has agreed on stays here.
+    Impossible,
+}
+
+/// Holding: the server's side of `hold.rs`.
+impl Inner {
+    /// Rests until the server resumes, or until told to end.
+    fn rest(&self, id: u64, rest: Rest) -> Fate {
+        let mut table = self.lock();
+        // Asked while the table is locked: either `resume` sees this connection, or we see that it resumed.
+        if !self.hold.wanted().load(Ordering::Acquire) {
+            return Fate::GoOn;
+        }
+        if let Some(connection) = table.connections.get_mut(&id) {
+            connection.rest = Some(rest);
+        }
+        self.gone.notify_all();
+        loop {
+            match table.connections.get(&id).and_then(|connection| connection.rest.as_ref()) {
+                None => return Fate::GoOn,
+                Some(Rest::Stays) if table.closing_held => return Fate::End(Ended::Stopped),
+                Some(_) => {}
+            }
+            table = self.roused.wait(table).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Waits until every connection rests, waking those that wait for their clients. Returns how many do not.
+    fn wait_for_rest(&self, deadline: Instant) -> usize {
+        let mut table = self.lock();
+        loop {
+            let restless = || table.connections.values().filter(|connection| connection.rest.is_none());
+            let count = restless().count();
+            if count == 0 || Instant::now() >= deadline {
+                return count;
+            }
+            restless().filter_map(|connection| connection.thread).for_each(sys::interrupt);
+            let waited = self.gone.wait_timeout(table, WAKE_INTERVAL);
+            table = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    fn cut_off_the_restless(&self) -> usize {
+        let table = self.lock();
+        let restless = table.connections.values().filter(|connection| connection.rest.is_none());
+        restless.map(|connection| connection.socket.shutdown(Shutdown::Both)).count()
+    }
+
+    /// What rests. What can be handed over is given once: it stays `Handed` here, to go on if nobody takes it.
+    fn held(&self, cut_off: usize) -> Held {
+        let mut held = Held { cut_off, ..Held::default() };
+        for connection in self.lock().connections.values_mut() {
+            match connection.rest.replace(Rest::Rests) {
+                Some(Rest::Handed(handed)) => held.connections.push(handed),
+                other => {
+                    connection.rest = other;
+                    held.stay += 1;
+                }
+            }
+        }
+        held
     }
 }
 
@@ -544,6 +763,7 @@ impl Timed<'_> {
 impl Read for Timed<'_> {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         self.wait(PollFlags::IN)?;
+        // An interruption is for the caller to look why.
         let (len, _) = rustix::net::recv(self.socket, into, RecvFlags::empty())?;
         Ok(len)
     }
@@ -552,13 +772,14 @@ impl Read for Timed<'_> {
 impl Write for Timed<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.wait(PollFlags::OUT)?;
-        Ok(rustix::net::send(self.socket, bytes, self.send_flags())?)
+        // TLS takes no interruption for an answer.
+        Ok(retry_on_intr(|| rustix::net::send(self.socket, bytes, self.send_flags()))?)
     }
 
     fn write_vectored(&mut self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
         self.wait(PollFlags::OUT)?;
         let mut no_control = rustix::net::SendAncillaryBuffer::default();
-        Ok(rustix::net::sendmsg(self.socket, parts, &mut no_control, self.send_flags())?)
+        Ok(retry_on_intr(|| rustix::net::sendmsg(self.socket, parts, &mut no_control, self.send_flags()))?)
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -616,6 +837,8 @@ mod tests {
                 socket: Arc::new(socket.into()),
                 activity: Arc::new(Activity::default()),
                 closed: false,
+                thread: None,
+                rest: None,
             };
             table.connections.insert(id, connection);
             thread::sleep(Duration::from_millis(1));

@@ -37,6 +37,9 @@ pub enum Ended {
     Left,
     /// We are stopping.
     Stopped,
+    /// It is to be held between two requests: all that were received whole are answered, and it can go on with the inbox as
+    /// it is.
+    Held,
     /// The client broke the protocol in a way that leaves no way on.
     Violation(&'static str),
     /// A read failed after its reply had begun: the protocol asks for this.
@@ -53,6 +56,7 @@ pub struct Session<'a> {
     hang_up: &'a (dyn Fn() + Sync),
     activity: Option<&'a Activity>,
     cores: Option<&'a Cores>,
+    held: Option<&'a AtomicBool>,
 }
 
 /// Who does requests, besides the thread that receives them.
@@ -82,7 +86,7 @@ impl<'a> Session<'a> {
         workers: usize,
         hang_up: &'a (dyn Fn() + Sync),
     ) -> Self {
-        Self { terms, stopping, workers, hang_up, activity: None, cores: None }
+        Self { terms, stopping, workers, hang_up, activity: None, cores: None, held: None }
     }
 
     /// The same, telling `activity` of each request.
@@ -95,6 +99,13 @@ impl<'a> Session<'a> {
     #[must_use]
     pub fn on(self, cores: &'a Cores) -> Self {
         Self { cores: Some(cores), ..self }
+    }
+
+    /// The same, ending between two requests while `held` is true. Whoever sets it must see to it that the reader reports
+    /// that it was interrupted.
+    #[must_use]
+    pub fn unless(self, held: &'a AtomicBool) -> Self {
+        Self { held: Some(held), ..self }
     }
 
     /// Serves until the end. All requests that were received whole are answered then, as far as the client takes it.
@@ -158,7 +169,9 @@ impl<'a> Session<'a> {
             return Ended::FailedLate;
         }
         match (&ended, shared.flush()) {
-            (Ended::Disconnected | Ended::Left | Ended::Stopped, Err(error)) => Ended::Transport(error),
+            (Ended::Disconnected | Ended::Left | Ended::Stopped | Ended::Held, Err(error)) => {
+                Ended::Transport(error)
+            }
             _ => ended,
         }
     }
@@ -179,7 +192,9 @@ impl<'a> Session<'a> {
                 }
                 shared.flush()?;
                 let was_empty = inbox.available().is_empty();
-                if inbox.fill()? == 0 {
+                let is_held = || self.held.is_some_and(|held| held.load(Ordering::Acquire));
+                let Some(len) = inbox.fill_unless(is_held)? else { return Ok(Ended::Held) };
+                if len == 0 {
                     return match (self.stopping.load(Ordering::Acquire), was_empty) {
                         (true, _) => Ok(Ended::Stopped),
                         (false, true) => Ok(Ended::Left),

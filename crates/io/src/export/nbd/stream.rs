@@ -33,6 +33,19 @@ impl<R: Read> Inbox<R> {
         Self { reader, bytes: vec![0; INBOX_BYTES].into_boxed_slice(), start: 0, end: 0 }
     }
 
+    /// An inbox in which `bytes` are already.
+    ///
+    /// # Panics
+    ///
+    /// If they are more than [`INBOX_BYTES`].
+    #[must_use]
+    pub fn with(reader: R, bytes: &[u8]) -> Self {
+        let mut inbox = Self::new(reader);
+        inbox.bytes[..bytes.len()].copy_from_slice(bytes);
+        inbox.end = bytes.len();
+        inbox
+    }
+
     /// What is there.
     #[must_use]
     pub fn available(&self) -> &[u8] {
@@ -62,14 +75,36 @@ impl<R: Read> Inbox<R> {
     ///
     /// If there is no room: ask for at most [`INBOX_BYTES`] before using what is there.
     pub fn fill(&mut self) -> io::Result<usize> {
+        Ok(self.fill_unless(|| false)?.expect("nobody interrupts"))
+    }
+
+    /// The same; `None`, and nothing has changed, if `interrupted` says so before or while waiting. Whoever makes it say so
+    /// must see to it that the reader reports [`Interrupted`](ErrorKind::Interrupted).
+    ///
+    /// # Errors
+    ///
+    /// As [`fill`](Self::fill).
+    ///
+    /// # Panics
+    ///
+    /// As [`fill`](Self::fill).
+    pub fn fill_unless(&mut self, interrupted: impl Fn() -> bool) -> io::Result<Option<usize>> {
         if self.start > 0 {
             self.bytes.copy_within(self.start..self.end, 0);
             (self.start, self.end) = (0, self.end - self.start);
         }
         assert!(self.end < self.bytes.len(), "never more than INBOX_BYTES are waited for");
-        let len = read_some(&mut self.reader, &mut self.bytes[self.end..])?;
-        self.end += len;
-        Ok(len)
+        while !interrupted() {
+            match self.reader.read(&mut self.bytes[self.end..]) {
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                received => {
+                    let len = received?;
+                    self.end += len;
+                    return Ok(Some(len));
+                }
+            }
+        }
+        Ok(None)
     }
 
     /// Receives until `len` bytes are there.
@@ -149,15 +184,6 @@ impl<R: Read> Inbox<R> {
     /// The reader.
     pub fn reader_mut(&mut self) -> &mut R {
         &mut self.reader
-    }
-}
-
-fn read_some(reader: &mut impl Read, into: &mut [u8]) -> io::Result<usize> {
-    loop {
-        match reader.read(into) {
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            other => return other,
-        }
     }
 }
 
