@@ -566,29 +566,23 @@ mod tests {
         assert_eq!(schedules(&pattern::bytes(3, 0, 4 << 20)), []);
     }
 
-    /// A whole process: this one, which holds a secret and a schedule where chunks meet, and not what it does not hold.
+    /// Another program, with something in its environment, and without what this one knows.
     #[test]
     fn a_process_is_read_to_its_last_byte() {
         let secret = pattern::bytes(11, 0, 64);
-        // Known by its hash alone, so to speak: never in memory as it is searched for.
-        let absent: Vec<u8> = pattern::bytes(12, 0, 64);
-        let mut child_search = Search::new().secret("present", &secret).secret("absent", &absent);
-        // The child holds what it was given as an argument, in hexadecimal: something to find without its help.
         let text: String = secret.iter().map(|byte| format!("{byte:02x}")).collect();
-        child_search = child_search.secret("argument", text.as_bytes());
-        let child = crate::ServerProcess::start(
-            std::process::Command::new("sleep").args(["60"]).env("SECRET", &text),
-        );
-        let child = child.unwrap();
-        let has = |search: &Search| {
-            let scan = scan_process(child.pid(), search).unwrap();
-            assert!(scan.bytes > 0);
-            (scan.has("argument"), scan.has("present"), scan.has("absent"))
-        };
+        let search = Search::new().secret("text", text.as_bytes()).secret("bytes", &secret);
+        let mut command = std::process::Command::new("sleep");
+        let child = crate::ServerProcess::start(command.arg("60").env("SECRET", &text)).unwrap();
         // Until it has become the other program, it is a copy of this one.
         let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
-        while has(&child_search) != (true, false, false) {
-            assert!(std::time::Instant::now() < deadline, "{:?}", has(&child_search));
+        loop {
+            let scan = scan_process(child.pid(), &search).unwrap();
+            if (scan.has("text"), scan.has("bytes")) == (true, false) {
+                assert!(scan.bytes > 0 && scan.schedules.is_empty() && !scan.is_clean(), "{scan:?}");
+                break;
+            }
+            assert!(std::time::Instant::now() < deadline, "{scan:?}");
         }
         let stack =
             mappings(child.pid()).unwrap().into_iter().find(|mapping| mapping.name == "[stack]").unwrap();

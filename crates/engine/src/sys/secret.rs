@@ -148,9 +148,11 @@ unsafe impl GlobalAlloc for SecretAllocator {
             return unsafe { System.dealloc(at, layout) };
         }
         for offset in 0..layout.size() {
+            // SAFETY: inside the allocation.
+            let byte = unsafe { at.add(offset) };
             // SAFETY: the caller owned these bytes until this call, and gives them up with it. Volatile, so that wiping is not
             // left out as useless.
-            unsafe { at.add(offset).write_volatile(0) };
+            unsafe { byte.write_volatile(0) };
         }
         let mut heap = HEAP.lock().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: from the arena, so dlmalloc gave it, with this size and alignment.

@@ -122,7 +122,7 @@ impl Process {
                 is_good = false;
                 break;
             };
-            if bytes.len() % UNIT_BYTES != 0 {
+            if !bytes.len().is_multiple_of(UNIT_BYTES) {
                 is_good = false;
                 break;
             }
