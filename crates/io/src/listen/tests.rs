@@ -412,7 +412,10 @@ fn without_swapping_a_socket_gets_its_name_by_a_link() {
     let stage = || {
         let staging = staging_path(&path, OsStr::new("vol.sock"));
         let socket = UnixListener::bind(&staging).expect("a free name");
-        (socket, Name { inode: Inode::at(&staging).expect("it is there"), path: staging })
+        (
+            socket,
+            Name { inode: Inode::at(&staging).expect("it is there"), path: staging, claim: Claim::new(true) },
+        )
     };
     // A fresh name.
     let (socket, staged) = stage();
