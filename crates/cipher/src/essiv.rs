@@ -38,7 +38,10 @@ pub(crate) fn aes_128_by(kernel: Kernel, key: &[u8]) -> Box<dyn UnitCipher> {
 /// The same by AWS-LC, for CPUs without AES instructions and for comparison.
 pub(crate) fn aes_128_by_library(key: &[u8]) -> Box<dyn UnitCipher> {
     let key = key.try_into().expect("length checked by ModeInfo::expand");
-    Box::new(Aes128CbcEssiv::new(key, Cbc::Library(awslc::Key::new(awslc::Algorithm::Aes128Cbc, key))))
+    Box::new(Aes128CbcEssiv::new(
+        key,
+        Cbc::Library(Box::new(awslc::Key::new(awslc::Algorithm::Aes128Cbc, key))),
+    ))
 }
 
 /// Data units whose IVs are made together: AES takes several blocks at once faster than one by one. A multiple of what
@@ -54,7 +57,7 @@ struct Aes128CbcEssiv {
 #[derive(Debug)]
 enum Cbc {
     Kernel(Box<CbcKey>),
-    Library(awslc::Key<16>),
+    Library(Box<awslc::Key<16>>),
 }
 
 impl Aes128CbcEssiv {

@@ -244,6 +244,8 @@ A config:
   # policy = \"fair\", or \"upstream\" as in Linux; program_share = 10, the percentage of time for programming keys
   root = \"root.key\"               # or tpm2:..., passphrase:..., pkcs11:...; paths are relative to the config
   # passphrase_file = \"root.pass\", for a root that asks for a passphrase or PIN
+  # process = \"own\", \"none\" or \"unix:PATH\"; sandbox = \"report\" or \"require\"; deaths_max = 3: after so many ends of
+  # the engine process within a minute no other is started
 
   [[volume]]
   name = \"db1\"                    # export name; default: the file's, without its extension

@@ -88,7 +88,7 @@ pub(crate) struct VolumeReport {
     pub(crate) engine: String,
     /// `engine` or `fallback`.
     pub(crate) served_by: &'static str,
-    /// `ok`, or `data_lost` once something could not be made stable.
+    /// `ok`; `data_lost` once something could not be made stable; `no_key` if its engine is gone, or the key with it.
     pub(crate) state: &'static str,
     /// Why, if not `ok`.
     pub(crate) reason: Option<String>,

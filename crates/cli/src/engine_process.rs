@@ -96,6 +96,7 @@ pub(crate) fn start(
     let options = Options {
         fallback: fallback.map(|spec| spec.to_string()),
         require_sandbox: plan.require_sandbox,
+        deaths_max: plan.deaths_max,
         ..Options::new(plan.spec.to_string())
     };
     let Isolated { engine, fallback, root } = isolated::start(launcher, root, options)?;

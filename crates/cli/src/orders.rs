@@ -132,6 +132,7 @@ mod tests {
             policy,
             home: None,
             require_sandbox: false,
+            deaths_max: 3,
         };
         let labels = ["a", "b", "c", "d"];
         let volumes: Vec<_> = volumes

@@ -20,6 +20,7 @@ use inlinecrypt_core::backing::Access;
 use inlinecrypt_core::config::{DataUnitSize, Mode};
 use inlinecrypt_core::keyslot::{Policy, Priority};
 use inlinecrypt_core::volume::Discard;
+use inlinecrypt_engine::isolated::client::DEATHS_MAX;
 use inlinecrypt_engine::{EngineSpec, RootSpec, Sample};
 use inlinecrypt_io::backing::Caching;
 use inlinecrypt_io::listen::Listen;
@@ -52,6 +53,8 @@ pub(crate) struct EnginePlan {
     pub(crate) home: Option<EngineHome>,
     /// Whether not to run if its process cannot be locked up entirely.
     pub(crate) require_sandbox: bool,
+    /// How many ends of its process within a minute are too many.
+    pub(crate) deaths_max: u32,
 }
 
 /// A volume to serve.
@@ -351,6 +354,7 @@ pub(crate) fn engine_from(args: &EngineArgs) -> Result<EnginePlan, Failure> {
         policy: Policy::default(),
         home: None,
         require_sandbox: false,
+        deaths_max: DEATHS_MAX,
     })
 }
 
@@ -361,8 +365,24 @@ fn engine_plan(
     failures: &mut Vec<Failure>,
 ) -> Option<EnginePlan> {
     let place = file.place(table);
-    let EngineTable { name, spec, root, passphrase_file, key_type, policy, program_share, process, sandbox } =
-        table.get_ref();
+    let EngineTable {
+        name,
+        spec,
+        root,
+        passphrase_file,
+        key_type,
+        policy,
+        program_share,
+        process,
+        sandbox,
+        deaths_max,
+    } = table.get_ref();
+    let deaths_max = match deaths_max.unwrap_or(DEATHS_MAX) {
+        0 => Err(
+            "deaths_max = 0: how many ends of the engine process within a minute are too many, at least 1",
+        ),
+        some => Ok(some),
+    };
     let home = process.as_deref().map(str::parse::<EngineHome>).transpose();
     let sandbox = sandbox.as_deref().map_or(Ok(SandboxArg::Report), choice);
     let policy = policy_from(policy.as_deref(), *program_share);
@@ -373,15 +393,26 @@ fn engine_plan(
         Some(Ok(root)) => Ok(root.relative_to(base)),
         Some(Err(error)) => Err(Failure::of("root", &error)),
     };
-    match (spec, root, key_type, policy, home, sandbox) {
-        (Ok(spec), Ok(root), Ok(key_type), Ok(policy), Ok(home), Ok(sandbox)) => {
+    match (spec, root, key_type, policy, home, sandbox, deaths_max) {
+        (Ok(spec), Ok(root), Ok(key_type), Ok(policy), Ok(home), Ok(sandbox), Ok(deaths_max)) => {
             let passphrase_file = passphrase_file.as_ref().map(|path| relative_to(base, Path::new(path)));
             let home = home.map(|home| home.relative_to(base));
             let require_sandbox = sandbox == SandboxArg::Require;
             let name = name.clone();
-            Some(EnginePlan { name, spec, root, passphrase_file, key_type, policy, home, require_sandbox })
+            Some(EnginePlan {
+                name,
+                spec,
+                root,
+                passphrase_file,
+                key_type,
+                policy,
+                home,
+                require_sandbox,
+                deaths_max,
+            })
         }
-        (spec, root, key_type, policy, home, sandbox) => {
+        (spec, root, key_type, policy, home, sandbox, deaths_max) => {
+            failures.extend(deaths_max.err().map(|why| wrong(&place, why)));
             failures.extend(home.err().map(|why| wrong(&place, &format!("process: {why}"))));
             failures.extend(sandbox.err().map(|why| wrong(&place, &format!("sandbox: {why}"))));
             failures.extend(policy.err().map(|why| wrong(&place, &why)));

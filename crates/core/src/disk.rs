@@ -5,6 +5,7 @@
 //! payload of a write right there, and sends the payload of a read from there: nothing is copied on the way.
 
 use crate::backing::{Access, Durability, Extent};
+use crate::batch::{Batch, Transfer};
 use crate::error::Error;
 use crate::memory::Buffer;
 use std::fmt;
@@ -106,6 +107,12 @@ impl Span {
         self.head..self.head + self.len
     }
 
+    /// Where the data units lie on the disk, in bytes.
+    pub(crate) fn units(&self) -> Range<u64> {
+        let start = self.offset - self.head as u64;
+        start..start + self.units_len as u64
+    }
+
     /// Where the payload lies on the disk, in bytes.
     #[must_use]
     pub fn offset(&self) -> u64 {
@@ -157,19 +164,35 @@ pub trait Disk: fmt::Debug + Send + Sync {
     /// [`Misaligned`](crate::error::ErrorKind::Misaligned); [`ReadOnly`](crate::error::ErrorKind::ReadOnly).
     fn check(&self, offset: u64, len: u64, access: Access) -> Result<(), Error>;
 
+    /// Does all pieces of `batch`, whose memory is in `buffer`, and leaves with each how it went.
+    ///
+    /// The payload of a write must be in its place before; the content of its place is meaningless afterwards. The
+    /// payload of a read is in its place afterwards, unless it failed. The pieces of a failed write may have the old or
+    /// the new content on the disk. A piece that fails fails alone, but for a failure of the engine: that hits all that
+    /// were read, or all that were written.
+    fn transfer(&self, batch: &mut Batch, buffer: &mut Buffer);
+
     /// Reads a piece: afterwards its payload is in `buffer`.
     ///
     /// # Errors
     ///
     /// What the backing or the engine says. The buffer's content is meaningless then.
-    fn read(&self, span: Span, buffer: &mut Buffer) -> Result<(), Error>;
+    fn read(&self, span: Span, buffer: &mut Buffer) -> Result<(), Error> {
+        let mut batch = Batch::of_one(span, Transfer::Read);
+        self.transfer(&mut batch, buffer);
+        batch.into_only_result()
+    }
 
     /// Writes a piece whose payload is in `buffer`. Afterwards the buffer's content is meaningless.
     ///
     /// # Errors
     ///
     /// What the backing or the engine says. Any part of the range may have the old or the new content then.
-    fn write(&self, span: Span, buffer: &mut Buffer, durability: Durability) -> Result<(), Error>;
+    fn write(&self, span: Span, buffer: &mut Buffer, durability: Durability) -> Result<(), Error> {
+        let mut batch = Batch::of_one(span, Transfer::Write(durability));
+        self.transfer(&mut batch, buffer);
+        batch.into_only_result()
+    }
 
     /// Makes every write that returned before stable.
     ///

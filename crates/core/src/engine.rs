@@ -203,6 +203,13 @@ pub trait Engine: fmt::Debug + Send + Sync {
         }
     }
 
+    /// Why requests with this key fail, and will go on failing until a person does something; `None` if the engine knows of
+    /// nothing. For status displays.
+    fn trouble(&self, key: &Key) -> Option<String> {
+        let _ = key;
+        None
+    }
+
     /// The process in which it runs, if that is another one.
     fn process(&self) -> Option<EngineProcess> {
         None

@@ -18,6 +18,7 @@
 
 pub mod admission;
 pub mod backing;
+pub mod batch;
 pub mod caps;
 pub mod config;
 pub mod context;

@@ -493,6 +493,12 @@ impl Admission {
         &self.profile
     }
 
+    /// Why its requests fail, and will go on failing until a person does something; `None` if the engine knows of nothing.
+    #[must_use]
+    pub fn trouble(&self) -> Option<String> {
+        self.profile.engine.trouble(&self.key)
+    }
+
     /// A large buffer that the engine can reach, if one is free. Does not wait.
     #[must_use]
     pub fn try_large_buffer(&self) -> Option<Buffer> {

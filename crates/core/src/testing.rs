@@ -19,6 +19,7 @@ pub struct FakeEngine {
     capabilities: Capabilities,
     slots: Vec<RwLock<Option<Held>>>,
     failures: AtomicU32,
+    crypts: AtomicU32,
     slot_hold: SlotHold,
     program_time: Duration,
 }
@@ -49,6 +50,7 @@ impl FakeEngine {
             capabilities,
             slots,
             failures: AtomicU32::new(0),
+            crypts: AtomicU32::new(0),
             slot_hold: SlotHold::WhileComputing,
             program_time: Duration::ZERO,
         }
@@ -76,6 +78,12 @@ impl FakeEngine {
         for slot in &self.slots {
             *slot.write().unwrap_or_else(PoisonError::into_inner) = None;
         }
+    }
+
+    /// How often it was called to encrypt or decrypt.
+    #[must_use]
+    pub fn crypts(&self) -> u32 {
+        self.crypts.load(Ordering::Relaxed)
     }
 
     fn expand(key: &Key) -> Result<Held, Error> {
@@ -137,6 +145,7 @@ impl Engine for FakeEngine {
         memory: &mut dyn Memory,
         pieces: &mut [Piece],
     ) -> Result<(), Error> {
+        self.crypts.fetch_add(1, Ordering::Relaxed);
         for piece in pieces {
             let data = &mut memory.bytes_mut()[piece.range.clone()];
             match key {

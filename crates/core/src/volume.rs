@@ -24,9 +24,10 @@
 //! with dm-crypt; a backing that writes `data unit size` bytes atomically does not tear it.)
 
 use crate::backing::{Access, Backing, Durability, Extent};
+use crate::batch::{Batch, Item, Transfer};
 use crate::config::{CryptoConfig, DataUnitSize, Mode};
 use crate::disk::{Disk, Geometry, Span, Unaligned, Zeroing};
-use crate::engine::Direction;
+use crate::engine::{Direction, Piece};
 use crate::error::{Error, ErrorKind, Op};
 use crate::memory::Buffer;
 use crate::profile::{Admission, Request};
@@ -245,12 +246,6 @@ impl Volume {
         offset & !(self.unit_bytes() - 1)
     }
 
-    /// The data units of a span, on the backing.
-    fn units_of(&self, span: &Span) -> Range<u64> {
-        let start = self.unit_floor(span.offset);
-        start..start + span.units_len as u64
-    }
-
     /// Encrypts or decrypts the data units of `range`, of which the first lies at `offset`.
     fn crypt(
         &self,
@@ -276,56 +271,76 @@ impl Volume {
     }
 
     /// Completes the first and last data unit of a write with what is on the disk.
-    fn fill_edges(
-        &self,
-        request: &mut Request<'_>,
-        span: &Span,
-        units: &Range<u64>,
-        buffer: &mut Buffer,
-    ) -> Result<(), Error> {
-        let payload = span.payload();
+    fn fill_edges(&self, request: &mut Request<'_>, item: &Item, buffer: &mut Buffer) -> Result<(), Error> {
+        let span = item.span();
+        let (payload, place, units) = (item.payload(), item.units(), span.units());
         let unit = usize::try_from(self.unit_bytes()).expect("at most 64 KiB");
-        let scratch = span.units_len..span.units_len + unit;
-        let last = span.units_len - unit;
-        if payload.start > 0 {
+        let scratch = place.end..place.end + unit;
+        let last = place.end - unit;
+        if payload.start > place.start {
             self.read_edge(request, units.start, scratch.clone(), buffer)?;
-            buffer.bytes_mut().copy_within(scratch.start..scratch.start + payload.start, 0);
-            if last == 0 {
+            let head = payload.start - place.start;
+            buffer.bytes_mut().copy_within(scratch.start..scratch.start + head, place.start);
+            if last == place.start {
                 // The same data unit also holds what comes behind the payload.
-                buffer.bytes_mut().copy_within(scratch.start + payload.end..scratch.end, payload.end);
+                let tail = payload.end - place.start;
+                buffer.bytes_mut().copy_within(scratch.start + tail..scratch.end, payload.end);
                 return Ok(());
             }
         }
-        if payload.end < span.units_len {
+        if payload.end < place.end {
             self.read_edge(request, units.end - self.unit_bytes(), scratch.clone(), buffer)?;
             buffer.bytes_mut().copy_within(scratch.start + (payload.end - last)..scratch.end, payload.end);
         }
         Ok(())
     }
 
-    fn write_locked(
+    /// Encrypts or decrypts the data units of all that is read, or written: one call of the engine.
+    fn crypt_all(
         &self,
-        span: &Span,
-        units: &Range<u64>,
+        request: &mut Request<'_>,
+        direction: Direction,
+        batch: &mut Batch,
         buffer: &mut Buffer,
-        durability: Durability,
-    ) -> Result<(), Error> {
-        let mut request = self.admission.begin()?;
-        if span.scratch_len > 0 {
-            self.fill_edges(&mut request, span, units, buffer)?;
+    ) {
+        let access = match direction {
+            Direction::Encrypt => Access::ReadWrite,
+            Direction::Decrypt => Access::ReadOnly,
+        };
+        let Batch { items, pieces, .. } = batch;
+        pieces.clear();
+        pieces.extend(
+            items.iter().filter(|item| item.goes(access)).map(|item| Piece {
+                first: self.layout.dun_at(item.span().units().start),
+                range: item.units(),
+            }),
+        );
+        if pieces.is_empty() {
+            return;
         }
-        self.crypt(&mut request, Direction::Encrypt, units.start, buffer, 0..span.units_len)?;
+        if let Err(error) = request.crypt_pieces(direction, buffer.memory_mut(), pieces) {
+            for item in items.iter_mut().filter(|item| item.goes(access)) {
+                item.set_result(Err(error.duplicate()));
+            }
+        }
+    }
+
+    /// Sends a write to the backing, once it is encrypted.
+    fn store(&self, item: &Item, durability: Durability, buffer: &Buffer) -> Result<(), Error> {
+        let span = item.span();
         // Only the sectors that were written: the others have the very bytes that are on the disk.
         let start = span.offset & !(self.granule - 1);
         let end = (span.offset + span.len as u64).next_multiple_of(self.granule);
-        let within = |at: u64| usize::try_from(at - units.start).expect("within the buffer");
+        let units = span.units();
+        let within = |at: u64| item.at() + usize::try_from(at - units.start).expect("within the buffer");
         self.backing.write(start, &buffer.bytes()[within(start)..within(end)], durability)
     }
 
     /// Whether a piece may be worked on at all. The export has checked the request; this guards against others.
-    fn check_piece(&self, span: &Span, buffer: &Buffer, access: Access) -> Result<(), Error> {
-        self.check(span.offset, span.len as u64, access)?;
-        if buffer.bytes().len() < span.buffer_bytes() {
+    fn check_piece(&self, item: &Item, buffer: &Buffer) -> Result<(), Error> {
+        let span = item.span();
+        self.check(span.offset, span.len as u64, item.transfer().access())?;
+        if buffer.bytes().len() < item.end() {
             return Err(Error::new(ErrorKind::Invalid, Op::Allocate).detail("the buffer is too small"));
         }
         Ok(())
@@ -384,20 +399,46 @@ impl Disk for Volume {
         Ok(())
     }
 
-    fn read(&self, span: Span, buffer: &mut Buffer) -> Result<(), Error> {
-        self.check_piece(&span, buffer, Access::ReadOnly)?;
-        let units = self.units_of(&span);
-        let _guard = self.locks.take(units.clone(), Sharing::Shared);
-        let mut request = self.admission.begin()?;
-        self.backing.read(units.start, &mut buffer.bytes_mut()[..span.units_len])?;
-        self.crypt(&mut request, Direction::Decrypt, units.start, buffer, 0..span.units_len)
-    }
-
-    fn write(&self, span: Span, buffer: &mut Buffer, durability: Durability) -> Result<(), Error> {
-        self.check_piece(&span, buffer, Access::ReadWrite)?;
-        let units = self.units_of(&span);
-        let _guard = self.locks.take(units.clone(), Sharing::Exclusive);
-        self.write_locked(&span, &units, buffer, durability)
+    fn transfer(&self, batch: &mut Batch, buffer: &mut Buffer) {
+        for item in &mut batch.items {
+            item.set_result(self.check_piece(item, buffer));
+        }
+        let tried = batch.items.iter().filter(|item| item.result().is_ok());
+        let _guard = self.locks.take_all(tried.map(|item| {
+            let sharing = match item.transfer() {
+                Transfer::Read => Sharing::Shared,
+                Transfer::Write(_) => Sharing::Exclusive,
+            };
+            (item.span().units(), sharing)
+        }));
+        let mut request = match self.admission.begin() {
+            Ok(request) => request,
+            Err(error) => {
+                for item in batch.items.iter_mut().filter(|item| item.result().is_ok()) {
+                    item.set_result(Err(error.duplicate()));
+                }
+                return;
+            }
+        };
+        for item in batch.items.iter_mut().filter(|item| item.result().is_ok()) {
+            let result = match item.transfer() {
+                Transfer::Read => {
+                    self.backing.read(item.span().units().start, &mut buffer.bytes_mut()[item.units()])
+                }
+                Transfer::Write(_) if item.span().scratch_len > 0 => {
+                    self.fill_edges(&mut request, item, buffer)
+                }
+                Transfer::Write(_) => Ok(()),
+            };
+            item.set_result(result);
+        }
+        self.crypt_all(&mut request, Direction::Decrypt, batch, buffer);
+        self.crypt_all(&mut request, Direction::Encrypt, batch, buffer);
+        for item in batch.items.iter_mut().filter(|item| item.result().is_ok()) {
+            if let Transfer::Write(durability) = item.transfer() {
+                item.set_result(self.store(item, durability, buffer));
+            }
+        }
     }
 
     fn flush(&self) -> Result<(), Error> {

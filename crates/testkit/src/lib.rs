@@ -1,9 +1,10 @@
-//! Test support: an NBD client of its own, what a disk must hold, real programs or a loud skip, servers and mounts that are
-//! gone with the test.
+//! Test support: an NBD client of its own, what a disk must hold, what a process has in memory, real programs or a loud skip,
+//! servers and mounts that are gone with the test.
 //!
 //! Depends on none of our other crates, so that a misunderstanding of the protocol in them is not shared here.
 #![forbid(unsafe_code)]
 
+pub mod memory;
 pub mod nbd;
 pub mod pattern;
 pub mod process;

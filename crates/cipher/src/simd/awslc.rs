@@ -12,12 +12,85 @@
 //! that a key set up for nothing costs no key schedule; nothing is allocated after that.
 
 use aws_lc_sys as sys;
+use std::alloc::{self, Layout};
 use std::cell::Cell;
+use std::ffi::{c_char, c_int, c_void};
 use std::fmt;
+use std::mem::MaybeUninit;
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use zeroize::Zeroizing;
+use zeroize::{Zeroize as _, Zeroizing};
+
+/// Bytes before what an [`allocate`]d block gives out, where its size is noted; what keeps it aligned for anything.
+const NOTE_BYTES: usize = 16;
+
+/// From now on, AWS-LC's memory comes from the program's own allocator, and is wiped when it is freed. Without this, contexts lie
+/// in the C library's heap, whatever allocator the program has. Says whether it is so; not once AWS-LC has been told something
+/// else.
+///
+/// To be called before AWS-LC is used for the first time: what it has allocated before, it would free with the wrong function.
+pub(crate) fn allocate_as_rust_does() -> bool {
+    // SAFETY: three functions that keep the bargain of malloc, realloc and free with each other, and never unwind.
+    unsafe { sys::CRYPTO_set_mem_functions(Some(allocate), Some(reallocate), Some(free)) == 1 }
+}
+
+fn layout(bytes: usize) -> Option<Layout> {
+    Layout::from_size_align(bytes.checked_add(NOTE_BYTES)?, NOTE_BYTES).ok()
+}
+
+extern "C" fn allocate(bytes: usize, _file: *const c_char, _line: c_int) -> *mut c_void {
+    let Some(layout) = layout(bytes) else { return ptr::null_mut() };
+    // SAFETY: not of size zero, since the note is in it.
+    let block = unsafe { alloc::alloc(layout) };
+    if block.is_null() {
+        return ptr::null_mut();
+    }
+    // SAFETY: the block begins with room for a number, and is aligned for it.
+    unsafe { block.cast::<usize>().write(bytes) };
+    // SAFETY: the block is NOTE_BYTES longer than what is given out.
+    unsafe { block.add(NOTE_BYTES) }.cast()
+}
+
+/// How many bytes `allocate` was asked for.
+///
+/// # Safety
+///
+/// `at` is what `allocate` gave, and was not freed.
+unsafe fn size(at: *mut c_void) -> usize {
+    // SAFETY: the caller's promise: the note lies right before it.
+    let note = unsafe { at.cast::<u8>().sub(NOTE_BYTES) };
+    // SAFETY: written by `allocate`.
+    unsafe { note.cast::<usize>().read() }
+}
+
+extern "C" fn reallocate(at: *mut c_void, bytes: usize, file: *const c_char, line: c_int) -> *mut c_void {
+    let new = allocate(bytes, file, line);
+    if at.is_null() || new.is_null() {
+        return new;
+    }
+    // SAFETY: AWS-LC gives back what `allocate` gave it.
+    let old = unsafe { size(at) };
+    // SAFETY: both are as long as the shorter one, and apart.
+    unsafe { ptr::copy_nonoverlapping(at.cast::<u8>(), new.cast::<u8>(), old.min(bytes)) };
+    free(at, file, line);
+    new
+}
+
+extern "C" fn free(at: *mut c_void, _file: *const c_char, _line: c_int) {
+    if at.is_null() {
+        return;
+    }
+    // SAFETY: AWS-LC gives back what `allocate` gave it.
+    let bytes = unsafe { size(at) };
+    // SAFETY: its owner gives up these bytes, which are valid until the deallocation below.
+    unsafe { std::slice::from_raw_parts_mut(at.cast::<MaybeUninit<u8>>(), bytes) }.zeroize();
+    // SAFETY: the block begins NOTE_BYTES before.
+    let block = unsafe { at.cast::<u8>().sub(NOTE_BYTES) };
+    let layout = layout(bytes).expect("it was good when it was allocated");
+    // SAFETY: allocated with this very layout, and nobody has it any more.
+    unsafe { alloc::dealloc(block, layout) };
+}
 
 /// What a context computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

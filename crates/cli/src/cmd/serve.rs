@@ -621,6 +621,8 @@ impl Running {
                 .map(|(served, export)| {
                     let layout = served.volume.layout();
                     let admission = served.volume.admission();
+                    let lost = served.backing.lost().map(|why| ("data_lost", why.to_owned()));
+                    let trouble = lost.or_else(|| admission.trouble().map(|why| ("no_key", why)));
                     VolumeReport {
                         name: served.name.clone(),
                         path: served.path.display().to_string(),
@@ -640,8 +642,8 @@ impl Running {
                             ServedBy::Engine => "engine",
                             ServedBy::Fallback => "fallback",
                         },
-                        state: if served.backing.lost().is_some() { "data_lost" } else { "ok" },
-                        reason: served.backing.lost().map(str::to_owned),
+                        state: trouble.as_ref().map_or("ok", |(state, _)| state),
+                        reason: trouble.map(|(_, why)| why),
                         backing_failures: served.backing.failures(),
                         counters: export.counters,
                     }

@@ -267,6 +267,16 @@ pub(crate) fn fio(program: &Path, place: &Place, uri: &str, block: &str, more: &
     fio
 }
 
+/// fio, if it is there and speaks NBD.
+pub(crate) fn fio_program() -> Option<PathBuf> {
+    let program = require_tool("fio")?;
+    if !run(Command::new(&program).arg("--enghelp")).contains("\tnbd") {
+        crate::rig::skip("this fio has no NBD engine");
+        return None;
+    }
+    Some(program)
+}
+
 /// A controller that is reset once a second loses its keyslots each time; nobody notices but by a pause.
 #[test]
 fn fio_verifies_while_the_engine_is_reset_once_a_second() {
@@ -303,11 +313,7 @@ fn fio_verifies_while_the_engine_is_reset_once_a_second() {
 
 #[test]
 fn fio_finds_what_it_wrote_and_notices_when_it_does_not() {
-    let Some(program) = require_tool("fio") else { return };
-    if !run(Command::new(&program).arg("--enghelp")).contains("\tnbd") {
-        crate::rig::skip("this fio has no NBD engine");
-        return;
-    }
+    let Some(program) = fio_program() else { return };
     for (layout, block) in LAYOUTS.into_iter().zip(["512", "4k", "512"]) {
         let (place, server) = created("24MiB", layout);
         let said = run(&mut fio(&program, &place, &server.uri("v"), block, &["--do_verify=1"]));

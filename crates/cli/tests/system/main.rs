@@ -8,6 +8,8 @@
 //!   kill          kill -9 during writes
 //!   engine_service   engine processes for several servers
 //!   trouble       full, shortened and read-only disks; signals; rude clients; service managers
+//!   isolation     what is in whose memory, which system calls the engine process makes, what of its cage is missing
+//!   engine_death  kill -9 of the engine process
 //!   upgrade       a new server takes over from the one that serves
 //!   others_bugs   what went wrong elsewhere
 //!     rig         places, servers, what was logged
@@ -19,8 +21,10 @@
 
 mod clients;
 mod dm_crypt;
+mod engine_death;
 mod engine_service;
 mod filesystem;
+mod isolation;
 mod kill;
 mod load;
 mod many_volumes;

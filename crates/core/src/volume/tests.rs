@@ -141,6 +141,50 @@ proptest! {
         run(Mode::Aes256Xts, 1 << unit, None, align, steps);
     }
 
+    /// The same with many pieces at once.
+    #[test]
+    fn batches_leave_what_their_pieces_would_one_after_the_other(
+        unit in 9u32..=16,
+        align in 0u32..=12,
+        small in any::<bool>(),
+        pieces in proptest::collection::vec((any::<bool>(), 0..SIZE, 1..9000usize, any::<u8>()), 1..80),
+    ) {
+        let align = 1 << align.min(unit);
+        let (volume, backing) = volume(Mode::Aes256Xts, 1 << unit, None, align);
+        let buffer = &mut buffers(&volume)[usize::from(small)];
+        let mut oracle = decrypted(Mode::Aes256Xts, 1 << unit, &backing);
+        let (mut batch, mut seeds) = (Batch::default(), Vec::new());
+        let mut todo = pieces.into_iter().peekable();
+        while let Some(&(writes, offset, len, seed)) = todo.peek() {
+            let span = volume.span(offset as u64, len.min(SIZE - offset) as u64, SMALL_BUFFER_BYTES);
+            let transfer = if writes { Transfer::Write(Durability::Cached) } else { Transfer::Read };
+            if let Some(place) = batch.push(span, transfer, buffer.bytes().len()) {
+                if writes {
+                    buffer.bytes_mut()[place].fill(seed);
+                }
+                seeds.push(seed);
+                todo.next();
+                if todo.peek().is_some() {
+                    continue;
+                }
+            }
+            prop_assert!(!batch.is_empty());
+            volume.transfer(&mut batch, buffer);
+            for (item, seed) in batch.items().iter().zip(&seeds) {
+                item.result().as_ref().unwrap();
+                let start = usize::try_from(item.span().offset()).unwrap();
+                let known = &mut oracle[start..start + item.span().len];
+                match item.transfer() {
+                    Transfer::Read => prop_assert!(buffer.bytes()[item.payload()] == *known),
+                    Transfer::Write(_) => known.fill(*seed),
+                }
+            }
+            batch.clear();
+            seeds.clear();
+        }
+        prop_assert!(decrypted(Mode::Aes256Xts, 1 << unit, &backing) == oracle);
+    }
+
     #[test]
     fn volumes_of_other_modes_are_arrays_of_blocks(
         which in 0usize..3, steps in proptest::collection::vec(step(4096), 1..10)
@@ -241,6 +285,98 @@ fn a_failed_program_is_an_error_to_this_request_and_no_other() {
     let error = write(&volume, 0, &[7; 4096], &mut buffer).unwrap_err();
     assert_eq!(error.chain(), "program keyslot: the engine failed: told to fail");
     assert!(write(&volume, 0, &[7; 4096], &mut buffer).is_ok());
+}
+
+/// Three reads and three writes of 4 KiB each, at multiples of 16 KiB.
+fn batch_of_six(volume: &Volume) -> Batch {
+    let mut batch = Batch::default();
+    for index in 0..6 {
+        let span = volume.span(index * 16_384, 4096, SMALL_BUFFER_BYTES);
+        let transfer = if index % 2 == 0 { Transfer::Read } else { Transfer::Write(Durability::Cached) };
+        batch.push(span, transfer, SMALL_BUFFER_BYTES).unwrap();
+    }
+    batch
+}
+
+#[test]
+fn a_batch_goes_to_the_engine_once_each_way() {
+    let engine = Arc::new(FakeEngine::with_keyslots(1));
+    let backing = Arc::new(MemBacking::new(SIZE, 1));
+    let volume = volume_on(&profile(engine.clone()), Mode::Aes256Xts, 4096, None, backing).unwrap();
+    let mut batch = batch_of_six(&volume);
+    volume.transfer(&mut batch, &mut buffers(&volume)[0]);
+    assert!(batch.items().iter().all(|item| item.result().is_ok()));
+    assert_eq!(engine.crypts(), 2);
+}
+
+#[test]
+fn a_piece_that_cannot_be_done_fails_alone() {
+    /// Its second 64 KiB cannot be read, its third not be written.
+    #[derive(Debug)]
+    struct Scratched(MemBacking);
+
+    impl Backing for Scratched {
+        fn facts(&self) -> crate::backing::BackingFacts {
+            self.0.facts()
+        }
+
+        fn read(&self, offset: u64, data: &mut [u8]) -> Result<(), Error> {
+            match offset >> 16 {
+                1 => Err(Error::new(ErrorKind::Backing, Op::Read)),
+                _ => self.0.read(offset, data),
+            }
+        }
+
+        fn write(&self, offset: u64, data: &[u8], durability: Durability) -> Result<(), Error> {
+            match offset >> 16 {
+                2 => Err(Error::new(ErrorKind::NoSpace, Op::Write)),
+                _ => self.0.write(offset, data, durability),
+            }
+        }
+
+        fn flush(&self) -> Result<(), Error> {
+            self.0.flush()
+        }
+
+        fn discard(&self, offset: u64, len: u64) -> Result<(), Error> {
+            self.0.discard(offset, len)
+        }
+
+        fn extents(&self, offset: u64, len: u64, extents_max: usize) -> Result<Vec<Extent>, Error> {
+            self.0.extents(offset, len, extents_max)
+        }
+
+        fn prefetch(&self, offset: u64, len: u64) {
+            self.0.prefetch(offset, len);
+        }
+    }
+
+    let profile = profile(Arc::new(FakeEngine::with_keyslots(1)));
+    let backing = Arc::new(Scratched(MemBacking::new(SIZE, 1)));
+    let volume = volume_on(&profile, Mode::Aes256Xts, 4096, None, backing).unwrap();
+    let buffer = &mut buffers(&volume)[0];
+    let write = Transfer::Write(Durability::Cached);
+    let mut batch = Batch::default();
+    let pieces = [
+        (0, 4096, Transfer::Read, None),
+        (65_536, 4096, Transfer::Read, Some(ErrorKind::Backing)),
+        // Begins inside a data unit, the rest of which would have to be read.
+        (65_536 + 8192 + 1, 512, write, Some(ErrorKind::Backing)),
+        (65_536 + 16_384, 4096, write, None),
+        (131_072, 4096, write, Some(ErrorKind::NoSpace)),
+        (131_072 + 4096, 4096, Transfer::Read, None),
+        (SIZE as u64, 4096, write, Some(ErrorKind::PastEnd)),
+        (196_608, 4096, write, None),
+    ];
+    for (offset, len, transfer, _) in pieces {
+        let span = Span::cut(4096, offset, len, SMALL_BUFFER_BYTES);
+        let place = batch.push(span, transfer, buffer.bytes().len()).unwrap();
+        buffer.bytes_mut()[place].fill(7);
+    }
+    volume.transfer(&mut batch, buffer);
+    let results = batch.items().iter().map(|item| item.result().as_ref().err().map(Error::kind));
+    assert_eq!(results.collect::<Vec<_>>(), pieces.map(|(.., kind)| kind));
+    assert_eq!(read(&volume, 196_608, 4096, buffer).unwrap(), [7; 4096]);
 }
 
 #[test]

@@ -33,8 +33,7 @@ use zeroize::Zeroizing;
 /// Gives the root's material for each start of the engine process.
 pub type RootGiver = dyn Fn() -> Result<RootMaterial, Error> + Send + Sync;
 
-/// So many ends within [`DEATHS_TIME`] are too many: something is wrong that another start does not cure.
-const DEATHS_MAX: usize = 3;
+/// Within which time [`Options::deaths_max`] ends are too many: something is wrong that another start does not cure.
 const DEATHS_TIME: Duration = Duration::from_secs(60);
 
 /// What is to run in an engine process, and how.
@@ -50,7 +49,12 @@ pub struct Options {
     pub data_bytes: usize,
     /// Whether to refuse a process that is not locked up entirely.
     pub require_sandbox: bool,
+    /// How many ends of the process within a minute are too many. After that many, no other is started.
+    pub deaths_max: u32,
 }
+
+/// What [`Options::deaths_max`] usually is.
+pub const DEATHS_MAX: u32 = 3;
 
 impl Options {
     /// Runs `spec` with the usual numbers: as many lanes as there are CPUs, but at least four, and a gibibyte of room.
@@ -63,6 +67,7 @@ impl Options {
             lanes: u32::try_from(cpus).unwrap_or(LANES_MAX).clamp(4, LANES_MAX),
             data_bytes: 1 << 30,
             require_sandbox: false,
+            deaths_max: DEATHS_MAX,
         }
     }
 }
@@ -244,7 +249,13 @@ struct Deposit {
     again: Option<Arc<dyn RawKeySource>>,
     generation: u64,
     now: u64,
+    /// Why it could not be had again, when that was last tried.
+    trouble: Option<String>,
 }
+
+/// What becomes of a raw key that nobody can give again.
+const NOT_AGAIN: &str = "the engine process was started again, and this raw key cannot be had again without asking; restart the \
+                         server";
 
 /// Why an order was not answered.
 enum Trouble {
@@ -370,9 +381,10 @@ impl Host {
             while deaths.front().is_some_and(|death| ended.duration_since(*death) > DEATHS_TIME) {
                 deaths.pop_front();
             }
-            if deaths.len() >= DEATHS_MAX {
+            if deaths.len() >= self.options.deaths_max as usize {
                 return self.stop(format!(
-                    "the engine process ended {DEATHS_MAX} times within a minute; see its messages, and restart the server"
+                    "the engine process ended {} times within a minute; see its messages, and restart the server",
+                    deaths.len()
                 ));
             }
             tracing::warn!("the engine process has ended; starting another");
@@ -559,14 +571,12 @@ impl Host {
         let mut deposits = self.deposits.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(deposit) = deposits.get_mut(&ticket) else { return Ok(ticket) };
         if deposit.generation != session.generation {
-            let again = deposit.again.as_ref().ok_or_else(|| {
-                Error::new(ErrorKind::EngineGone, Op::Program).detail(
-                    "the engine process was started again, and this raw key cannot be had again without asking; restart the \
-                     server",
-                )
-            })?;
-            deposit.now = session.deposit(&again.read()?)?.ticket;
+            let gone = |why: String| Error::new(ErrorKind::EngineGone, Op::Program).detail(why);
+            let again = deposit.again.as_ref().ok_or_else(|| gone(NOT_AGAIN.to_owned()))?;
+            let raw = again.read().inspect_err(|error| deposit.trouble = Some(error.chain()))?;
+            deposit.now = session.deposit(&raw)?.ticket;
             deposit.generation = session.generation;
+            deposit.trouble = None;
         }
         Ok(deposit.now)
     }
@@ -879,7 +889,7 @@ impl Engine for IsolatedEngine {
             self.host().ask(Op::InitKey, |session| Ok((session.deposit(&raw)?, session.generation)))?;
         // One number per start would not be unique over all of them.
         let ticket = generation << 32 | deposited.ticket;
-        let deposit = Deposit { again, generation, now: deposited.ticket };
+        let deposit = Deposit { again, generation, now: deposited.ticket, trouble: None };
         self.host().deposits.lock().unwrap_or_else(PoisonError::into_inner).insert(ticket, deposit);
         Ok(KeyForm::Deposited(DepositedKey { ticket, ..deposited }))
     }
@@ -914,6 +924,26 @@ impl Engine for IsolatedEngine {
                 other => Err(other.into_error(Op::Open)),
             });
         answer.unwrap_or(None)
+    }
+
+    fn trouble(&self, key: &Key) -> Option<String> {
+        let (stopped, generation) = {
+            let line = self.host().line();
+            (line.stopped.clone(), line.session.as_ref().map(|session| session.generation))
+        };
+        if stopped.is_some() {
+            return stopped;
+        }
+        let KeyForm::Deposited(key) = key.form() else { return None };
+        let deposits = self.host().deposits.lock().unwrap_or_else(PoisonError::into_inner);
+        let deposit = deposits.get(&key.ticket)?;
+        if generation.is_none_or(|now| now == deposit.generation) {
+            return None;
+        }
+        match deposit.again {
+            Some(_) => deposit.trouble.clone(),
+            None => Some(NOT_AGAIN.to_owned()),
+        }
     }
 
     fn process(&self) -> Option<EngineProcess> {

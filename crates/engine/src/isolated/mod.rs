@@ -22,6 +22,15 @@ pub(crate) mod proto;
 mod ring;
 mod sandbox;
 
+/// The names of the system calls that an engine process may make, each with the code that needs it.
+#[doc(hidden)]
+pub fn allowed_system_calls() -> impl Iterator<Item = (&'static str, &'static str)> {
+    sandbox::allowed()
+}
+
+#[doc(hidden)]
+pub use process::fuzzing;
+
 pub use client::{Isolated, IsolatedEngine, Options, start};
 /// The first argument of a program that is to become an engine process: it calls [`process::run`] then, before anything else.
 pub const PROCESS_VERB: &str = "engine-process";

@@ -11,6 +11,9 @@
 //! - What the host writes into shared memory or messages is checked here; the worst that a bad host can do is to encrypt with
 //!   keys that it was given anyway.
 
+#[doc(hidden)]
+pub mod fuzzing;
+
 use super::proto::{
     self, Answer, Inbox, Order, Secret, VERSION, WireEngine, WireForm, WireKey, WireStep, kind_code,
     with_failure,
@@ -72,6 +75,11 @@ pub fn run(socket: OwnedFd) -> ! {
             eprintln!("inlinecrypt engine process: no memory for keys: {why}");
             std::process::exit(3);
         }
+    }
+    // Where the CPU has no AES instructions a library's contexts hold keys: they would be in the C library's heap.
+    if !inlinecrypt_cipher::allocate_as_rust_does() {
+        eprintln!("inlinecrypt engine process: the library's memory cannot be secret");
+        std::process::exit(3);
     }
     // On a stack in secret memory; this first thread's own is the only one that is not.
     let serving = Box::new(move || {
@@ -194,10 +202,12 @@ fn serve(socket: OwnedFd, cage: Cage, mut report: Report) -> io::Result<()> {
 }
 
 /// The engines, once they were started: what control and lanes share.
+#[derive(Debug)]
 struct Hosted {
     engines: Vec<HostedEngine>,
 }
 
+#[derive(Debug)]
 struct HostedEngine {
     engine: Arc<dyn Engine>,
     /// Data unit size of the key in each keyslot, in bytes; 0 if none is. What lanes cut pieces at.
@@ -221,6 +231,7 @@ impl HostedEngine {
 }
 
 /// What the control thread knows.
+#[derive(Debug)]
 struct Control {
     hosted: Arc<OnceLock<Hosted>>,
     deposits: HashMap<u64, RawKey>,
@@ -456,16 +467,28 @@ fn work(
             cpu = Some(head.cpu);
             follow_to(head.cpu);
         }
-        match hosted.get() {
-            Some(hosted) => match transform(region, &lane, floor, hosted, &head, &pieces) {
-                Ok(()) => lane.answer(0, ""),
-                Err(error) => {
-                    let code = 1 + u32::from(kind_code(error.kind()));
-                    lane.answer(code, error.detail_text().unwrap_or_default());
-                }
-            },
-            None => lane.answer(1 + u32::from(kind_code(ErrorKind::NoKey)), "no engine was started"),
-        }
+        attend(region, &lane, floor, hosted.get(), &head, &pieces);
+    }
+}
+
+/// Does one order and answers it.
+fn attend(
+    region: &Region,
+    lane: &Lane<'_>,
+    floor: usize,
+    hosted: Option<&Hosted>,
+    head: &Head,
+    pieces: &[WirePiece],
+) {
+    match hosted {
+        Some(hosted) => match transform(region, lane, floor, hosted, head, pieces) {
+            Ok(()) => lane.answer(0, ""),
+            Err(error) => {
+                let code = 1 + u32::from(kind_code(error.kind()));
+                lane.answer(code, error.detail_text().unwrap_or_default());
+            }
+        },
+        None => lane.answer(1 + u32::from(kind_code(ErrorKind::NoKey)), "no engine was started"),
     }
 }
 

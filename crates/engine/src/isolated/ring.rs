@@ -200,6 +200,11 @@ impl<'r> Lane<'r> {
         }
         self.region.copy_in(self.base + ORDER, &head.to_bytes());
         self.region.long(self.base + PROGRESS).store(0, Ordering::Relaxed);
+        self.hand_over(generation);
+    }
+
+    /// The order is complete: wakes the engine.
+    pub(crate) fn hand_over(&self, generation: u64) {
         self.turn().store(turn_of(generation), Ordering::SeqCst);
         if self.engine_sleeps().load(Ordering::SeqCst) != 0 {
             wake(self.turn());
@@ -272,6 +277,14 @@ impl<'r> Lane<'r> {
             piece.range.start += bytes;
             piece.first = piece.first.wrapping_add((bytes / unit_bytes) as u64);
         }
+    }
+
+    /// What `post` leaves of an order that nobody has checked, from where the order begins.
+    pub(crate) fn bytes_of(head: Head, pieces: &[WirePiece]) -> Vec<u8> {
+        let mut bytes = head.to_bytes().to_vec();
+        bytes.resize(PIECES - ORDER, 0);
+        bytes.extend(pieces.iter().flat_map(|piece| piece.to_bytes()));
+        bytes
     }
 
     // The engine's side.

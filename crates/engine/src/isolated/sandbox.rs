@@ -115,34 +115,51 @@ fn landlock() -> io::Result<()> {
     }
 }
 
+/// A system call by its number and name, and the code that needs it.
+macro_rules! calls {
+    ($($number:ident: $reason:literal,)*) => { &[$((libc::$number, stringify!($number), $reason)),*] };
+}
+
 /// The system calls that an engine process makes, each with the code that needs it. Anything else gets EPERM, as a test from
 /// inside must be able to tell.
-const ALLOWED: &[(i64, &str)] = &[
-    (libc::SYS_recvmsg, "orders: isolated/process.rs"),
-    (libc::SYS_sendmsg, "answers: isolated/process.rs"),
-    (libc::SYS_read, "a root file or the pipe of a root's helper, by descriptor: root.rs"),
-    (libc::SYS_close, "those descriptors"),
-    (libc::SYS_fstat, "how long such a file is"),
-    (libc::SYS_lseek, "reading one from its beginning"),
-    (libc::SYS_futex, "waiting for orders and waking the host: isolated/ring.rs; locks"),
-    (libc::SYS_sched_setaffinity, "a lane follows its host thread to another CPU: isolated/process.rs"),
-    (libc::SYS_sched_yield, "locks of the standard library under contention"),
-    (libc::SYS_getrandom, "new keys: random.rs"),
-    (libc::SYS_clock_nanosleep, "the time that the ICE model takes to program: ice/mod.rs"),
-    (libc::SYS_clock_gettime, "clocks, where the kernel does not answer in user space"),
-    (libc::SYS_madvise, "what an allocation of megabytes is marked with: sys/secret.rs"),
-    (libc::SYS_munmap, "the end of one"),
-    (libc::SYS_rt_sigprocmask, "the C library ends a thread"),
-    (libc::SYS_rt_sigreturn, "the end of a signal handler"),
-    (libc::SYS_restart_syscall, "the kernel continues a sleep after a stop"),
-    (libc::SYS_exit, "the end of a thread"),
-    (libc::SYS_exit_group, "the end of the process"),
+const ALLOWED: &[(i64, &str, &str)] = calls![
+    SYS_recvmsg: "orders: isolated/process.rs",
+    SYS_sendmsg: "answers: isolated/process.rs",
+    SYS_read: "a root file or the pipe of a root's helper, by descriptor: root.rs",
+    SYS_close: "those descriptors",
+    SYS_fstat: "how long such a file is",
+    SYS_lseek: "reading one from its beginning",
+    SYS_futex: "waiting for orders and waking the host: isolated/ring.rs; locks",
+    SYS_sched_setaffinity: "a lane follows its host thread to another CPU: isolated/process.rs",
+    SYS_sched_yield: "locks of the standard library under contention",
+    SYS_getrandom: "new keys: random.rs",
+    SYS_clock_nanosleep: "the time that the ICE model takes to program: ice/mod.rs",
+    SYS_clock_gettime: "clocks, where the kernel does not answer in user space",
+    SYS_madvise: "what an allocation of megabytes is marked with: sys/secret.rs",
+    SYS_munmap: "the end of one",
+    SYS_rt_sigprocmask: "the C library ends a thread",
+    SYS_rt_sigreturn: "the end of a signal handler",
+    SYS_restart_syscall: "the kernel continues a sleep after a stop",
+    SYS_exit: "the end of a thread",
+    SYS_exit_group: "the end of the process",
 ];
+
+/// Those that are allowed with some arguments only: [`seccomp`] says which.
+const ALLOWED_IN_PART: &[(i64, &str, &str)] = calls![
+    SYS_mmap: "memory for opening a root with a passphrase: anonymous, and nothing that can be executed",
+    SYS_write: "the last words of a panic, on standard error",
+    SYS_writev: "likewise",
+];
+
+/// The names of the system calls that an engine process is allowed, and the code that needs each.
+pub(crate) fn allowed() -> impl Iterator<Item = (&'static str, &'static str)> {
+    let all = ALLOWED.iter().chain(ALLOWED_IN_PART);
+    all.map(|(_number, name, reason)| (name.trim_start_matches("SYS_"), *reason))
+}
 
 fn seccomp() -> io::Result<()> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
-        ALLOWED.iter().map(|(number, _reason)| (*number, Vec::new())).collect();
-    // Memory for opening a root with a passphrase: anonymous, and nothing that can be executed.
+        ALLOWED.iter().map(|(number, ..)| (*number, Vec::new())).collect();
     let anonymous = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS).unsigned_abs().into();
     let data = (libc::PROT_READ | libc::PROT_WRITE).unsigned_abs().into();
     let condition = |argument, value| {
@@ -152,7 +169,6 @@ fn seccomp() -> io::Result<()> {
     let memory =
         SeccompRule::new(vec![condition(2, data)?, condition(3, anonymous)?]).map_err(io::Error::other)?;
     rules.insert(libc::SYS_mmap, vec![memory]);
-    // The last words of a panic, on standard error.
     let standard_error = || SeccompRule::new(vec![condition(0, 2)?]).map_err(io::Error::other);
     rules.insert(libc::SYS_write, vec![standard_error()?]);
     rules.insert(libc::SYS_writev, vec![standard_error()?]);

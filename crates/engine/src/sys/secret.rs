@@ -38,14 +38,14 @@ impl fmt::Display for SecretMemory {
             Self::Locked { bytes } => {
                 write!(
                     f,
-                    "heap and stacks in locked memory ({} MiB): the kernel has no memfd_secret",
+                    "heap and stacks in locked memory ({} MiB): no memfd_secret, for lack of it or by RLIMIT_MEMLOCK",
                     mib(bytes)
                 )
             }
             Self::Unlocked { bytes } => write!(
                 f,
-                "heap and stacks in ordinary memory ({} MiB): the kernel has no memfd_secret, and RLIMIT_MEMLOCK allows \
-                 no locking",
+                "heap and stacks in ordinary memory ({} MiB): neither memfd_secret nor locking, for lack of them or by \
+                 RLIMIT_MEMLOCK",
                 mib(bytes)
             ),
         }

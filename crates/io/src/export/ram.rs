@@ -1,6 +1,7 @@
 //! A disk in memory, without encryption: for trying exports, and for tests, where it fails and dawdles on demand.
 
 use inlinecrypt_core::backing::{Access, Durability, Extent};
+use inlinecrypt_core::batch::{Batch, Transfer};
 use inlinecrypt_core::disk::{CHUNK_BYTES, Disk, Geometry, LARGE_BUFFER_BYTES, Span, Unaligned, Zeroing};
 use inlinecrypt_core::error::{Error, ErrorKind, Op};
 use inlinecrypt_core::memory::{Buffer, HeapSource, MemoryPool};
@@ -140,6 +141,28 @@ impl RamDisk {
         (&self.chunks[index], within)
     }
 
+    fn load(&self, span: Span, payload: &mut [u8]) -> Result<(), Error> {
+        self.fault(Op::Read, span)?;
+        let (chunk, start) = self.locate(span.offset());
+        match &*chunk.read().unwrap_or_else(PoisonError::into_inner) {
+            Some(bytes) => payload.copy_from_slice(&bytes[start..][..payload.len()]),
+            None => payload.fill(0),
+        }
+        Ok(())
+    }
+
+    fn store(&self, span: Span, payload: &[u8], durability: Durability) -> Result<(), Error> {
+        self.fault(Op::Write, span)?;
+        let (chunk, start) = self.locate(span.offset());
+        let mut chunk = chunk.write().unwrap_or_else(PoisonError::into_inner);
+        let bytes = chunk.get_or_insert_with(|| vec![0; CHUNK_BYTES].into_boxed_slice());
+        bytes[start..][..payload.len()].copy_from_slice(payload);
+        if durability == Durability::Durable {
+            self.durable_writes.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
     /// Runs `change` on each chunk's part of a range.
     fn for_each_chunk(
         &self,
@@ -197,28 +220,15 @@ impl Disk for RamDisk {
         Ok(())
     }
 
-    fn read(&self, span: Span, buffer: &mut Buffer) -> Result<(), Error> {
-        self.fault(Op::Read, span)?;
-        let payload = &mut buffer.bytes_mut()[span.payload()];
-        let (chunk, start) = self.locate(span.offset());
-        match &*chunk.read().unwrap_or_else(PoisonError::into_inner) {
-            Some(bytes) => payload.copy_from_slice(&bytes[start..][..payload.len()]),
-            None => payload.fill(0),
+    fn transfer(&self, batch: &mut Batch, buffer: &mut Buffer) {
+        for item in batch.items_mut() {
+            let payload = &mut buffer.bytes_mut()[item.payload()];
+            let result = match item.transfer() {
+                Transfer::Read => self.load(item.span(), payload),
+                Transfer::Write(durability) => self.store(item.span(), payload, durability),
+            };
+            item.set_result(result);
         }
-        Ok(())
-    }
-
-    fn write(&self, span: Span, buffer: &mut Buffer, durability: Durability) -> Result<(), Error> {
-        self.fault(Op::Write, span)?;
-        let payload = &buffer.bytes()[span.payload()];
-        let (chunk, start) = self.locate(span.offset());
-        let mut chunk = chunk.write().unwrap_or_else(PoisonError::into_inner);
-        let bytes = chunk.get_or_insert_with(|| vec![0; CHUNK_BYTES].into_boxed_slice());
-        bytes[start..][..payload.len()].copy_from_slice(payload);
-        if durability == Durability::Durable {
-            self.durable_writes.fetch_add(1, Ordering::Relaxed);
-        }
-        Ok(())
     }
 
     fn flush(&self) -> Result<(), Error> {

@@ -86,6 +86,8 @@ macro_rules! loops {
             input: [Vector; N],
             masks: [Vector; N],
         ) -> [Vector; N] {
+            // Read anew: kept from one call to the next, keys would be spilled, and lie about on the stack.
+            let keys = black_box(keys);
             let mut state = input;
             let mut before = broadcast(&keys[0]);
             for state in &mut state {
@@ -192,7 +194,7 @@ macro_rules! loops {
             end: *const u8,
             next: impl Fn(usize, Vector) -> Vector,
         ) -> [Vector; GROUP] {
-            // Read anew: kept over many groups, keys would be spilled, and lie about on the stack.
+            // Read anew, as in `crypt`.
             let keys = black_box(keys);
             fetch_ahead(group, end);
             let (vectors, _) = group.as_chunks_mut::<BYTES>();

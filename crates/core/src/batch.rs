@@ -1,0 +1,213 @@
+//! Pieces of requests that are done together, in one buffer: what many small requests have in common costs once.
+//!
+//! Each piece has a place of its own in the buffer, laid out by its [`Span`], and a result of its own. What a batch leaves
+//! behind is what its pieces would leave one after the other, since a piece that overlaps another is not let in unless
+//! both are read. A batch is made to be used again: it keeps its memory when cleared.
+
+use crate::backing::{Access, Durability};
+use crate::disk::Span;
+use crate::engine::Piece;
+use crate::error::Error;
+use std::ops::Range;
+
+/// What is to be done with a piece.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transfer {
+    /// From the disk into the buffer.
+    Read,
+    /// From the buffer to the disk.
+    Write(Durability),
+}
+
+impl Transfer {
+    /// What it asks of the disk.
+    #[must_use]
+    pub fn access(self) -> Access {
+        match self {
+            Self::Read => Access::ReadOnly,
+            Self::Write(_) => Access::ReadWrite,
+        }
+    }
+}
+
+/// A piece of a batch.
+#[derive(Debug)]
+pub struct Item {
+    span: Span,
+    transfer: Transfer,
+    /// Where its memory begins in the buffer.
+    at: usize,
+    /// How it went, or is going.
+    result: Result<(), Error>,
+}
+
+impl Item {
+    /// The piece.
+    #[must_use]
+    pub fn span(&self) -> Span {
+        self.span
+    }
+
+    /// What is to be done with it.
+    #[must_use]
+    pub fn transfer(&self) -> Transfer {
+        self.transfer
+    }
+
+    /// Where in the buffer its payload lies.
+    #[must_use]
+    pub fn payload(&self) -> Range<usize> {
+        let Range { start, end } = self.span.payload();
+        self.at + start..self.at + end
+    }
+
+    /// How it went. `Ok` before it was tried.
+    ///
+    /// # Errors
+    ///
+    /// What the backing or the engine says.
+    pub fn result(&self) -> &Result<(), Error> {
+        &self.result
+    }
+
+    /// Remembers how it went.
+    pub fn set_result(&mut self, result: Result<(), Error>) {
+        self.result = result;
+    }
+
+    /// Where in the buffer its data units lie.
+    pub(crate) fn units(&self) -> Range<usize> {
+        self.at..self.at + self.span.units_len
+    }
+
+    /// Where in the buffer its memory ends, scratch room included.
+    pub(crate) fn end(&self) -> usize {
+        self.at + self.span.buffer_bytes()
+    }
+
+    pub(crate) fn at(&self) -> usize {
+        self.at
+    }
+
+    /// Whether it needs this access and has not failed.
+    #[must_use]
+    pub fn goes(&self, access: Access) -> bool {
+        self.transfer.access() == access && self.result.is_ok()
+    }
+}
+
+/// Pieces that are done together.
+#[derive(Debug, Default)]
+pub struct Batch {
+    pub(crate) items: Vec<Item>,
+    /// What the engine is told of them; here for its memory only.
+    pub(crate) pieces: Vec<Piece>,
+    writes: usize,
+    end: usize,
+}
+
+impl Batch {
+    /// A batch of one piece, at the beginning of its buffer.
+    #[must_use]
+    pub fn of_one(span: Span, transfer: Transfer) -> Self {
+        let item = Item { span, transfer, at: 0, result: Ok(()) };
+        Self { items: vec![item], ..Self::default() }
+    }
+
+    /// Takes a piece in and says where in the buffer its payload lies. `None`, and nothing has changed, if a buffer of
+    /// `buffer_bytes` has no room for it beside the others, or it overlaps one of them and one of the two is written.
+    ///
+    /// All pieces of a batch are of one disk.
+    pub fn push(&mut self, span: Span, transfer: Transfer, buffer_bytes: usize) -> Option<Range<usize>> {
+        let item = Item { span, transfer, at: self.end, result: Ok(()) };
+        if item.end() > buffer_bytes {
+            return None;
+        }
+        let is_write = transfer != Transfer::Read;
+        if is_write || self.writes > 0 {
+            let range = span.units();
+            let clashes = self.items.iter().any(|other| {
+                let units = other.span.units();
+                let overlaps = units.start < range.end && range.start < units.end;
+                overlaps && (is_write || other.transfer != Transfer::Read)
+            });
+            if clashes {
+                return None;
+            }
+        }
+        self.writes += usize::from(is_write);
+        self.end = item.end();
+        let payload = item.payload();
+        self.items.push(item);
+        Some(payload)
+    }
+
+    /// Its pieces, in the order in which they came.
+    #[must_use]
+    pub fn items(&self) -> &[Item] {
+        &self.items
+    }
+
+    /// Its pieces, for a disk that does them.
+    pub fn items_mut(&mut self) -> &mut [Item] {
+        &mut self.items
+    }
+
+    /// Whether it has none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.items.is_empty()
+    }
+
+    /// Makes it empty.
+    pub fn clear(&mut self) {
+        self.items.clear();
+        (self.writes, self.end) = (0, 0);
+    }
+
+    /// The result of its only piece.
+    pub(crate) fn into_only_result(mut self) -> Result<(), Error> {
+        self.items.pop().map_or(Ok(()), |item| item.result)
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    const ROOM: usize = 1 << 18;
+    const WRITE: Transfer = Transfer::Write(Durability::Cached);
+
+    fn span(offset: u64, len: u64) -> Span {
+        Span::cut(4096, offset, len, ROOM)
+    }
+
+    #[test]
+    fn places_do_not_overlap_and_end_with_the_buffer() {
+        let mut batch = Batch::default();
+        let mut end = 0;
+        // One of each three begins and ends inside a data unit, so it has scratch room behind it.
+        for index in 0.. {
+            let span = if index % 3 == 0 { span(index * 8192 + 100, 200) } else { span(index * 8192, 4096) };
+            let Some(payload) = batch.push(span, WRITE, ROOM) else { break };
+            assert!(payload.start >= end && payload.end <= ROOM);
+            end = batch.items().last().unwrap().end();
+        }
+        assert!(end > ROOM - 8192, "{end}");
+        batch.clear();
+        assert_eq!(batch.push(span(100, 200), WRITE, ROOM), Some(100..300));
+    }
+
+    #[test]
+    fn only_reads_may_overlap() {
+        let mut batch = Batch::default();
+        let mut takes = |offset, transfer| batch.push(span(offset, 512), transfer, ROOM).is_some();
+        assert!(takes(0, Transfer::Read));
+        assert!(takes(0, Transfer::Read));
+        assert!(!takes(512, WRITE), "the same data unit");
+        assert!(takes(4096, WRITE));
+        assert!(!takes(4608, WRITE));
+        assert!(!takes(4608, Transfer::Read));
+        assert!(takes(0, Transfer::Read));
+    }
+}
