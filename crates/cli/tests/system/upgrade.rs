@@ -82,6 +82,7 @@ fn take_over_under_fio(program: &Path, workers: &str) {
     });
     let log = server.log();
     assert_eq!(log.matches("handed over to ").count(), 5, "{log}");
+    log.lines().filter(|line| line.contains("pause_us")).for_each(|line| eprintln!("{line}"));
     // Those of fio among them, at least once.
     assert!(log.contains("connections=4"), "{log}");
     assert_eq!(server.status(&place)["servers"][0]["volumes"][0]["counters"]["errors"], 0);
@@ -124,6 +125,10 @@ fn a_server_that_cannot_take_over_changes_nothing() {
     assert!(said.contains("no server can be asked at nowhere"), "{said}");
     assert!(server.is_running());
     assert_eq!(server.client("v").read(0, 4096).unwrap(), [7; 4096]);
+    // It still has the lock, of which they had a copy.
+    let busy = ["serve", "--nbd", "unix:other.sock", "--key", "raw:a.raw", "v.img"];
+    let said = run_to_fail(place.command().args(busy));
+    assert!(said.contains("v.img is served by"), "{said}");
     // It was none of its doing: the right one can.
     let server = upgrade(&place, server, &["--key", "raw:a.raw", "v.img"]);
     assert_eq!(client.read(0, 4096).unwrap(), [7; 4096]);

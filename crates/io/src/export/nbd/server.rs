@@ -701,8 +701,13 @@ impl Inner {
 
     fn cut_off_the_restless(&self) -> usize {
         let table = self.lock();
-        let restless = table.connections.values().filter(|connection| connection.rest.is_none());
-        restless.map(|connection| connection.socket.shutdown(Shutdown::Both)).count()
+        let mut count = 0;
+        for connection in table.connections.values().filter(|connection| connection.rest.is_none()) {
+            // It may have gone by itself.
+            let _ = connection.socket.shutdown(Shutdown::Both);
+            count += 1;
+        }
+        count
     }
 
     /// What rests. What can be handed over is given once: it stays `Handed` here, to go on if nobody takes it.
