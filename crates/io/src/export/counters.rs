@@ -53,6 +53,19 @@ impl Counters {
         self.bytes[kind as usize].fetch_add(len_bytes, Relaxed);
     }
 
+    /// Several requests of one kind were done, over so many bytes each.
+    pub(crate) fn done_many(&self, kind: Kind, lens: impl Iterator<Item = usize>) {
+        let (mut requests, mut bytes) = (0, 0);
+        for len in lens {
+            requests += 1;
+            bytes += len as u64;
+        }
+        if requests > 0 {
+            self.requests[kind as usize].fetch_add(requests, Relaxed);
+            self.bytes[kind as usize].fetch_add(bytes, Relaxed);
+        }
+    }
+
     /// A request was answered with an error.
     pub(crate) fn failed(&self) {
         self.errors.fetch_add(1, Relaxed);

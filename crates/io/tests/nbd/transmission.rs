@@ -142,6 +142,32 @@ fn many_long_requests_at_once_are_all_answered_each_with_its_own_data() {
     });
 }
 
+#[test]
+fn a_short_request_that_fails_fails_alone() {
+    each_way(|rig| {
+        rig.disk.fail_reads(20_480..24_576, ErrorKind::EngineFailed);
+        rig.disk.fail_writes(20_480..24_576, ErrorKind::NoSpace);
+        for mut client in [rig.client(), rig.simple_client()] {
+            let mut asked = HashMap::new();
+            // In one go, so that they are there together.
+            for block in 0..16 {
+                let cookie = match block % 2 {
+                    0 => client.send_header(cmd::READ, 0, block * 4096, 4096),
+                    _ => client.send(cmd::WRITE, 0, block * 4096, 4096, &[7; 4096]),
+                };
+                asked.insert(cookie.unwrap(), block);
+                let again = client.send_header(cmd::READ, 0, block * 4096 + 512, 512);
+                asked.insert(again.unwrap(), block);
+            }
+            while !asked.is_empty() {
+                let reply = client.receive().unwrap();
+                let block = asked.remove(&reply.cookie).unwrap();
+                assert_eq!(reply.errno != 0, block == 5, "block {block}: {}", reply.errno);
+            }
+        }
+    });
+}
+
 /// An answered write is seen by the next read, and an answered flush covers it, whoever did the pieces.
 #[test]
 fn the_last_piece_answers_after_all_others() {

@@ -3,17 +3,20 @@
 //! Each thread of a connection has an [`Executor`]. Whether that is the thread that talks to the client or a worker makes
 //! no difference here.
 
+use super::activity::Busy;
 use super::helper::{Besides, Help, Job};
-use super::parts::{ReadInParts, ReadPart, WriteInParts, WritePart};
+use super::parts::{ReadAhead, ReadInParts, ReadPart, WriteInParts, WritePart};
 use super::reply::{Failure, Shared};
 use super::request::{Request, WriteRequest};
 use super::wire::*;
 use crate::export::Kind;
 use inlinecrypt_core::backing::Durability;
-use inlinecrypt_core::disk::{CHUNK_BYTES, Disk, SMALL_BUFFER_BYTES};
+use inlinecrypt_core::batch::{Batch, Transfer};
+use inlinecrypt_core::disk::{CHUNK_BYTES, Disk, LARGE_BUFFER_BYTES, SMALL_BUFFER_BYTES, Span};
 use inlinecrypt_core::error::Error;
 use inlinecrypt_core::memory::Buffer;
 use std::io::Write;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// From this length on the pieces of a request may be done by a second thread, in bytes: handing one over costs about a
@@ -24,12 +27,27 @@ pub(super) const LONG_BYTES_MIN: u32 = 64 * 1024;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct IsLast(pub(super) bool);
 
-/// Does requests, one at a time.
+/// Most short requests that are done together. Clients have fewer under way; more would only make them wait for the
+/// first answer.
+const GATHERED_MAX: usize = 64;
+
+/// Does requests: long ones one at a time, short ones that came together also together.
 #[derive(Debug)]
 pub(super) struct Executor<'s, 'a, W> {
     shared: &'s Shared<'a, W>,
     /// Memory for when the pool has none; made when first needed, and kept.
     private: Option<Buffer>,
+    gathered: Gathered<'a>,
+}
+
+/// Short requests that were received and not done yet.
+#[derive(Debug, Default)]
+struct Gathered<'a> {
+    batch: Batch,
+    /// Of each piece of the batch, its request's.
+    cookies: Vec<u64>,
+    /// There while there are any: the buffer, and the fact that something is under way.
+    lease: Option<(Lease, Busy<'a>)>,
 }
 
 /// A buffer, and where it goes afterwards.
@@ -49,7 +67,7 @@ impl Lease {
 
 impl<'s, 'a, W: Write> Executor<'s, 'a, W> {
     pub(super) fn new(shared: &'s Shared<'a, W>) -> Self {
-        Self { shared, private: None }
+        Self { shared, private: None, gathered: Gathered::default() }
     }
 
     pub(super) fn shared(&self) -> &'s Shared<'a, W> {
@@ -156,26 +174,46 @@ impl<'s, 'a, W: Write> Executor<'s, 'a, W> {
         Ok(whole.end_part(self.shared)?)
     }
 
-    /// Whether a request is a long read whose pieces may be answered in any order.
-    pub(super) fn has_parts(&self, request: &Request) -> bool {
-        match *request {
-            Request::Read { len, one_chunk, .. } => {
-                self.shared.is_structured() && !one_chunk && len >= LONG_BYTES_MIN
-            }
-            _ => false,
-        }
-    }
-
-    /// Reads, with some help. `besides`: what there is to do afterwards.
-    pub(super) fn read_in_parts(
+    /// Does a request, with some help if it is a long read. `besides`: what there is to do afterwards.
+    pub(super) fn execute_with_help(
         &mut self,
         request: &Request,
         cookie: u64,
         help: &Help<'_, 's, 'a, W>,
         besides: Besides,
     ) -> Result<(), Failure> {
-        let Request::Read { offset, len, .. } = *request else { unreachable!("asked for by the caller") };
-        let mut parts = Arc::new(ReadInParts::new(cookie, offset, len.into())).parts().peekable();
+        let shared = self.shared;
+        match *request {
+            Request::Read { offset, len, one_chunk: false } if len >= LONG_BYTES_MIN => {
+                let len = u64::from(len);
+                if shared.is_structured() {
+                    return self.read_in_parts(cookie, offset, len, help, besides);
+                }
+                if chunk_end(offset, offset + len) == offset + len {
+                    return match help.offer(Job::Whole(*request, cookie), besides) {
+                        Ok(()) => Ok(()),
+                        Err(_) => self.execute(request, cookie),
+                    };
+                }
+                match self.with_buffer(|buffer| read_simple(shared, cookie, offset, len, buffer, Some(help)))
+                {
+                    Ok(done) => done,
+                    Err(no_memory) => Ok(shared.fail(cookie, &no_memory, None)?),
+                }
+            }
+            _ => self.execute(request, cookie),
+        }
+    }
+
+    fn read_in_parts(
+        &mut self,
+        cookie: u64,
+        offset: u64,
+        len: u64,
+        help: &Help<'_, 's, 'a, W>,
+        besides: Besides,
+    ) -> Result<(), Failure> {
+        let mut parts = Arc::new(ReadInParts::new(cookie, offset, len)).parts().peekable();
         while let Some(part) = parts.next() {
             let besides = if parts.peek().is_some() { Besides::More } else { besides };
             if let Err(Job::Read(part)) = help.offer(Job::Read(part), besides) {
@@ -217,7 +255,7 @@ impl<'s, 'a, W: Write> Executor<'s, 'a, W> {
     fn read(&mut self, cookie: u64, offset: u64, len: u32, one_chunk: bool) -> Result<(), Failure> {
         let shared = self.shared;
         let how = match (shared.is_structured(), one_chunk) {
-            (false, _) => read_simple,
+            (false, _) => read_simple_alone,
             (true, false) => read_chunks,
             (true, true) => read_one_chunk,
         };
@@ -264,22 +302,100 @@ impl<'s, 'a, W: Write> Executor<'s, 'a, W> {
         Ok(self.shared.send_status(cookie, len, &payload)?)
     }
 
+    /// Takes a short read to those that will be done together. `false`: it is for [`execute`](Self::execute).
+    pub(super) fn gather_read(&mut self, request: &Request, cookie: u64) -> Result<bool, Failure> {
+        let Request::Read { offset, len, .. } = *request else { return Ok(false) };
+        let Some(span) = self.only_span(offset, len) else { return Ok(false) };
+        Ok(self.gather(span, Transfer::Read, cookie)?.is_some())
+    }
+
+    /// Takes a short write to those that will be done together, and returns where its payload is to be put, at once.
+    /// `None`: it is for [`write`](Self::write).
+    pub(super) fn gather_write(
+        &mut self,
+        write: &WriteRequest,
+        cookie: u64,
+    ) -> Result<Option<&mut [u8]>, Failure> {
+        let WriteRequest { offset, len, durability } = *write;
+        let Some(span) = self.only_span(offset, len) else { return Ok(None) };
+        let Some(place) = self.gather(span, Transfer::Write(durability), cookie)? else { return Ok(None) };
+        let (lease, _) = self.gathered.lease.as_mut().expect("just gathered");
+        Ok(Some(&mut lease.buffer().bytes_mut()[place]))
+    }
+
+    /// The span of a request that is short and one piece whatever the buffer.
+    fn only_span(&self, offset: u64, len: u32) -> Option<Span> {
+        if len >= LONG_BYTES_MIN {
+            return None;
+        }
+        let span = self.shared.disk().span(offset, len.into(), SMALL_BUFFER_BYTES);
+        (wide(span.payload().len()) == u64::from(len)).then_some(span)
+    }
+
+    /// `None` if there is no memory for it.
+    fn gather(
+        &mut self,
+        span: Span,
+        transfer: Transfer,
+        cookie: u64,
+    ) -> Result<Option<Range<usize>>, Failure> {
+        if self.gathered.cookies.len() == GATHERED_MAX {
+            self.finish_gathered()?;
+        }
+        loop {
+            if self.gathered.lease.is_none() {
+                // Who finds none is told by the other way that his request takes.
+                let Ok(lease) = self.lease() else { return Ok(None) };
+                self.gathered.lease = Some((lease, self.shared.busy()));
+            }
+            let Gathered { batch, cookies, lease } = &mut self.gathered;
+            let room = lease.as_mut().expect("just leased").0.buffer().bytes().len();
+            if let Some(place) = batch.push(span, transfer, room) {
+                cookies.push(cookie);
+                return Ok(Some(place));
+            }
+            assert!(!batch.is_empty(), "every buffer has room for one piece");
+            self.finish_gathered()?;
+        }
+    }
+
+    /// Does what was gathered, and answers it. Returns how many requests that were.
+    pub(super) fn finish_gathered(&mut self) -> Result<usize, Failure> {
+        let Some((mut lease, _busy)) = self.gathered.lease.take() else { return Ok(0) };
+        let Gathered { batch, cookies, .. } = &mut self.gathered;
+        self.shared.disk().transfer(batch, lease.buffer());
+        let answered = self.shared.answer(batch, cookies, lease.buffer().bytes());
+        let count = cookies.len();
+        batch.clear();
+        cookies.clear();
+        self.give_back(lease);
+        answered?;
+        Ok(count)
+    }
+
     /// Lends a large buffer of the pool, or else the private one.
     fn with_buffer<T>(&mut self, work: impl FnOnce(&mut Buffer) -> T) -> Result<T, Error> {
-        let disk = self.shared.disk();
-        let mut lease = match (disk.try_large_buffer(), self.private.take()) {
-            (Some(buffer), private) => {
-                self.private = private;
-                Lease::Pooled(buffer)
-            }
-            (None, Some(buffer)) => Lease::Private(buffer),
-            (None, None) => Lease::Private(disk.private_buffer(SMALL_BUFFER_BYTES)?),
-        };
+        let mut lease = self.lease()?;
         let result = work(lease.buffer());
+        self.give_back(lease);
+        Ok(result)
+    }
+
+    fn lease(&mut self) -> Result<Lease, Error> {
+        let disk = self.shared.disk();
+        if let Some(buffer) = disk.try_large_buffer() {
+            return Ok(Lease::Pooled(buffer));
+        }
+        match self.private.take() {
+            Some(buffer) => Ok(Lease::Private(buffer)),
+            None => Ok(Lease::Private(disk.private_buffer(SMALL_BUFFER_BYTES)?)),
+        }
+    }
+
+    fn give_back(&mut self, lease: Lease) {
         if let Lease::Private(buffer) = lease {
             self.private = Some(buffer);
         }
-        Ok(result)
     }
 }
 
@@ -370,18 +486,41 @@ fn read_one_chunk<W: Write>(
     Ok(shared.send(&data_chunk_header(NBD_REPLY_FLAG_DONE, cookie, offset, gathered.len()), &gathered)?)
 }
 
-/// Answers a read by a simple reply.
-///
-/// The first piece is read before anything is said, so that the common failures can still be told.
-fn read_simple<W: Write>(
+/// Answers a read by a simple reply, without help.
+fn read_simple_alone<W: Write>(
     shared: &Shared<'_, W>,
     cookie: u64,
     offset: u64,
     len: u64,
     buffer: &mut Buffer,
 ) -> Result<(), Failure> {
+    read_simple(shared, cookie, offset, len, buffer, None)
+}
+
+/// Answers a read by a simple reply. With help, the next piece is read while the last is sent.
+///
+/// The first piece is read before anything is said, so that the common failures can still be told.
+fn read_simple<'s, 'a, W: Write>(
+    shared: &'s Shared<'a, W>,
+    cookie: u64,
+    offset: u64,
+    len: u64,
+    buffer: &mut Buffer,
+    help: Option<&Help<'_, 's, 'a, W>>,
+) -> Result<(), Failure> {
     let disk = shared.disk();
     let end = offset + len;
+    let read_ahead = |at: u64| {
+        let help = help.filter(|_| at < end)?;
+        let ahead = Arc::new(ReadAhead::new(disk.span(at, end - at, LARGE_BUFFER_BYTES)));
+        help.offer(Job::Ahead(ahead.clone()), Besides::More).ok().map(|()| ahead)
+    };
+    let late = |error: Error| {
+        //= NBD protocol, NBD_CMD_READ, simple replies: an error after the header is a hard disconnect.
+        shared.note_late_failure(&error);
+        Failure::Late
+    };
+    let mut ahead = read_ahead(chunk_end(offset, end));
     let span = disk.span(offset, len, buffer.bytes().len());
     if let Err(error) = disk.read(span, buffer) {
         return Ok(shared.fail(cookie, &error, None)?);
@@ -390,17 +529,29 @@ fn read_simple<W: Write>(
     outbox.send(&simple_reply(0, cookie), &buffer.bytes()[span.payload()])?;
     let mut at = offset + wide(span.payload().len());
     while at < end {
-        let span = disk.span(at, end - at, buffer.bytes().len());
-        if let Err(error) = disk.read(span, buffer) {
-            //= NBD protocol, NBD_CMD_READ, simple replies: an error after the header is a hard disconnect.
-            shared.note_late_failure(&error);
-            return Err(Failure::Late);
+        let due = ahead.take_if(|ahead| ahead.span().offset() == at);
+        if due.is_some() {
+            ahead = read_ahead(chunk_end(at, end));
         }
+        if let Some((due, read)) = due.and_then(|due| due.take().map(|read| (due, read))) {
+            let payload = due.span().payload();
+            outbox.send(&[], &read.map_err(late)?.bytes()[payload.clone()])?;
+            at += wide(payload.len());
+            continue;
+        }
+        let span = disk.span(at, end - at, buffer.bytes().len());
+        disk.read(span, buffer).map_err(late)?;
         outbox.send(&[], &buffer.bytes()[span.payload()])?;
         at += wide(span.payload().len());
     }
     shared.count(Kind::Read, len);
     Ok(())
+}
+
+/// Where the piece that begins at `at` ends, of a request that ends at `end`.
+fn chunk_end(at: u64, end: u64) -> u64 {
+    let chunk = wide(CHUNK_BYTES);
+    end.min((at / chunk + 1) * chunk)
 }
 
 /// A length in memory as one on disk.

@@ -9,13 +9,14 @@
 use super::activity::Busy;
 use super::cores::{Cores, Pace};
 use super::execute::Executor;
-use super::parts::{ReadPart, WritePart};
+use super::parts::{ReadAhead, ReadPart, WritePart};
 use super::reply::{Failure, Shared};
+use super::request::Request;
 use std::collections::VecDeque;
 use std::fmt;
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -56,6 +57,24 @@ struct Queue<'a> {
 pub(super) enum Job {
     Read(ReadPart),
     Write(WritePart),
+    /// To be read only: another thread sends it when its turn has come.
+    Ahead(Arc<ReadAhead>),
+    /// All of a request that is but one piece, and its cookie.
+    Whole(Request, u64),
+}
+
+impl Job {
+    fn run<W: Write>(self, executor: &mut Executor<'_, '_, W>) -> Result<(), Failure> {
+        match self {
+            Self::Read(part) => executor.read_part(&part),
+            Self::Write(part) => executor.write_part(part),
+            Self::Ahead(ahead) => {
+                ahead.read(executor.shared().disk());
+                Ok(())
+            }
+            Self::Whole(request, cookie) => executor.execute(&request, cookie),
+        }
+    }
 }
 
 /// Whether whoever offers a job has more to do himself.
@@ -116,17 +135,17 @@ impl<'s, 'a, W: Write> Helper<'s, 'a, W> {
         Ok(())
     }
 
-    /// Takes a read that has not begun back.
-    fn take_back(&self) -> Option<(ReadPart, Busy<'a>)> {
+    /// Takes a read back that has not begun.
+    fn take_back(&self) -> Option<(Job, Busy<'a>)> {
         if self.waiting.load(Ordering::Acquire) == 0 {
             return None;
         }
         let mut queue = self.lock();
         // The last one: the helper takes from the front.
-        let Some((Job::Read(_), _)) = queue.jobs.back() else { return None };
-        let Some((Job::Read(part), busy)) = queue.jobs.pop_back() else { return None };
+        let (Job::Read(_) | Job::Whole(..), _) = queue.jobs.back()? else { return None };
+        let taken = queue.jobs.pop_back();
         self.waiting.store(queue.jobs.len(), Ordering::Release);
-        Some((part, busy))
+        taken
     }
 
     /// Waits until it has nothing to do.
@@ -147,12 +166,14 @@ impl<'s, 'a, W: Write> Helper<'s, 'a, W> {
     pub(super) fn work(&self) {
         let mut executor = Executor::new(self.shared);
         while let Some((job, _busy)) = self.next() {
-            let done = match job {
-                Job::Read(part) => executor.read_part(&part),
-                Job::Write(part) => executor.write_part(part),
-            };
-            // At once: the other thread may wait for the client, who waits for this.
-            if let Err(failure) = done.and_then(|()| Ok(self.shared.flush()?)) {
+            // What is read ahead answers nothing, and who waits for it has the outbox. All else is sent at once: the other
+            // thread may wait for the client, who waits for this.
+            let flushes = !matches!(job, Job::Ahead(_));
+            let mut done = job.run(&mut executor);
+            if flushes && done.is_ok() {
+                done = self.shared.flush().map_err(Failure::from);
+            }
+            if let Err(failure) = done {
                 self.shared.break_off(&failure);
             }
         }
@@ -247,8 +268,8 @@ impl<'h, 's, 'a, W: Write> Help<'h, 's, 'a, W> {
 
     /// Does what has not begun, before there is nothing to do but to wait.
     pub(super) fn do_what_waits(&self, executor: &mut Executor<'s, 'a, W>) -> Result<(), Failure> {
-        while let Some((part, _busy)) = self.helper.take_back() {
-            executor.read_part(&part)?;
+        while let Some((job, _busy)) = self.helper.take_back() {
+            job.run(executor)?;
         }
         Ok(())
     }

@@ -1,16 +1,18 @@
-//! Long requests whose pieces are done by several threads: the last one to finish answers.
+//! Long requests whose pieces are done by several threads: the last one to finish answers. And reads whose reply keeps
+//! an order, where pieces are read ahead.
 
 use super::reply::Shared;
 use super::request::WriteRequest;
 use super::wire::*;
 use crate::export::Kind;
 use inlinecrypt_core::backing::Durability;
-use inlinecrypt_core::disk::{CHUNK_BYTES, Span};
+use inlinecrypt_core::disk::{CHUNK_BYTES, Disk, Span};
 use inlinecrypt_core::error::Error;
 use inlinecrypt_core::memory::Buffer;
 use std::io::{self, Write};
+use std::mem;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 /// A piece of a write that was received.
 #[derive(Debug)]
@@ -163,5 +165,66 @@ impl ReadInParts {
         let failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner).take();
         let (offset, error) = failure.expect("only a read that failed is told so");
         shared.fail(self.cookie, &error, Some(offset))
+    }
+}
+
+/// A piece that is read before its turn to be sent has come, by whoever has time.
+#[derive(Debug)]
+pub(super) struct ReadAhead {
+    span: Span,
+    state: Mutex<Ahead>,
+    done: Condvar,
+}
+
+#[derive(Debug)]
+enum Ahead {
+    Waiting,
+    Running,
+    Done(Result<Buffer, Error>),
+    /// Somebody needs it now and reads it himself, or has it.
+    Taken,
+}
+
+impl ReadAhead {
+    /// `span` is for a large buffer.
+    pub(super) fn new(span: Span) -> Self {
+        Self { span, state: Mutex::new(Ahead::Waiting), done: Condvar::new() }
+    }
+
+    pub(super) fn span(&self) -> Span {
+        self.span
+    }
+
+    /// Reads it, unless it was taken.
+    pub(super) fn read(&self, disk: &dyn Disk) {
+        {
+            let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+            if !matches!(*state, Ahead::Waiting) {
+                return;
+            }
+            *state = Ahead::Running;
+        }
+        // Without memory it is left to who needs it.
+        let state = match disk.try_large_buffer() {
+            Some(mut buffer) => Ahead::Done(disk.read(self.span, &mut buffer).map(|()| buffer)),
+            None => Ahead::Waiting,
+        };
+        *self.state.lock().unwrap_or_else(PoisonError::into_inner) = state;
+        self.done.notify_all();
+    }
+
+    /// What was read, waiting for who is reading. `None`: nobody is, and the caller has to.
+    pub(super) fn take(&self) -> Option<Result<Buffer, Error>> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            match mem::replace(&mut *state, Ahead::Taken) {
+                Ahead::Waiting | Ahead::Taken => return None,
+                Ahead::Done(result) => return Some(result),
+                Ahead::Running => {
+                    *state = Ahead::Running;
+                    state = self.done.wait(state).unwrap_or_else(PoisonError::into_inner);
+                }
+            }
+        }
     }
 }

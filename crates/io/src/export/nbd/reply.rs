@@ -7,6 +7,8 @@ use super::status::NbdError;
 use super::stream::Outbox;
 use super::wire::*;
 use crate::export::Kind;
+use inlinecrypt_core::backing::Access;
+use inlinecrypt_core::batch::{Batch, Transfer};
 use inlinecrypt_core::disk::Disk;
 use inlinecrypt_core::error::{Error, ErrorKind};
 use std::fmt;
@@ -155,6 +157,38 @@ impl<'a, W: Write> Shared<'a, W> {
             }
             Err(error) => self.fail(cookie, &error, None),
         }
+    }
+
+    /// Answers the requests of a batch in their order, by their cookies. What was read is in `bytes`.
+    pub(super) fn answer(&self, batch: &Batch, cookies: &[u64], bytes: &[u8]) -> io::Result<()> {
+        for access in [Access::ReadOnly, Access::ReadWrite] {
+            let done = batch.items().iter().filter(|item| item.goes(access));
+            let kind = if access == Access::ReadOnly { Kind::Read } else { Kind::Write };
+            self.terms.export.counters.done_many(kind, done.map(|item| item.payload().len()));
+        }
+        let mut outbox = self.lock()?;
+        for (item, cookie) in batch.items().iter().zip(cookies) {
+            match (item.result(), item.transfer()) {
+                (Ok(()), Transfer::Write(_)) => outbox.send(&simple_reply(0, *cookie), &[])?,
+                (Ok(()), Transfer::Read) => {
+                    let payload = &bytes[item.payload()];
+                    if self.terms.structured {
+                        let offset = item.span().offset();
+                        let head = data_chunk_header(NBD_REPLY_FLAG_DONE, *cookie, offset, payload.len());
+                        outbox.send(&head, payload)?;
+                    } else {
+                        outbox.send(&simple_reply(0, *cookie), payload)?;
+                    }
+                }
+                (Err(error), transfer) => {
+                    drop(outbox);
+                    let place = (transfer == Transfer::Read).then(|| item.span().offset());
+                    self.fail(*cookie, error, place)?;
+                    outbox = self.lock()?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Answers a request that failed.

@@ -9,7 +9,7 @@ use super::execute::{Executor, IsLast, LONG_BYTES_MIN};
 use super::helper::{Besides, Help, Helper, HomeWhenDropped, Job};
 use super::negotiate::{REQUEST_BYTES_MAX, Terms};
 use super::reply::{Failure, Shared};
-use super::request::{Asked, Rules, payload_len};
+use super::request::{Asked, Request, Rules, payload_len};
 use super::status::NbdError;
 use super::stream::{INBOX_BYTES, Inbox, Outbox};
 use super::wire::{REQUEST_BYTES, RequestHeader};
@@ -46,6 +46,18 @@ pub enum Ended {
     FailedLate,
     /// The transport failed.
     Transport(io::Error),
+}
+
+impl<'s, 'b, W: Write> Others<'_, 's, 'b, W> {
+    /// Has the short requests done that were gathered.
+    fn finish_gathered(&mut self, executor: &mut Executor<'s, 'b, W>) -> Result<(), Failure> {
+        let count = executor.finish_gathered()?;
+        match self {
+            Self::Helper(help) if count > 0 => help.note(count as u64 * REQUEST_BYTES_WORTH),
+            _ => {}
+        }
+        Ok(())
+    }
 }
 
 /// A connection in transmission.
@@ -150,7 +162,11 @@ impl<'a> Session<'a> {
         shared: &'s Shared<'b, W>,
         mut others: Others<'_, 's, 'b, W>,
     ) -> Ended {
-        let ended = match self.take_requests(inbox, &mut Executor::new(shared), &mut others) {
+        let mut executor = Executor::new(shared);
+        let taken = self.take_requests(inbox, &mut executor, &mut others);
+        // They were received whole, whatever came after them.
+        let gathered = executor.finish_gathered();
+        let ended = match taken.and_then(|ended| gathered.map(|_| ended)) {
             Ok(ended) => ended,
             // TLS takes the end of the stream for a cut line.
             Err(Failure::Transport(error))
@@ -187,6 +203,7 @@ impl<'a> Session<'a> {
         let mut late_requests = 0;
         loop {
             while inbox.available().len() < REQUEST_BYTES {
+                others.finish_gathered(executor)?;
                 if let Others::Helper(help) = others {
                     help.do_what_waits(executor)?;
                 }
@@ -210,7 +227,6 @@ impl<'a> Session<'a> {
                 return Ok(Ended::Violation("wrong magic in a request"));
             };
             inbox.consume(REQUEST_BYTES);
-            let _busy = shared.busy();
 
             let payload_len = payload_len(&header);
             if payload_len > DISCARD_BYTES_MAX {
@@ -225,6 +241,25 @@ impl<'a> Session<'a> {
                 }
                 other => other,
             };
+            // Short requests that came together are done together. Where the disk waits, each has a thread for itself.
+            if !matches!(others, Others::Workers(_)) {
+                match &admitted {
+                    Ok(Asked::Plain(request)) if executor.gather_read(request, header.cookie)? => continue,
+                    Ok(Asked::Write(write)) if payload_len < LONG_BYTES_MIN => {
+                        if inbox.available().len() < len {
+                            others.finish_gathered(executor)?;
+                            receive_small(inbox, shared, len)?;
+                        }
+                        if let Some(place) = executor.gather_write(write, header.cookie)? {
+                            inbox.read_exact(place)?;
+                            continue;
+                        }
+                    }
+                    _ => {}
+                }
+                others.finish_gathered(executor)?;
+            }
+            let _busy = shared.busy();
             match admitted {
                 Ok(Asked::Disconnect) => return Ok(Ended::Disconnected),
                 Ok(Asked::Plain(request)) => match others {
@@ -232,15 +267,13 @@ impl<'a> Session<'a> {
                     Others::Workers(workers) if !(inbox.available().is_empty() && workers.are_idle()) => {
                         workers.submit(request, header.cookie);
                     }
-                    Others::Helper(help) if executor.has_parts(&request) => {
-                        help.note(header.len.into());
-                        executor.read_in_parts(&request, header.cookie, help, besides(inbox))?;
-                    }
                     Others::Helper(help) => {
-                        help.note(REQUEST_BYTES_WORTH);
-                        executor.execute(&request, header.cookie)?;
+                        if matches!(request, Request::Read { .. }) {
+                            help.note(header.len.into());
+                        }
+                        executor.execute_with_help(&request, header.cookie, help, besides(inbox))?;
                     }
-                    Others::Workers(_) | Others::Nobody => executor.execute(&request, header.cookie)?,
+                    _ => executor.execute(&request, header.cookie)?,
                 },
                 Ok(Asked::Write(write)) => {
                     receive_small(inbox, shared, len)?;
@@ -259,16 +292,14 @@ impl<'a> Session<'a> {
                                 let besides = if last { Besides::Nothing } else { Besides::More };
                                 help.offer(Job::Write(part), besides).map_err(|job| match job {
                                     Job::Write(part) => part,
-                                    Job::Read(_) => unreachable!("the same job comes back"),
+                                    _ => unreachable!("the same job comes back"),
                                 })
                             };
                             executor.write_in_parts(&write, header.cookie, offer, receive)?;
                         }
-                        Others::Helper(help) => {
-                            help.note(REQUEST_BYTES_WORTH);
-                            executor.write(&write, header.cookie, receive)?;
+                        Others::Helper(_) | Others::Nobody => {
+                            executor.write(&write, header.cookie, receive)?
                         }
-                        Others::Nobody => executor.write(&write, header.cookie, receive)?,
                     }
                 }
                 Err(refusal) => {
