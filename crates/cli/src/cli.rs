@@ -85,6 +85,12 @@ pub(crate) enum Command {
 
 /// What to measure.
 #[derive(Args, Debug)]
+#[command(after_help = "\
+Each figure is the median of seven rounds of one thread. Other work on the machine shows: compare figures of one run.
+
+Examples:
+  inlinecrypt bench
+  inlinecrypt bench --engine ice:next --json")]
 pub(crate) struct Bench {
     #[command(flatten)]
     pub(crate) engine: EngineArgs,

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 /// Rounds of which the median counts.
 const ROUNDS: usize = 7;
 /// Length of a round.
-const ROUND: Duration = Duration::from_millis(60);
+const ROUND: Duration = Duration::from_millis(30);
 
 #[derive(Serialize)]
 struct Report {

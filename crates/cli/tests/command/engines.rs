@@ -182,3 +182,15 @@ fn a_switch_that_fails_is_told_at_the_start() {
         .run(["serve"].iter().chain(&ill).chain(&["--key-type", "wrapped", "v.img"]))
         .refused(4, &["for a declaration failed", "serves nothing until it is started again"]);
 }
+
+#[test]
+fn bench_measures_the_engine_here_and_in_a_process_of_its_own() {
+    let place = Place::new();
+    let report = place.run(["bench", "--engine", "software:slots=2", "--json"]).json();
+    let engines = report["engines"].as_array().unwrap();
+    let processes: Vec<_> = engines.iter().map(|figure| figure["process"].as_str().unwrap()).collect();
+    assert_eq!(processes, [["in this process"; 3], ["in one of its own"; 3]].concat());
+    assert!(engines.iter().all(|figure| figure["microseconds"].as_f64().unwrap() > 0.0), "{report}");
+    assert_eq!(report["cipher"].as_array().unwrap().len(), 12);
+    place.run(["bench", "--engine", "nothing"]).refused(1, &["nothing", "software"]);
+}

@@ -24,7 +24,7 @@ fn work(mut client: Client<UnixStream>, number: u64, done: &AtomicBool, answered
         let mut sent = Vec::new();
         let mut at = number * stretch;
         for _ in 0..8 {
-            let long = pattern::splitmix64(&mut random) % 4 == 0;
+            let long = pattern::splitmix64(&mut random).is_multiple_of(4);
             let len = 1 + pattern::splitmix64(&mut random) % if long { 300_000 } else { 5000 };
             let data = pattern::bytes(pattern::splitmix64(&mut random), 0, usize::try_from(len).unwrap());
             client.send(cmd::WRITE, 0, at, u32::try_from(len).unwrap(), &data).unwrap();
