@@ -14,7 +14,7 @@
 /// most twice a cycle and takes four cycles or less.
 pub(super) const GROUP: usize = 8;
 
-/// How far ahead data are fetched. Measured: 512 bytes gain half of what 2048 do, and 8192 no more.
+/// How far ahead data are fetched. Measured: 512 bytes gain half of what 2048 do, and up to 8192 no more.
 pub(super) const AHEAD_BYTES: usize = 2048;
 
 /// Powers of x, as `times` takes them: block `b` of vector `i` holds x to the `i * BLOCKS + b` in its lower half, and the
@@ -61,7 +61,7 @@ macro_rules! loops {
         const GROUP_BYTES: usize = GROUP * BYTES;
         static POWERS: [[u8; BYTES]; GROUP] = powers();
 
-        /// Asks for data that are worked on soon: what comes from memory, not from a cache, comes 1.4 times as fast.
+        /// Asks for data that are worked on soon: from memory, not from a cache, they come faster (see `Kernel::all`).
         #[inline]
         #[target_feature(enable = $features)]
         fn fetch_ahead(group: &[u8; GROUP_BYTES], end: *const u8) {
