@@ -108,6 +108,7 @@ pub fn start(
         parts: Parts::new(region.clone(), floor),
         region,
         busy: (0..lanes).map(|_| AtomicBool::new(false)).collect(),
+        cpus: std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get),
         freed: AtomicU32::new(0),
         waiting: AtomicU32::new(0),
         current: AtomicU64::new(0),
@@ -197,6 +198,8 @@ struct Host {
     parts: Arc<Parts>,
     /// Which lanes are taken by a thread of ours.
     busy: Box<[AtomicBool]>,
+    /// How many CPUs there are.
+    cpus: usize,
     /// Counts lanes that were given back while somebody waited for one.
     freed: AtomicU32,
     /// How many threads wait for a lane.
@@ -601,10 +604,14 @@ impl Host {
         work(WireKey::new(key.config(), form))
     }
 
-    /// Takes a lane; waits while all are taken.
-    fn take_lane(&self) -> TakenLane<'_> {
+    /// Takes a lane, if possible one whose engine thread is on `cpu` already; waits while all are taken.
+    ///
+    /// Moving a thread to another CPU costs more than all the rest of an order, so each CPU has lanes of its own.
+    fn take_lane(&self, cpu: usize) -> TakenLane<'_> {
         let free = || {
-            let mut lanes = self.busy.iter().enumerate();
+            let of_this_cpu = |index: &usize| index % self.cpus == cpu % self.cpus;
+            let near = (0..self.busy.len()).filter(of_this_cpu);
+            let mut lanes = near.chain(0..self.busy.len()).map(|index| (index, &self.busy[index]));
             // Looked at first: a look is cheaper than a try.
             lanes.find(|(_, busy)| !busy.load(Ordering::Relaxed) && !busy.swap(true, Ordering::SeqCst))
         };
@@ -721,14 +728,15 @@ impl IsolatedEngine {
         pieces: &mut [Piece],
     ) -> Result<bool, Error> {
         let host = self.host();
-        let taken = host.take_lane();
+        let cpu = rustix::thread::sched_getcpu();
+        let taken = host.take_lane(cpu);
         let lane = host.lane(taken.index);
         let head = Head {
             engine: self.index,
             is_slot: key.1,
             encrypt: direction == Direction::Encrypt,
             key: key.0,
-            cpu: u32::try_from(rustix::thread::sched_getcpu()).unwrap_or(u32::MAX),
+            cpu: u32::try_from(cpu).unwrap_or(u32::MAX),
             pieces: u32::try_from(pieces.len()).expect("at most PIECES_MAX"),
         };
         // Left for the process of this start, whether it runs or has just ended.
