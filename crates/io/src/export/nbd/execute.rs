@@ -227,7 +227,7 @@ impl<'s, 'a, W: Write> Executor<'s, 'a, W> {
     pub(super) fn read_part(&mut self, part: &ReadPart) -> Result<(), Failure> {
         let shared = self.shared;
         let ReadPart { whole, offset, len } = part;
-        if whole.has_failed() {
+        if whole.has_failed_before(*offset) {
             return Ok(whole.fail_part(shared, None)?);
         }
         let done = self.with_buffer(|buffer| {

@@ -108,9 +108,16 @@ impl ReadInParts {
         })
     }
 
-    /// Whether a piece has failed, so that the others need not be read.
-    pub(super) fn has_failed(&self) -> bool {
+    /// Whether a piece has failed.
+    fn has_failed(&self) -> bool {
         self.failure.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
+    /// Whether something before `offset` has failed, so that a piece there need not be read. Those before it must be: the
+    /// reply says where the first failure is.
+    pub(super) fn has_failed_before(&self, offset: u64) -> bool {
+        let failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+        failure.as_ref().is_some_and(|(first, _)| *first < offset)
     }
 
     /// Sends what was read of a piece, not its last.
@@ -143,7 +150,7 @@ impl ReadInParts {
         if is_last && !ends { self.tell_failure(shared) } else { Ok(()) }
     }
 
-    /// A piece has failed at `offset`, or was not tried since another had.
+    /// A piece has failed at `offset`, or was not tried since one before it had.
     pub(super) fn fail_part<W: Write>(
         &self,
         shared: &Shared<'_, W>,
