@@ -9,7 +9,7 @@ use inlinecrypt_testkit::nbd::{NbdError, cmd};
 use inlinecrypt_testkit::{Client, temp_dir};
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -184,6 +184,23 @@ fn after_stopping_nobody_is_let_in() {
         .listen(Listener::bind(&Listen::Unix(path.clone()), ListenOptions::default()).unwrap())
         .unwrap();
     eventually("the listener is gone", || !path.exists());
+}
+
+#[test]
+fn stopping_while_clients_come_in_ends() {
+    let folder = temp_dir();
+    for round in 0..200 {
+        let rig = Rig::new(RamDisk::new(SIZE));
+        let path = folder.path().join(format!("{round}.sock"));
+        let listener = Listener::bind(&Listen::Unix(path.clone()), ListenOptions::default()).unwrap();
+        rig.server.listen(listener).unwrap();
+        let clients: Vec<_> = (0..8).map(|_| UnixStream::connect(&path).unwrap()).collect();
+        let (ended, end) = mpsc::channel();
+        let server = rig.server.clone();
+        thread::spawn(move || ended.send(server.stop(PATIENCE).map(|_| ())));
+        end.recv_timeout(PATIENCE).expect("it never stops").unwrap();
+        drop(clients);
+    }
 }
 
 #[test]

@@ -108,19 +108,25 @@ impl Hold {
 
     /// From now on nobody is accepted, and sessions come to rest.
     pub(super) fn begin(&self) {
-        *self.accepting.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        *self.lock() = true;
         self.wanted.store(true, Ordering::Release);
     }
 
-    pub(super) fn end(&self) {
+    /// Ends it, with what [`lock`](Self::lock) returned.
+    pub(super) fn end(&self, mut accepting: MutexGuard<'_, bool>) {
         self.wanted.store(false, Ordering::Release);
-        *self.accepting.lock().unwrap_or_else(PoisonError::into_inner) = false;
+        *accepting = false;
         self.released.notify_all();
+    }
+
+    /// Nobody is accepted meanwhile. Taken before the server's table, as those who accept do.
+    pub(super) fn lock(&self) -> MutexGuard<'_, bool> {
+        self.accepting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits while held. Nobody begins to hold while the turn is kept.
     pub(super) fn turn_to_accept(&self) -> MutexGuard<'_, bool> {
-        let held = self.accepting.lock().unwrap_or_else(PoisonError::into_inner);
+        let held = self.lock();
         self.released.wait_while(held, |held| *held).unwrap_or_else(PoisonError::into_inner)
     }
 }

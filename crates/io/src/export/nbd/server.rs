@@ -299,8 +299,9 @@ impl NbdServer {
     pub fn resume(&self) {
         let inner = &self.0;
         {
+            let accepting = inner.hold.lock();
             let mut table = inner.lock();
-            inner.hold.end();
+            inner.hold.end(accepting);
             for connection in table.connections.values_mut() {
                 connection.rest.take_if(|rest| !matches!(rest, Rest::Given));
             }
