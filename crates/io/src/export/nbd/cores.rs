@@ -7,6 +7,10 @@ use std::time::{Duration, Instant};
 /// that ended is soon forgotten.
 const SLICE: Duration = Duration::from_millis(4);
 
+/// How long a thread looks around for more work before it sleeps, while work is likely: about what waking a halted core
+/// costs, which is also the longest that receiving a piece takes. It yields meanwhile, so whoever has work gets the core.
+pub(super) const LOOK_AROUND: Duration = Duration::from_micros(60);
+
 /// A connection counts as busy in a slice once it has moved so many bytes in it: a quarter of a gigabyte a second, some
 /// tenth of what a core can do.
 const BUSY_BYTES: u64 = 1024 * 1024;
@@ -67,6 +71,11 @@ impl Cores {
         counts.max().unwrap_or(0).max(1)
     }
 
+    /// Whether each core has a connection of its own, so that none is left for anything else.
+    pub(super) fn are_taken(&self) -> bool {
+        self.busy() >= self.count
+    }
+
     /// Takes a core for a helper, if one is free. To be given back.
     pub(super) fn take_one(&self) -> bool {
         let busy = self.busy();
@@ -93,10 +102,11 @@ pub(super) struct Pace {
 }
 
 impl Pace {
-    /// The connection has work worth `bytes`.
-    pub(super) fn note(&mut self, cores: &Cores, bytes: u64) {
+    /// The connection has work worth `bytes`. Says whether a new slice has begun.
+    pub(super) fn note(&mut self, cores: &Cores, bytes: u64) -> bool {
         let slice = cores.slice();
-        if self.slice != slice {
+        let is_new = self.slice != slice;
+        if is_new {
             *self = Self { slice, bytes: 0 };
         }
         let before = self.bytes;
@@ -104,6 +114,7 @@ impl Pace {
         if before < BUSY_BYTES && self.bytes >= BUSY_BYTES {
             cores.note_busy(slice);
         }
+        is_new
     }
 }
 
@@ -123,6 +134,11 @@ mod tests {
         let deadline = Instant::now() + Duration::from_secs(20);
         while !cores.are_too_few() {
             assert!(Instant::now() < deadline, "two busy connections and a helper are never three");
+            first.note(&cores, BUSY_BYTES);
+            second.note(&cores, BUSY_BYTES);
+        }
+        while !cores.are_taken() {
+            assert!(Instant::now() < deadline, "two busy connections never take two cores");
             first.note(&cores, BUSY_BYTES);
             second.note(&cores, BUSY_BYTES);
         }

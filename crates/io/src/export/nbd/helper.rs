@@ -7,7 +7,7 @@
 //! waking a core that went to sleep takes longer than a piece.
 
 use super::activity::Busy;
-use super::cores::{Cores, Pace};
+use super::cores::{Cores, LOOK_AROUND, Pace};
 use super::execute::Executor;
 use super::parts::{ReadAhead, ReadPart, WritePart};
 use super::reply::{Failure, Shared};
@@ -18,15 +18,11 @@ use std::io::{self, Write};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// Pieces that may wait for the helper: one while the connection's own thread does a piece of its own, and one while it
 /// receives the next.
 const WAITING_MAX: usize = 2;
-
-/// How long the helper looks around for more work before it sleeps: about what waking a halted core costs, which is also
-/// the longest that receiving a piece takes. It yields meanwhile, so whoever has work gets the core.
-const LOOK_AROUND: Duration = Duration::from_micros(60);
 
 /// The second thread of a connection, and what it has to do.
 pub(super) struct Helper<'s, 'a, W> {
@@ -242,6 +238,9 @@ pub(super) struct Help<'h, 's, 'a, W> {
     helper: &'h Helper<'s, 'a, W>,
     make: &'h dyn Fn() -> io::Result<()>,
     pace: Pace,
+    /// Told when all cores are taken, and when no more; and what it was told.
+    crowded: Option<&'h dyn Fn(bool)>,
+    is_crowded: bool,
 }
 
 impl<W> fmt::Debug for Help<'_, '_, '_, W> {
@@ -251,14 +250,25 @@ impl<W> fmt::Debug for Help<'_, '_, '_, W> {
 }
 
 impl<'h, 's, 'a, W: Write> Help<'h, 's, 'a, W> {
-    /// `make` starts a thread that does [`Helper::work`].
-    pub(super) fn new(helper: &'h Helper<'s, 'a, W>, make: &'h dyn Fn() -> io::Result<()>) -> Self {
-        Self { helper, make, pace: Pace::default() }
+    /// `make` starts a thread that does [`Helper::work`]; `crowded` is told when all cores are taken, and when no more.
+    pub(super) fn new(
+        helper: &'h Helper<'s, 'a, W>,
+        make: &'h dyn Fn() -> io::Result<()>,
+        crowded: Option<&'h dyn Fn(bool)>,
+    ) -> Self {
+        Self { helper, make, pace: Pace::default(), crowded, is_crowded: false }
     }
 
     /// The connection has work worth `bytes`.
     pub(super) fn note(&mut self, bytes: u64) {
-        self.pace.note(self.helper.cores, bytes);
+        let is_new = self.pace.note(self.helper.cores, bytes);
+        if is_new
+            && let Some(crowded) = self.crowded
+            && self.is_crowded != self.helper.cores.are_taken()
+        {
+            self.is_crowded = !self.is_crowded;
+            crowded(self.is_crowded);
+        }
     }
 
     /// See [`Helper::offer`].

@@ -1,7 +1,7 @@
 //! The server: listeners in, one thread for each connection, and an orderly end.
 
 use super::activity::Activity;
-use super::cores::Cores;
+use super::cores::{Cores, LOOK_AROUND};
 use super::hold::{Fate, Handed, Held, Hold, Rest, WAKE_INTERVAL};
 use super::negotiate::{Handshake, Next, Terms, TlsState, greet, haggle};
 use super::session::{Ended, Session};
@@ -28,8 +28,13 @@ use std::time::{Duration, Instant};
 /// Stack of a connection's thread, in bytes: a TLS handshake without optimisation needs the most.
 const STACK_BYTES: usize = 1024 * 1024;
 
-/// What a unix socket may hold for a client that is busy: a few pieces of a request, in bytes.
+/// What a unix socket may hold for a client that is busy, in bytes: a few pieces of a request, so that a client that pauses
+/// finds something to do.
 const SEND_ROOM_BYTES: usize = 2 * 1024 * 1024;
+
+/// The same while every core has a busy connection of its own: there is nobody to fill more than this meanwhile, and more
+/// would leave the cache before the client reads it.
+const CROWDED_SEND_ROOM_BYTES: usize = 512 * 1024;
 
 /// Up to how many connections get that much. It is the kernel's memory, and stays full while a client does not read:
 /// 128 MiB in all, twice that by how the kernel counts. More connections than this share the machine anyway, and then
@@ -43,6 +48,9 @@ const CUT_OFF_GRACE: Duration = Duration::from_secs(1);
 /// pauses so long between two requests and minds being connected anew, and who opens connections only to keep others out
 /// must come back for each of them every minute.
 const IDLE_TIME_MIN: Duration = Duration::from_secs(60);
+
+/// Who sends again within this time is worth looking around for: waking a halted core is in it, his and ours.
+const QUICK: Duration = Duration::from_micros(200);
 
 /// At most one line about refused connections in this time.
 const REFUSAL_LOG_INTERVAL: Duration = Duration::from_secs(10);
@@ -545,23 +553,23 @@ impl Inner {
             tracing::debug!(connection = id, %error, "no keepalive");
         }
         if let Some((terms, unread)) = taken {
-            let timed = Timed { socket, deadline: None };
+            let timed = Timed::new(socket, None);
             let mut inbox = Inbox::with(timed, &unread);
             return self.transmit(id, socket, activity, &terms, &mut inbox, HandOver::Possible, || timed);
         }
         let deadline = Instant::now() + self.options.handshake_time_max;
-        let timed = Timed { socket, deadline: Some(deadline) };
+        let timed = Timed::new(socket, Some(deadline));
         match self.shake_hands(timed) {
             Ok(Shaken::Plain(mut inbox, terms)) => {
                 inbox.reader_mut().deadline = None;
-                let timed = Timed { socket, deadline: None };
+                let timed = Timed::new(socket, None);
                 self.transmit(id, socket, activity, &terms, &mut inbox, HandOver::Possible, || timed);
             }
             Ok(Shaken::Tls(tls, mut inbox, terms)) => {
                 inbox.reader_mut().transport().deadline = None;
-                let writer = || tls.writer(Timed { socket, deadline: None });
+                let writer = || tls.writer(Timed::new(socket, None));
                 self.transmit(id, socket, activity, &terms, &mut inbox, HandOver::Impossible, writer);
-                tls.close(Timed { socket, deadline: Some(Instant::now() + CUT_OFF_GRACE) });
+                tls.close(Timed::new(socket, Some(Instant::now() + CUT_OFF_GRACE)));
             }
             Ok(Shaken::Closed(why)) => tracing::debug!(connection = id, why, "closed in handshake"),
             Err(error) => {
@@ -623,9 +631,17 @@ impl Inner {
         let hang_up = || {
             let _ = socket.shutdown(Shutdown::Both);
         };
+        let resize = |is_crowded: bool| {
+            let few = self.lock().connections.len() <= LARGE_SEND_ROOMS_MAX;
+            let room = if is_crowded { CROWDED_SEND_ROOM_BYTES } else { SEND_ROOM_BYTES };
+            if few && let Err(error) = socket.set_send_room(room) {
+                tracing::debug!(connection = id, %error, "send buffer left as it is");
+            }
+        };
         let session = Session::new(terms, &self.stopping, self.options.workers, &hang_up)
             .telling(activity)
             .on(&self.cores)
+            .telling_of_crowds(&resize)
             .unless(self.hold.wanted());
         let ended = loop {
             match session.run(inbox, writer()) {
@@ -739,9 +755,15 @@ enum Shaken<'s> {
 struct Timed<'s> {
     socket: &'s Stream,
     deadline: Option<Instant>,
+    /// Whether the client took little time for the last bytes that came.
+    is_quick: bool,
 }
 
-impl Timed<'_> {
+impl<'s> Timed<'s> {
+    fn new(socket: &'s Stream, deadline: Option<Instant>) -> Self {
+        Self { socket, deadline, is_quick: false }
+    }
+
     /// Waits until the socket can be read or written, or it is too late.
     fn wait(&self, what: PollFlags) -> io::Result<()> {
         let Some(deadline) = self.deadline else { return Ok(()) };
@@ -769,8 +791,19 @@ impl Timed<'_> {
 impl Read for Timed<'_> {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         self.wait(PollFlags::IN)?;
+        let begun = Instant::now();
+        if self.is_quick {
+            // Whoever has work gets the core meanwhile.
+            while begun.elapsed() < LOOK_AROUND {
+                match rustix::net::recv(self.socket, &mut *into, RecvFlags::DONTWAIT) {
+                    Err(rustix::io::Errno::AGAIN) => thread::yield_now(),
+                    received => return Ok(received?.0),
+                }
+            }
+        }
         // An interruption is for the caller to look why.
         let (len, _) = rustix::net::recv(self.socket, into, RecvFlags::empty())?;
+        self.is_quick = self.deadline.is_none() && begun.elapsed() < QUICK;
         Ok(len)
     }
 }

@@ -69,6 +69,7 @@ pub struct Session<'a> {
     activity: Option<&'a Activity>,
     cores: Option<&'a Cores>,
     held: Option<&'a AtomicBool>,
+    crowded: Option<&'a dyn Fn(bool)>,
 }
 
 /// Who does requests, besides the thread that receives them.
@@ -98,7 +99,7 @@ impl<'a> Session<'a> {
         workers: usize,
         hang_up: &'a (dyn Fn() + Sync),
     ) -> Self {
-        Self { terms, stopping, workers, hang_up, activity: None, cores: None, held: None }
+        Self { terms, stopping, workers, hang_up, activity: None, cores: None, held: None, crowded: None }
     }
 
     /// The same, telling `activity` of each request.
@@ -111,6 +112,12 @@ impl<'a> Session<'a> {
     #[must_use]
     pub fn on(self, cores: &'a Cores) -> Self {
         Self { cores: Some(cores), ..self }
+    }
+
+    /// The same, telling `crowded` when busy connections have taken all of these cores, and when no more. False at first.
+    #[must_use]
+    pub fn telling_of_crowds(self, crowded: &'a dyn Fn(bool)) -> Self {
+        Self { crowded: Some(crowded), ..self }
     }
 
     /// The same, ending between two requests while `held` is true. Whoever sets it must see to it that the reader reports
@@ -138,7 +145,7 @@ impl<'a> Session<'a> {
                         thread.stack_size(HELPER_STACK_BYTES).spawn_scoped(scope, || helper.work()).map(drop)
                     };
                     let _closing = HomeWhenDropped(&helper);
-                    self.serve(inbox, &shared, Others::Helper(Help::new(&helper, &make)))
+                    self.serve(inbox, &shared, Others::Helper(Help::new(&helper, &make, self.crowded)))
                 })
             }
             (count, _) => {
