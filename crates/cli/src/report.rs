@@ -34,6 +34,7 @@ impl Code {
             | ErrorKind::NoKey
             | ErrorKind::EngineFailed
             | ErrorKind::EngineGone
+            | ErrorKind::Interrupted
             | ErrorKind::Backing
             | ErrorKind::NoSpace
             | ErrorKind::FlushLost => Self::File,
@@ -184,7 +185,7 @@ fn default_advice(kind: ErrorKind) -> &'static str {
         ErrorKind::NoSpace => "Make room, or choose another place.",
         ErrorKind::OutOfMemory => "Free memory, or serve less at once.",
         ErrorKind::Stopping => "Wait until the server has stopped, then start it again.",
-        ErrorKind::EngineFailed | ErrorKind::EngineGone | ErrorKind::NoKey => {
+        ErrorKind::EngineFailed | ErrorKind::EngineGone | ErrorKind::Interrupted | ErrorKind::NoKey => {
             "Start again; if it stays, the log (-vv) says more."
         }
         _ => "Please report this: it should not happen.",
@@ -305,6 +306,7 @@ mod tests {
             ("NoKey", 4),
             ("EngineFailed", 4),
             ("EngineGone", 4),
+            ("Interrupted", 4),
             ("Backing", 4),
             ("NoSpace", 4),
             ("FlushLost", 4),

@@ -165,6 +165,14 @@ impl Batch {
         (self.writes, self.end) = (0, 0);
     }
 
+    /// If `result` is an error, it is that of all pieces with this access that have not failed.
+    pub(crate) fn fail(&mut self, access: Access, result: Result<(), Error>) {
+        let Err(error) = result else { return };
+        for item in self.items.iter_mut().filter(|item| item.goes(access)) {
+            item.set_result(Err(error.duplicate()));
+        }
+    }
+
     /// The result of its only piece.
     pub(crate) fn into_only_result(mut self) -> Result<(), Error> {
         self.items.pop().map_or(Ok(()), |item| item.result)

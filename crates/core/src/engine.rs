@@ -81,6 +81,9 @@ pub enum KeyRef<'k> {
 /// - `crypt` transforms all pieces, or returns an error. `NoKey` means that what was transformed has been taken off the
 ///   pieces and what they still name is untouched, so that the call can be made again with another keyslot; after any
 ///   other error the content of all pieces is meaningless and the caller discards it.
+/// - A decryption may end with [`Interrupted`](crate::error::ErrorKind::Interrupted): the keyslot is empty and the content
+///   meaningless, but the engine is there again, and who reads the ciphertext again can have it decrypted. An encryption
+///   may not, since nobody else has its plaintext.
 /// - `crypt` runs on many threads at once, also on one keyslot, and does not wait for other requests.
 /// - Ciphertext depends on key, mode, data unit size and DUN alone, so that any two engines agree byte for byte.
 pub trait Engine: fmt::Debug + Send + Sync {
@@ -117,7 +120,8 @@ pub trait Engine: fmt::Debug + Send + Sync {
     ///
     /// [`NoKey`](crate::error::ErrorKind::NoKey): the keyslot is empty; what `pieces` still name was not touched.
     /// [`EngineFailed`](crate::error::ErrorKind::EngineFailed),
-    /// [`EngineGone`](crate::error::ErrorKind::EngineGone): their content is meaningless now.
+    /// [`EngineGone`](crate::error::ErrorKind::EngineGone),
+    /// [`Interrupted`](crate::error::ErrorKind::Interrupted) (only when decrypting): their content is meaningless now.
     fn crypt(
         &self,
         key: KeyRef<'_>,

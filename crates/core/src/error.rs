@@ -48,6 +48,9 @@ pub enum ErrorKind {
     EngineFailed,
     /// The engine process is gone, and the keys with it.
     EngineGone,
+    /// The engine process ended in the midst of a decryption. The buffer content is meaningless; whoever can get the
+    /// ciphertext again may try again.
+    Interrupted,
     /// The backing failed to read or write. See the source.
     Backing,
     /// The backing is full.
@@ -83,6 +86,7 @@ impl ErrorKind {
         Self::NoKey,
         Self::EngineFailed,
         Self::EngineGone,
+        Self::Interrupted,
         Self::Backing,
         Self::NoSpace,
         Self::FlushLost,
@@ -108,6 +112,7 @@ impl ErrorKind {
             Self::NoKey
             | Self::EngineFailed
             | Self::EngineGone
+            | Self::Interrupted
             | Self::Backing
             | Self::FlushLost
             | Self::Bug => Errno::EIO,
@@ -134,6 +139,7 @@ impl ErrorKind {
             Self::NoKey => "the keyslot holds no key",
             Self::EngineFailed => "the engine failed",
             Self::EngineGone => "the engine is gone",
+            Self::Interrupted => "the engine ended in the midst of a decryption",
             Self::Backing => "backing failed",
             Self::NoSpace => "no space left on the backing",
             Self::FlushLost => "an earlier flush failed, data written before it may be lost",

@@ -574,7 +574,8 @@ impl Request<'_> {
     /// # Errors
     ///
     /// [`ErrorKind::Misaligned`] and [`ErrorKind::Invalid`] for a range or DUN that breaks the key's config;
-    /// what the engine says else. The content of the range is meaningless then.
+    /// what the engine says else. The content of the range is meaningless then. After [`ErrorKind::Interrupted`]
+    /// (only when decrypting) who has the ciphertext may try again.
     ///
     /// # Blocking
     ///
@@ -640,6 +641,11 @@ impl Request<'_> {
             match engine.crypt(KeyRef::Slot(guard.slot()), direction, memory, pieces) {
                 // The engine was reset, say. What is left was not touched, so ask for the key's keyslot again.
                 Err(error) if error.kind() == ErrorKind::NoKey => guard.lost(),
+                // The keyslot is as empty, but it is for the caller to get the ciphertext again.
+                Err(error) if error.kind() == ErrorKind::Interrupted => {
+                    guard.lost();
+                    return Err(error);
+                }
                 result => {
                     self.guard = whole_request.then_some(guard);
                     return result;

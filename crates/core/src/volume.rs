@@ -36,6 +36,9 @@ use inlinecrypt_cipher::{Dun, SectorUpdate};
 use std::ops::Range;
 use std::sync::Arc;
 
+/// How often in a row the engine may end in the midst of one decryption: whoever starts it again gives up sooner.
+const INTERRUPTIONS_MAX: u32 = 16;
+
 /// Bytes of a sector: the unit of IV offsets, and the least that disks write at once.
 pub const SECTOR_BYTES: u32 = 512;
 
@@ -246,18 +249,6 @@ impl Volume {
         offset & !(self.unit_bytes() - 1)
     }
 
-    /// Encrypts or decrypts the data units of `range`, of which the first lies at `offset`.
-    fn crypt(
-        &self,
-        request: &mut Request<'_>,
-        direction: Direction,
-        offset: u64,
-        buffer: &mut Buffer,
-        range: Range<usize>,
-    ) -> Result<(), Error> {
-        request.crypt(direction, self.layout.dun_at(offset), buffer.memory_mut(), range)
-    }
-
     /// Puts the plaintext of the data unit at `offset` into the scratch room.
     fn read_edge(
         &self,
@@ -266,8 +257,23 @@ impl Volume {
         scratch: Range<usize>,
         buffer: &mut Buffer,
     ) -> Result<(), Error> {
-        self.backing.read(offset, &mut buffer.bytes_mut()[scratch.clone()])?;
-        self.crypt(request, Direction::Decrypt, offset, buffer, scratch)
+        again_if_interrupted(|| {
+            self.backing.read(offset, &mut buffer.bytes_mut()[scratch.clone()])?;
+            let first = self.layout.dun_at(offset);
+            request.crypt(Direction::Decrypt, first, buffer.memory_mut(), scratch.clone())
+        })
+    }
+
+    /// Does all that is read.
+    fn fetch_all(&self, request: &mut Request<'_>, batch: &mut Batch, buffer: &mut Buffer) {
+        let fetched = again_if_interrupted(|| {
+            for item in batch.items.iter_mut().filter(|item| item.goes(Access::ReadOnly)) {
+                let units = &mut buffer.bytes_mut()[item.units()];
+                item.set_result(self.backing.read(item.span().units().start, units));
+            }
+            self.crypt_all(request, Direction::Decrypt, batch, buffer)
+        });
+        batch.fail(Access::ReadOnly, fetched);
     }
 
     /// Completes the first and last data unit of a write with what is on the disk.
@@ -302,7 +308,7 @@ impl Volume {
         direction: Direction,
         batch: &mut Batch,
         buffer: &mut Buffer,
-    ) {
+    ) -> Result<(), Error> {
         let access = match direction {
             Direction::Encrypt => Access::ReadWrite,
             Direction::Decrypt => Access::ReadOnly,
@@ -316,13 +322,9 @@ impl Volume {
             }),
         );
         if pieces.is_empty() {
-            return;
+            return Ok(());
         }
-        if let Err(error) = request.crypt_pieces(direction, buffer.memory_mut(), pieces) {
-            for item in items.iter_mut().filter(|item| item.goes(access)) {
-                item.set_result(Err(error.duplicate()));
-            }
-        }
+        request.crypt_pieces(direction, buffer.memory_mut(), pieces)
     }
 
     /// Sends a write to the backing, once it is encrypted.
@@ -414,26 +416,19 @@ impl Disk for Volume {
         let mut request = match self.admission.begin() {
             Ok(request) => request,
             Err(error) => {
-                for item in batch.items.iter_mut().filter(|item| item.result().is_ok()) {
-                    item.set_result(Err(error.duplicate()));
-                }
+                batch.fail(Access::ReadOnly, Err(error.duplicate()));
+                batch.fail(Access::ReadWrite, Err(error));
                 return;
             }
         };
-        for item in batch.items.iter_mut().filter(|item| item.result().is_ok()) {
-            let result = match item.transfer() {
-                Transfer::Read => {
-                    self.backing.read(item.span().units().start, &mut buffer.bytes_mut()[item.units()])
-                }
-                Transfer::Write(_) if item.span().scratch_len > 0 => {
-                    self.fill_edges(&mut request, item, buffer)
-                }
-                Transfer::Write(_) => Ok(()),
-            };
-            item.set_result(result);
+        self.fetch_all(&mut request, batch, buffer);
+        for item in batch.items.iter_mut().filter(|item| item.goes(Access::ReadWrite)) {
+            if item.span().scratch_len > 0 {
+                item.set_result(self.fill_edges(&mut request, item, buffer));
+            }
         }
-        self.crypt_all(&mut request, Direction::Decrypt, batch, buffer);
-        self.crypt_all(&mut request, Direction::Encrypt, batch, buffer);
+        let encrypted = self.crypt_all(&mut request, Direction::Encrypt, batch, buffer);
+        batch.fail(Access::ReadWrite, encrypted);
         for item in batch.items.iter_mut().filter(|item| item.result().is_ok()) {
             if let Transfer::Write(durability) = item.transfer() {
                 item.set_result(self.store(item, durability, buffer));
@@ -521,6 +516,17 @@ impl Disk for Volume {
             self.backing.prefetch(start, (offset + len).next_multiple_of(self.unit_bytes()) - start);
         }
     }
+}
+
+/// Reads and decrypts, again if the engine ended in the midst of the decryption.
+fn again_if_interrupted(mut read: impl FnMut() -> Result<(), Error>) -> Result<(), Error> {
+    for _ in 1..INTERRUPTIONS_MAX {
+        match read() {
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            result => return result,
+        }
+    }
+    read()
 }
 
 /// Cuts extents to what was asked for.

@@ -717,8 +717,8 @@ impl IsolatedEngine {
         })
     }
 
-    /// One order: what is left of `pieces`, as far as it fits. `Ok(false)` if the process was gone; then what was done has been
-    /// taken off.
+    /// One order: what is left of `pieces`, as far as it fits. `Ok(false)` if the process was gone; then what was encrypted has
+    /// been taken off, and what was to be decrypted means nothing.
     fn order(
         &self,
         key: (u32, bool),
@@ -858,6 +858,11 @@ impl Engine for IsolatedEngine {
                 let unit_bytes = (unit_bytes as usize).max(1);
                 match (self.order(number, unit_bytes, direction, at, batch), key) {
                     (Ok(true), _) => break,
+                    (Ok(false), _) if direction == Direction::Decrypt => {
+                        // Not until the new process is there, so that the caller finds it.
+                        self.host().session(Op::Crypt)?;
+                        return Err(Error::new(ErrorKind::Interrupted, Op::Crypt));
+                    }
                     (Ok(false), KeyRef::Slot(slot)) => {
                         // Not until the new process is there: the framework programs the key again next.
                         self.host().session(Op::Crypt)?;

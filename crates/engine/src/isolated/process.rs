@@ -533,7 +533,8 @@ fn transform(
     if unit_bytes > UNDO_BYTES {
         return Err(refused("data units are too large"));
     }
-    let step = CHUNK_BYTES.max(unit_bytes);
+    // What was to be decrypted can be had again, what was to be encrypted cannot: only that is kept.
+    let step = if head.encrypt { CHUNK_BYTES.max(unit_bytes) } else { usize::MAX };
     for (index, piece) in pieces.iter().enumerate() {
         let view = View::new(region, floor, piece.offset, piece.len);
         let mut view = view.ok_or_else(|| refused("a piece lies outside the shared memory"))?;
@@ -545,10 +546,12 @@ fn transform(
         let index = u8::try_from(index).expect("at most PIECES_MAX");
         let mut done = 0;
         while done < len {
-            let chunk = done..len.min(done + step);
-            let undo_bytes = u32::try_from(chunk.len()).expect("at most UNDO_BYTES");
+            let chunk = done..len.min(done.saturating_add(step));
             let bytes = u32::try_from(done).expect("checked above");
-            lane.begin_chunk(Progress { pieces: index, bytes, undo_bytes }, &view.bytes()[chunk.clone()]);
+            if head.encrypt {
+                let undo_bytes = u32::try_from(chunk.len()).expect("at most UNDO_BYTES");
+                lane.begin_chunk(Progress { pieces: index, bytes, undo_bytes }, &view.bytes()[chunk.clone()]);
+            }
             let first = piece.first.wrapping_add((done / unit_bytes) as u64);
             let mut work = [Piece { first, range: chunk.clone() }];
             let result = hosted.engine.crypt(key, direction, &mut view, &mut work);

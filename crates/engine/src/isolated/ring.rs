@@ -7,14 +7,16 @@
 //!   host thread                                 engine thread of the lane
 //!     takes the lane, writes the order
 //!     turn = its, wakes    ------------------->   copies the order, checks the copy
-//!     sleeps                                      per chunk: undo <- chunk, progress, transform in place, progress
+//!     sleeps                                      decrypts in place, or
+//!                                                 per chunk: undo <- chunk, progress, encrypt in place, progress
 //!     wakes  <---------------------------------   result, turn = HOST, wakes
 //! ```
 //!
 //! - The engine trusts nothing here: it copies an order once, checks the copy, and never looks again. A bad order gets an error.
-//! - Should the engine die in mid-order, the progress and the undo buffer say exactly what was transformed: the host puts the
+//! - Should the engine die while it encrypts, the progress and the undo buffer say exactly what was encrypted: the host puts the
 //!   chunk that was being worked on back as it was, takes off the order what was done, and hands in the rest again. So nobody
-//!   else notices.
+//!   else notices. Should it die while it decrypts, nothing is put back: the volume reads the ciphertext again. Not keeping that
+//!   saves a third of what decrypting a large piece costs.
 //! - Engine threads run on the CPU of the host thread whose order they work on: waking a thread there costs a few microseconds,
 //!   waking one on another CPU that sleeps costs fifty (docs/performance.md).
 

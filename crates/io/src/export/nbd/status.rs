@@ -87,6 +87,7 @@ mod tests {
             (ErrorKind::ReadOnly, 1),
             (ErrorKind::Backing, 5),
             (ErrorKind::EngineGone, 5),
+            (ErrorKind::Interrupted, 5),
             (ErrorKind::OutOfMemory, 12),
             (ErrorKind::Misaligned, 22),
             (ErrorKind::OutOfRange, 22),
