@@ -19,6 +19,7 @@ pub struct FakeEngine {
     capabilities: Capabilities,
     slots: Vec<RwLock<Option<Held>>>,
     failures: AtomicU32,
+    interruptions: AtomicU32,
     crypts: AtomicU32,
     slot_hold: SlotHold,
     program_time: Duration,
@@ -50,6 +51,7 @@ impl FakeEngine {
             capabilities,
             slots,
             failures: AtomicU32::new(0),
+            interruptions: AtomicU32::new(0),
             crypts: AtomicU32::new(0),
             slot_hold: SlotHold::WhileComputing,
             program_time: Duration::ZERO,
@@ -71,6 +73,11 @@ impl FakeEngine {
     /// Makes the next `count` programs fail.
     pub fn fail_programs(&self, count: u32) {
         self.failures.store(count, Ordering::Relaxed);
+    }
+
+    /// Lets it end and start again in the midst of the next `count` decryptions.
+    pub fn interrupt_decryptions(&self, count: u32) {
+        self.interruptions.store(count, Ordering::Relaxed);
     }
 
     /// Forgets what is in every keyslot, as a controller reset does.
@@ -146,6 +153,16 @@ impl Engine for FakeEngine {
         pieces: &mut [Piece],
     ) -> Result<(), Error> {
         self.crypts.fetch_add(1, Ordering::Relaxed);
+        let less = |interruptions: u32| interruptions.checked_sub(1);
+        if direction == Direction::Decrypt
+            && self.interruptions.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less).is_ok()
+        {
+            for piece in pieces {
+                memory.bytes_mut()[piece.range.clone()].fill(0xee);
+            }
+            self.lose_keyslots();
+            return Err(Error::new(ErrorKind::Interrupted, Op::Crypt));
+        }
         for piece in pieces {
             let data = &mut memory.bytes_mut()[piece.range.clone()];
             match key {

@@ -270,6 +270,36 @@ fn a_lost_keyslot_is_programmed_again_without_an_error() {
 }
 
 #[test]
+fn what_was_being_decrypted_when_the_engine_ended_is_read_again() {
+    for engine in [FakeEngine::with_keyslots(1), FakeEngine::with_keyslots(1).on_the_way_to_the_disk()] {
+        let engine = Arc::new(engine);
+        let backing = Arc::new(MemBacking::new(SIZE, 1));
+        let volume =
+            volume_on(&profile(engine.clone()), Mode::Aes256Xts, 4096, None, backing.clone()).unwrap();
+        let [mut buffer, _] = buffers(&volume);
+        write(&volume, 0, &[7; 100_000], &mut buffer).unwrap();
+        engine.interrupt_decryptions(2);
+        assert_eq!(read(&volume, 0, 100_000, &mut buffer).unwrap(), [7; 100_000]);
+        // The rest of a data unit that is written in part.
+        engine.interrupt_decryptions(3);
+        write(&volume, 5000, &[8; 20_000], &mut buffer).unwrap();
+        let mut batch = batch_of_six(&volume);
+        engine.interrupt_decryptions(1);
+        volume.transfer(&mut batch, &mut buffer);
+        assert!(batch.items().iter().all(|item| item.result().is_ok()));
+        assert_eq!(buffer.bytes()[batch.items()[0].payload()][..4096], [7; 4096]);
+        let decrypted = decrypted(Mode::Aes256Xts, 4096, &backing);
+        assert!(decrypted[..5000].iter().all(|byte| *byte == 7));
+        assert!(decrypted[5000..16_384].iter().all(|byte| *byte == 8));
+        // Not for ever.
+        engine.interrupt_decryptions(u32::MAX);
+        assert_eq!(read(&volume, 0, 4096, &mut buffer).unwrap_err().kind(), ErrorKind::Interrupted);
+        engine.interrupt_decryptions(0);
+        assert_eq!(read(&volume, 0, 4096, &mut buffer).unwrap(), [7; 4096]);
+    }
+}
+
+#[test]
 fn a_failed_program_is_an_error_to_this_request_and_no_other() {
     let engine = Arc::new(FakeEngine::with_keyslots(1));
     let profile = profile(engine.clone());
