@@ -1,6 +1,6 @@
 //! A backing that remembers what went wrong, for `status`.
 
-use inlinecrypt_core::backing::{Backing, BackingFacts, Durability, Extent};
+use inlinecrypt_core::backing::{Backing, BackingFacts, Durability, Extent, Part};
 use inlinecrypt_core::error::{Error, ErrorKind};
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -30,12 +30,24 @@ impl Watched {
     }
 
     fn note<T>(&self, result: Result<T, Error>) -> Result<T, Error> {
-        if let Err(error) = &result
-            && error.kind() != ErrorKind::Unsupported
-        {
-            self.failures.fetch_add(1, Ordering::Relaxed);
+        if let Err(error) = &result {
+            self.note_failure(error);
         }
         result
+    }
+
+    fn note_failure(&self, error: &Error) {
+        if error.kind() != ErrorKind::Unsupported {
+            self.failures.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn note_parts(&self, parts: &[Part]) {
+        for part in parts {
+            if let Err(error) = &part.result {
+                self.note_failure(error);
+            }
+        }
     }
 
     fn note_stable(&self, result: Result<(), Error>) -> Result<(), Error> {
@@ -70,6 +82,16 @@ impl Backing for Watched {
             Durability::Cached => self.note(result),
             Durability::Durable => self.note_stable(result),
         }
+    }
+
+    fn read_parts(&self, memory: &mut [u8], parts: &mut [Part]) {
+        self.inner.read_parts(memory, parts);
+        self.note_parts(parts);
+    }
+
+    fn write_parts(&self, memory: &[u8], parts: &mut [Part]) {
+        self.inner.write_parts(memory, parts);
+        self.note_parts(parts);
     }
 
     fn flush(&self) -> Result<(), Error> {

@@ -2,6 +2,7 @@
 
 use crate::error::Error;
 use std::fmt;
+use std::ops::Range;
 
 /// Whether a request may change anything.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -30,6 +31,17 @@ pub struct Extent {
     pub len: u64,
     /// Whether storage is allocated to it.
     pub allocated: bool,
+}
+
+/// One of several transfers that are asked for together.
+#[derive(Debug)]
+pub struct Part {
+    /// Where on the backing it begins, in bytes.
+    pub offset: u64,
+    /// Where its bytes are, in the memory given.
+    pub range: Range<usize>,
+    /// How it went.
+    pub result: Result<(), Error>,
 }
 
 /// What a backing is like. Constant while it is open.
@@ -82,6 +94,23 @@ pub trait Backing: fmt::Debug + Send + Sync {
     ///
     /// See the trait.
     fn write(&self, offset: u64, data: &[u8], durability: Durability) -> Result<(), Error>;
+
+    /// Does several reads, and puts into each how it went. They may overlap on the backing, not in `memory`.
+    ///
+    /// One after the other, unless an implementation knows better: on a medium that waits, all of them at once.
+    fn read_parts(&self, memory: &mut [u8], parts: &mut [Part]) {
+        for Part { offset, range, result } in parts {
+            *result = self.read(*offset, &mut memory[range.clone()]);
+        }
+    }
+
+    /// Does several cached writes, which do not overlap, and puts into each how it went. Else as
+    /// [`read_parts`](Self::read_parts).
+    fn write_parts(&self, memory: &[u8], parts: &mut [Part]) {
+        for Part { offset, range, result } in parts {
+            *result = self.write(*offset, &memory[range.clone()], Durability::Cached);
+        }
+    }
 
     /// Makes every write that returned before stable.
     ///

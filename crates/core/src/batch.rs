@@ -4,7 +4,7 @@
 //! behind is what its pieces would leave one after the other, since a piece that overlaps another is not let in unless
 //! both are read. A batch is made to be used again: it keeps its memory when cleared.
 
-use crate::backing::{Access, Durability};
+use crate::backing::{Access, Durability, Part};
 use crate::disk::Span;
 use crate::engine::Piece;
 use crate::error::Error;
@@ -102,6 +102,8 @@ pub struct Batch {
     pub(crate) items: Vec<Item>,
     /// What the engine is told of them; here for its memory only.
     pub(crate) pieces: Vec<Piece>,
+    /// What the backing is told of them; likewise.
+    pub(crate) parts: Vec<Part>,
     writes: usize,
     end: usize,
 }
@@ -163,6 +165,24 @@ impl Batch {
     pub fn clear(&mut self) {
         self.items.clear();
         (self.writes, self.end) = (0, 0);
+    }
+
+    /// Does with `work` what `part_of` says of the pieces that take part, in one go: where on the backing, where in the buffer.
+    pub(crate) fn do_parts(
+        &mut self,
+        part_of: impl Fn(&Item) -> Option<(u64, Range<usize>)>,
+        work: impl FnOnce(&mut [Part]),
+    ) {
+        let Self { items, parts, .. } = self;
+        let part = |(offset, range)| Part { offset, range, result: Ok(()) };
+        parts.extend(items.iter().filter_map(|item| part_of(item).map(part)));
+        if !parts.is_empty() {
+            work(parts);
+        }
+        let took_part = items.iter_mut().filter(|item| part_of(item).is_some());
+        for (item, part) in took_part.zip(parts.drain(..)) {
+            item.set_result(part.result);
+        }
     }
 
     /// If `result` is an error, it is that of all pieces with this access that have not failed.

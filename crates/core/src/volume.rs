@@ -267,10 +267,10 @@ impl Volume {
     /// Does all that is read.
     fn fetch_all(&self, request: &mut Request<'_>, batch: &mut Batch, buffer: &mut Buffer) {
         let fetched = again_if_interrupted(|| {
-            for item in batch.items.iter_mut().filter(|item| item.goes(Access::ReadOnly)) {
-                let units = &mut buffer.bytes_mut()[item.units()];
-                item.set_result(self.backing.read(item.span().units().start, units));
-            }
+            batch.do_parts(
+                |item| item.goes(Access::ReadOnly).then(|| (item.span().units().start, item.units())),
+                |parts| self.backing.read_parts(buffer.bytes_mut(), parts),
+            );
             self.crypt_all(request, Direction::Decrypt, batch, buffer)
         });
         batch.fail(Access::ReadOnly, fetched);
@@ -327,15 +327,28 @@ impl Volume {
         request.crypt_pieces(direction, buffer.memory_mut(), pieces)
     }
 
-    /// Sends a write to the backing, once it is encrypted.
-    fn store(&self, item: &Item, durability: Durability, buffer: &Buffer) -> Result<(), Error> {
+    /// What is written of a piece, once it is encrypted, and where its bytes are.
+    fn stored(&self, item: &Item) -> (u64, Range<usize>) {
         let span = item.span();
         // Only the sectors that were written: the others have the very bytes that are on the disk.
         let start = span.offset & !(self.granule - 1);
         let end = (span.offset + span.len as u64).next_multiple_of(self.granule);
         let units = span.units();
         let within = |at: u64| item.at() + usize::try_from(at - units.start).expect("within the buffer");
-        self.backing.write(start, &buffer.bytes()[within(start)..within(end)], durability)
+        (start, within(start)..within(end))
+    }
+
+    /// Sends all that was encrypted to the backing.
+    fn store_all(&self, batch: &mut Batch, buffer: &Buffer) {
+        let cached = |item: &Item| item.transfer() == Transfer::Write(Durability::Cached);
+        batch.do_parts(
+            |item| (item.result().is_ok() && cached(item)).then(|| self.stored(item)),
+            |parts| self.backing.write_parts(buffer.bytes(), parts),
+        );
+        for item in batch.items.iter_mut().filter(|item| item.goes(Access::ReadWrite) && !cached(item)) {
+            let (start, range) = self.stored(item);
+            item.set_result(self.backing.write(start, &buffer.bytes()[range], Durability::Durable));
+        }
     }
 
     /// Whether a piece may be worked on at all. The export has checked the request; this guards against others.
@@ -429,11 +442,7 @@ impl Disk for Volume {
         }
         let encrypted = self.crypt_all(&mut request, Direction::Encrypt, batch, buffer);
         batch.fail(Access::ReadWrite, encrypted);
-        for item in batch.items.iter_mut().filter(|item| item.result().is_ok()) {
-            if let Transfer::Write(durability) = item.transfer() {
-                item.set_result(self.store(item, durability, buffer));
-            }
-        }
+        self.store_all(batch, buffer);
     }
 
     fn flush(&self) -> Result<(), Error> {

@@ -1,12 +1,13 @@
 //! A regular file or block device as backing.
 //!
-//! Reads and writes are one system call each and allocate nothing. Start reading at [`FileBacking::read_all`].
+//! Reads and writes are one system call each and allocate nothing; with direct I/O, those that come together are one system call
+//! in all. Start reading at [`FileBacking::read_all`].
 
 use super::lock::{self, LockedFile};
 use super::stable::{Failed, Ledger, SHORTER};
 use super::{Caching, DiscardPolicy, OpenOptions};
-use crate::sys;
-use inlinecrypt_core::backing::{Access, Backing, BackingFacts, Durability, Extent};
+use crate::sys::{self, Memory, TOGETHER_MAX};
+use inlinecrypt_core::backing::{Access, Backing, BackingFacts, Durability, Extent, Part};
 use inlinecrypt_core::error::{Error, ErrorKind, Op};
 use rustix::fs::{
     Advice, AtFlags, FallocateFlags, FileType, Mode, OFlags, SeekFrom, Stat, StatxFlags, fallocate,
@@ -15,6 +16,7 @@ use rustix::io::{Errno, IoSlice, ReadWriteFlags, retry_on_intr};
 use std::fs;
 use std::io;
 use std::num::NonZeroU64;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -247,6 +249,31 @@ impl FileBacking {
         Ok(())
     }
 
+    /// Does parts at once where the medium waits and there is a way; what it left undone is then up to `finish`, which is told
+    /// how many bytes of each were moved.
+    fn move_parts(
+        &self,
+        mut memory: Memory<'_>,
+        parts: &mut [Part],
+        op: Op,
+        finish: impl Fn(&mut Memory<'_>, &Part, usize) -> Result<(), Error>,
+    ) {
+        let waits = self.caching == Caching::Direct && parts.len() > 1;
+        for parts in parts.chunks_mut(TOGETHER_MAX) {
+            let moved = waits.then(|| sys::transfer_together(self.file.as_fd(), &mut memory, parts));
+            let moved = moved.flatten().unwrap_or([Ok(0); TOGETHER_MAX]);
+            for (part, moved) in parts.iter_mut().zip(moved) {
+                let len = part.range.len();
+                part.result = match moved {
+                    Ok(bytes) if bytes == len => Ok(()),
+                    Ok(bytes) => finish(&mut memory, part, self.usable(bytes)),
+                    Err(Errno::INTR | Errno::AGAIN) => finish(&mut memory, part, 0),
+                    Err(errno) => Err(world_error(op, errno, part.offset, len as u64)),
+                };
+            }
+        }
+    }
+
     fn write_cached(&self, offset: u64, data: &[u8]) -> Result<(), Errno> {
         self.write_all(offset, data, |rest, at| rustix::io::pwrite(&self.file, rest, at))
     }
@@ -313,6 +340,37 @@ impl Backing for FileBacking {
                 looked.map_err(Failed::Lost)?;
                 self.write_durable(offset, data)
             }),
+        }
+    }
+
+    fn read_parts(&self, memory: &mut [u8], parts: &mut [Part]) {
+        self.move_parts(Memory::Read(memory), parts, Op::Read, |memory, part, done| {
+            let Memory::Read(memory) = memory else { unreachable!("it was given so") };
+            let Range { start, end } = part.range;
+            self.read_all(part.offset + done as u64, &mut memory[start + done..end])
+        });
+    }
+
+    fn write_parts(&self, memory: &[u8], parts: &mut [Part]) {
+        // Asked once for all of them.
+        match self.is_shorter() {
+            Ok(false) => self.move_parts(Memory::Write(memory), parts, Op::Write, |_, part, done| {
+                let Range { start, end } = part.range;
+                self.write_cached(part.offset + done as u64, &memory[start + done..end])
+                    .map_err(|errno| world_error(Op::Write, errno, part.offset, part.range.len() as u64))
+            }),
+            Ok(true) => {
+                for part in parts {
+                    let range = (part.offset, part.range.len() as u64);
+                    part.result = Err(self.note_shorter(Op::Write, Some(range)));
+                }
+            }
+            Err(errno) => {
+                for part in parts {
+                    let len = part.range.len() as u64;
+                    part.result = Err(world_error(Op::Write, errno, part.offset, len));
+                }
+            }
         }
     }
 

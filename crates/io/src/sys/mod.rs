@@ -1,6 +1,10 @@
 //! The few system calls that no library wraps safely. The only place of this crate with `unsafe`.
 #![allow(unsafe_code)]
 
+mod uring;
+
+pub(crate) use uring::{Memory, TOGETHER_MAX, transfer_together};
+
 use rustix::io::Errno;
 use std::io;
 use std::num::NonZeroU32;
