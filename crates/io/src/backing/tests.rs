@@ -3,7 +3,7 @@
 use super::stable::Failed;
 use super::testing::{MemBacking, PowerCutBacking, StrictBacking, conformance};
 use super::*;
-use inlinecrypt_core::backing::{BackingFacts, Durability, Extent};
+use inlinecrypt_core::backing::{BackingFacts, Durability, Extent, Part};
 use inlinecrypt_core::error::{ErrorKind, Op};
 use inlinecrypt_core::memory::{HeapSource, MemoryPool};
 use rustix::io::Errno;
@@ -328,6 +328,14 @@ fn a_file_that_became_shorter_fails_reads_and_keeps_extents_whole() {
             assert!(error.to_string().contains("the file has become shorter"), "{error}");
         }
         backing.read(MIB, &mut buffer.bytes_mut()[..4096]).expect("still there");
+        let part = |offset: u64, at: usize| Part { offset, range: at..at + 4096, result: Ok(()) };
+        let mut parts = [part(2 * MIB, 0), part(MIB, 4096), part(MIB + 4096, 8192)];
+        backing.read_parts(buffer.bytes_mut(), &mut parts);
+        assert_eq!(parts.each_ref().map(|part| part.result.is_ok()), [false, true, false]);
+        assert!(parts[2].result.as_ref().is_err_and(|error| error.to_string().contains("shorter")));
+        backing.write_parts(buffer.bytes(), &mut parts);
+        assert!(parts.iter().all(|part| part.result.is_err()), "nothing makes it longer again");
+        assert_eq!(fs::metadata(&path).expect("our own").len(), MIB + 4096);
 
         let runs = backing.extents(0, 4 * MIB, usize::MAX).expect("no error by itself");
         assert_eq!(runs.iter().map(|run| run.len).sum::<u64>(), 4 * MIB);

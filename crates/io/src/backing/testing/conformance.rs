@@ -1,7 +1,7 @@
 //! What every backing must do, checked from outside.
 
 use super::SplitMix64;
-use inlinecrypt_core::backing::{Access, Backing, Durability, Extent};
+use inlinecrypt_core::backing::{Access, Backing, Durability, Extent, Part};
 use inlinecrypt_core::error::{ErrorKind, Op};
 use inlinecrypt_core::memory::{Buffer, HeapSource, MemoryPool};
 use std::sync::Arc;
@@ -22,6 +22,7 @@ pub fn run(make: impl Fn() -> Arc<dyn Backing>) {
     facts_are_sane_and_constant(&*make());
     first_and_last_bytes_are_kept(&*make());
     what_was_written_is_read(&*make());
+    parts_leave_what_they_would_one_by_one(&*make());
     long_requests_arrive_whole(&*make());
     discard_keeps_to_its_range_or_is_refused(&*make());
     extents_tile_the_range(&*make());
@@ -101,6 +102,45 @@ fn what_was_written_is_read(backing: &dyn Backing) {
         }
     }
     expect_content(backing, 0, &model);
+}
+
+fn parts_leave_what_they_would_one_by_one(backing: &dyn Backing) {
+    let align = backing.facts().align_bytes as usize;
+    let slot_bytes = 4096usize.next_multiple_of(align);
+    let rng = &mut SplitMix64::new(5);
+    let mut model = vec![0; REQUEST_BYTES_MAX];
+    // None, one, and more than go to any medium at once.
+    for count in [0, 1, 2, 63, 64, 65, 200] {
+        // Places that do not overlap, in any order, and each in part only.
+        let mut places: Vec<usize> = (0..REQUEST_BYTES_MAX / slot_bytes).collect();
+        for index in 0..places.len() {
+            let other = usize::try_from(rng.below(places.len() as u64)).expect("small");
+            places.swap(index, other);
+        }
+        let mut data = random(rng, count * slot_bytes);
+        let units = (slot_bytes / align) as u64;
+        let mut parts: Vec<Part> = (0..count)
+            .map(|index| {
+                let len = align * usize::try_from(1 + rng.below(units)).expect("small");
+                let at = index * slot_bytes;
+                Part { offset: (places[index] * slot_bytes) as u64, range: at..at + len, result: Ok(()) }
+            })
+            .collect();
+        backing.write_parts(data.bytes(), &mut parts);
+        for part in &parts {
+            assert!(part.result.is_ok(), "{part:?}");
+            let at = usize::try_from(part.offset).expect("small");
+            model[at..at + part.range.len()].copy_from_slice(&data.bytes()[part.range.clone()]);
+        }
+        expect_content(backing, 0, &model);
+        data.bytes_mut().fill(0x5a);
+        backing.read_parts(data.bytes_mut(), &mut parts);
+        for part in &parts {
+            assert!(part.result.is_ok(), "{part:?}");
+            let at = usize::try_from(part.offset).expect("small");
+            assert!(data.bytes()[part.range.clone()] == model[at..at + part.range.len()], "{part:?}");
+        }
+    }
 }
 
 fn long_requests_arrive_whole(backing: &dyn Backing) {
