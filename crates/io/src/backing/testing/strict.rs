@@ -1,7 +1,7 @@
 //! Checks the caller's side of the bargain.
 
 use super::enter;
-use inlinecrypt_core::backing::{Access, Backing, BackingFacts, Durability, Extent};
+use inlinecrypt_core::backing::{Access, Backing, BackingFacts, Durability, Extent, Part};
 use inlinecrypt_core::error::Error;
 use std::ops::Range;
 use std::sync::Mutex;
@@ -59,6 +59,16 @@ impl<B: Backing> StrictBacking<B> {
     }
 }
 
+impl<B: Backing> StrictBacking<B> {
+    fn enter_parts(&self, memory: &[u8], parts: &[Part], access: Access) -> Vec<UnderWay<'_>> {
+        let enter = |part: &Part| {
+            self.check_memory(&memory[part.range.clone()]);
+            self.enter(part.offset, part.range.len() as u64, access)
+        };
+        parts.iter().map(enter).collect()
+    }
+}
+
 /// A request under way. Over when dropped.
 struct UnderWay<'a> {
     under_way: &'a Mutex<Vec<(Range<u64>, Access)>>,
@@ -89,6 +99,18 @@ impl<B: Backing> Backing for StrictBacking<B> {
         self.check_memory(data);
         let _under_way = self.enter(offset, data.len() as u64, Access::ReadWrite);
         self.inner.write(offset, data, durability)
+    }
+
+    fn read_parts(&self, memory: &mut [u8], parts: &mut [Part]) {
+        let under_way = self.enter_parts(memory, parts, Access::ReadOnly);
+        self.inner.read_parts(memory, parts);
+        drop(under_way);
+    }
+
+    fn write_parts(&self, memory: &[u8], parts: &mut [Part]) {
+        let under_way = self.enter_parts(memory, parts, Access::ReadWrite);
+        self.inner.write_parts(memory, parts);
+        drop(under_way);
     }
 
     fn flush(&self) -> Result<(), Error> {
