@@ -5,6 +5,7 @@
 //!   cmd/VERB     one file per verb
 //!     config     TOML files: configs, and the descriptions that lie beside volumes
 //!     plan       command line + config + descriptions -> what is to be served; every problem found is reported
+//!     table      volumes as dm-crypt's tables give them
 //!     host       plan -> engines, keys, admissions, volumes
 //!     engine_process   where engines run
 //!     create     new volumes: key, description and image, in an order that a crash cannot spoil
@@ -34,6 +35,7 @@ mod places;
 mod plan;
 mod report;
 mod size;
+mod table;
 mod take_over;
 mod watch;
 

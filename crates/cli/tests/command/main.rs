@@ -6,6 +6,7 @@
 //!   keys          bad keys and roots; the ladder
 //!   roots         roots of every kind
 //!   configs       configs, and `check`
+//!   tables        lines of dm tables, IV layouts, offsets
 //!   control       `status`
 //!   stopping      signals, sockets, service managers
 //!   pages         help, manual pages, completions
@@ -23,4 +24,5 @@ mod pages;
 mod place;
 mod roots;
 mod stopping;
+mod tables;
 mod volumes;

@@ -86,8 +86,8 @@ pub enum CipherError {
 
 impl fmt::Display for CipherError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        const KNOWN: &str = "aes-xts-plain64, aes-cbc-essiv:sha256, xchacha12,aes-adiantum-plain64 and sm4-xts-plain64 are \
-                             served, under these names or as capi:";
+        const KNOWN: &str = "served are aes-xts-plain64, aes-cbc-essiv:sha256, xchacha12,aes-adiantum-plain64 and \
+                             sm4-xts-plain64, under these names or as capi:";
         match self {
             Self::Form => write!(f, "it is not CIPHER-CHAINING-IV or capi:NAME-IV; {KNOWN}"),
             Self::KeyCount => write!(f, "several keys in turn are not served; {KNOWN}"),
