@@ -76,6 +76,8 @@ pub(crate) enum Command {
     Status(Status),
     /// Check a config: whether all of it can be served. Changes nothing
     Check(Check),
+    /// Show what this machine's kernel and block devices can do of inline encryption
+    Probe(Probe),
     /// Measure ciphers and engines on this machine
     Bench(Bench),
     /// Print completions for a shell
@@ -694,6 +696,30 @@ pub(crate) struct Check {
     pub(crate) config: PathBuf,
     #[command(flatten)]
     pub(crate) passphrase: PassphraseArgs,
+}
+
+/// Look at hardware.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  inlinecrypt probe
+  inlinecrypt probe --json
+  inlinecrypt probe --sysfs board/sys --kernel-config board/config
+      another machine's, copied here")]
+pub(crate) struct Probe {
+    /// Look at devices in DIR, a sysfs or a copy of one [default: /sys]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) sysfs: Option<PathBuf>,
+    /// Look at the kernel in DIR, a procfs or a copy of one [default: /proc; none with --sysfs]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) proc: Option<PathBuf>,
+    /// The kernel's configuration, gzipped or not [default: /proc/config.gz, else where distributions put it; none with
+    /// --sysfs]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) kernel_config: Option<PathBuf>,
+    /// As JSON
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// Print completions.

@@ -12,6 +12,7 @@
 //!     control    the socket by which `status` asks a running server
 //!     take_over   live upgrade: one server takes over from another
 //!   ask          passphrases and PINs, and the process that talks to TPMs and tokens
+//!   probe        what hardware and kernel can do
 //!   report       messages and exit codes
 //!   engine-process   not for people: this program as the process in which engines run (`inlinecrypt_engine::isolated`)
 //! ```
@@ -33,6 +34,7 @@ mod keyfile;
 mod orders;
 mod places;
 mod plan;
+mod probe;
 mod report;
 mod size;
 mod table;

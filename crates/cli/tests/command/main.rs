@@ -10,6 +10,7 @@
 //!   control       `status`
 //!   stopping      signals, sockets, service managers
 //!   pages         help, manual pages, completions
+//!   probe         what the machine can do, from copies of sysfs
 //!     place       a home of its own for each test, and the command in it
 //! ```
 //!
@@ -22,6 +23,7 @@ mod keys;
 mod main_job;
 mod pages;
 mod place;
+mod probe;
 mod roots;
 mod stopping;
 mod tables;
