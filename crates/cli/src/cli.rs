@@ -470,21 +470,26 @@ pub(crate) enum KeyCommand {
     #[command(after_help = "\
 Examples:
   inlinecrypt key generate --out volume.key
-  inlinecrypt key generate --root /etc/inlinecrypt/root.key > volume.key")]
+  inlinecrypt key generate --root /etc/inlinecrypt/root.key > volume.key
+  inlinecrypt key generate --device /dev/sda --out disk.key
+      by the hardware of a disk, through the kernel")]
     Generate(KeyGenerate),
     /// Wrap a raw key of 32 bytes for storage
     #[command(after_help = "\
 Examples:
   inlinecrypt key import --in raw.key --out volume.key
-  head -c 32 /dev/urandom | inlinecrypt key import > volume.key")]
+  head -c 32 /dev/urandom | inlinecrypt key import > volume.key
+  inlinecrypt key import --device /dev/sda --in raw.key --out disk.key")]
     Import(KeyTransform),
     /// Turn a stored key into one for this start of an engine
     ///
     /// What comes out is of use only to the engine that made it, until it stops. The software engine stops with this
-    /// command, so with it this shows that a key can be prepared, and what the result looks like.
+    /// command, so with it this shows that a key can be prepared, and what the result looks like. With --device, it is what
+    /// the kernel takes for this boot: fscrypt, dm-inlinecrypt.
     #[command(after_help = "\
 Examples:
-  inlinecrypt key prepare --in volume.key --out volume.ephemeral")]
+  inlinecrypt key prepare --in volume.key --out volume.ephemeral
+  inlinecrypt key prepare --device /dev/sda --in disk.key --out disk.ephemeral")]
     Prepare(KeyTransform),
     /// Show what a wrapped key says about itself, and whether the root opens it
     #[command(after_help = "\
@@ -500,6 +505,9 @@ pub(crate) struct KeyGenerate {
     /// New file for the wrapped key [default: standard output]
     #[arg(long, value_name = "FILE")]
     pub(crate) out: Option<PathBuf>,
+    /// Ask the hardware of this block device, through the kernel, and no engine of ours
+    #[arg(long, value_name = "DEVICE", conflicts_with_all = ["engine", "root", "passphrase_file", "passphrase_fd", "key_type"])]
+    pub(crate) device: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) engine: EngineArgs,
 }
@@ -513,6 +521,9 @@ pub(crate) struct KeyTransform {
     /// New file for the result [default: standard output]
     #[arg(long, value_name = "FILE")]
     pub(crate) out: Option<PathBuf>,
+    /// Ask the hardware of this block device, through the kernel, and no engine of ours
+    #[arg(long, value_name = "DEVICE", conflicts_with_all = ["engine", "root", "passphrase_file", "passphrase_fd", "key_type"])]
+    pub(crate) device: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) engine: EngineArgs,
 }

@@ -117,6 +117,38 @@ pub(crate) fn look(places: &Places) -> Result<Report, Failure> {
     Ok(Report { version: 1, sysfs: places.sysfs.display().to_string(), kernel, devices })
 }
 
+/// Where distributions put it.
+pub(crate) fn configs_of_this_machine() -> Vec<PathBuf> {
+    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    let mut configs = vec![PathBuf::from("/proc/config.gz")];
+    configs.extend(
+        [
+            format!("/boot/config-{release}"),
+            format!("/lib/modules/{release}/config"),
+            format!("/usr/lib/modules/{release}/config"),
+        ]
+        .map(PathBuf::from),
+    );
+    configs
+}
+
+/// What the hardware of a block device of this machine does with keys, in words; `None` if it cannot be found.
+pub(crate) fn about(device: &Path) -> Option<String> {
+    let number = rustix::fs::stat(device).ok()?.st_rdev;
+    let (major, minor) = (rustix::fs::major(number), rustix::fs::minor(number));
+    let place = fs::canonicalize(format!("/sys/dev/block/{major}:{minor}")).ok()?;
+    // A partition has its disk's hardware.
+    let disk = if place.join("partition").exists() { place.parent()? } else { &place };
+    let found = read_device(disk.parent()?, disk.file_name()?.to_string_lossy().into_owned());
+    let places = Places {
+        sysfs: PathBuf::from("/sys"),
+        proc: Some(PathBuf::from("/proc")),
+        configs: configs_of_this_machine(),
+    };
+    let kernel = read_kernel(&places, std::slice::from_ref(&found));
+    found.in_words(&kernel).into_iter().next()
+}
+
 /// Refuses a file that is no kernel configuration.
 pub(crate) fn check_config(path: &Path) -> Result<(), Failure> {
     files::read(path, "kernel configuration", Secrecy::Public, CONFIG_BYTES_MAX)?;

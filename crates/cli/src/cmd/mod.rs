@@ -6,6 +6,7 @@ mod completions;
 mod engine;
 mod engine_serve;
 mod key;
+mod key_device;
 mod man;
 mod probe;
 mod root;

@@ -12,7 +12,7 @@ pub(super) fn run(args: &Probe) -> Result<(), Failure> {
     let proc = proc.clone().or_else(|| is_ours.then(|| PathBuf::from("/proc")));
     let configs = match kernel_config {
         Some(path) => vec![path.clone()],
-        None if is_ours => configs_of_this_machine(),
+        None if is_ours => probe::configs_of_this_machine(),
         None => proc.iter().map(|proc| proc.join("config.gz")).collect(),
     };
     let sysfs = sysfs.clone().unwrap_or_else(|| PathBuf::from("/sys"));
@@ -25,21 +25,6 @@ pub(super) fn run(args: &Probe) -> Result<(), Failure> {
         return print_json(&report);
     }
     print(&describe(&report))
-}
-
-/// Where distributions put it.
-fn configs_of_this_machine() -> Vec<PathBuf> {
-    let release = rustix::system::uname().release().to_string_lossy().into_owned();
-    let mut configs = vec![PathBuf::from("/proc/config.gz")];
-    configs.extend(
-        [
-            format!("/boot/config-{release}"),
-            format!("/lib/modules/{release}/config"),
-            format!("/usr/lib/modules/{release}/config"),
-        ]
-        .map(PathBuf::from),
-    );
-    configs
 }
 
 fn describe(report: &Report) -> String {

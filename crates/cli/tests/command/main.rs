@@ -4,6 +4,7 @@
 //!   main_job      one command, and the next
 //!   volumes       bad sizes, files, layouts; descriptions
 //!   keys          bad keys and roots; the ladder
+//!   key_devices   keys by the hardware of disks
 //!   roots         roots of every kind
 //!   configs       configs, and `check`
 //!   tables        lines of dm tables, IV layouts, offsets
@@ -19,6 +20,7 @@
 mod configs;
 mod control;
 mod engines;
+mod key_devices;
 mod keys;
 mod main_job;
 mod pages;
