@@ -125,6 +125,10 @@ impl CipherSpec {
     ///
     /// [`CipherError`].
     pub fn parse(text: &str) -> Result<Self, CipherError> {
+        if super::may_hold_key(text) {
+            // Not to be repeated.
+            return Err(CipherError::Form);
+        }
         let (cipher, iv) = match text.strip_prefix("capi:") {
             // The API's names have no hyphen outside parentheses; the IV mode stands behind the last.
             Some(rest) => rest.rsplit_once('-').ok_or(CipherError::Form)?,

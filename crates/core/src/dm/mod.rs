@@ -340,6 +340,11 @@ impl fmt::Display for NoTable {
 
 impl std::error::Error for NoTable {}
 
+/// Whether there are as many hexadecimal digits in a row as a key has at least. Nothing else that is meant has.
+fn may_hold_key(text: &str) -> bool {
+    text.split(|c: char| !c.is_ascii_hexdigit()).any(|digits| digits.len() >= 32)
+}
+
 /// A field of the text, as it stands there.
 #[derive(Clone)]
 struct Word<'t> {
@@ -366,10 +371,9 @@ impl Word<'_> {
 
     fn wrong(&self, field: Field, why: Why) -> TableError {
         // A key may stand in the wrong place, too.
-        let may_be_key = self.text.len() >= 32 && self.text.bytes().all(|byte| byte.is_ascii_hexdigit());
         let shown = match field {
             Field::Key => None,
-            _ if may_be_key => None,
+            _ if may_hold_key(self.text) => None,
             _ => Some(self.plain().into_owned()),
         };
         TableError { field, at: self.at.clone(), why, shown }

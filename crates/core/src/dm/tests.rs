@@ -132,6 +132,8 @@ fn keys_do_not_show() {
         }
         words.remove(at);
     }
+    let error = Table::parse(&format!("0 8 crypt aes-{XTS_KEY}-plain64 - 0 d 0")).unwrap_err();
+    assert!(!format!("{error:?}{error}").contains("0102"), "{error}");
 }
 
 #[test]
