@@ -157,6 +157,26 @@ fn volumes_of_other_layouts_are_made_described_checked_and_served_again() {
     assert!(said.code == Some(1) && said.err.contains("data-units, sectors, upper-half"), "{said}");
 }
 
+/// Hardware counts data unit numbers in eight bytes, and by ones.
+#[test]
+fn an_engine_that_counts_no_further_than_hardware_refuses_the_upper_half() {
+    let place = Place::new();
+    place.sparse("disk", MIB);
+    place.raw_key("key", 64);
+    let start = ["serve", "--engine", "ice:raw", "--key", "raw:key", "--data-unit", "4096", "--iv"];
+    let said = place.run([&start[..], &["upper-half", "disk"]].concat());
+    said.refused(1, &["data unit numbers of 9 bytes, the engine has 8", "--fallback allowed"]);
+    for arguments in [&["sectors"][..], &["upper-half", "--fallback", "allowed"]] {
+        let mut server = place.serve("disk.sock", [&start[1..], arguments, &["disk"]].concat());
+        let mut client = server.client("disk");
+        client.write(512, &[3; 20_000]).unwrap();
+        assert!(client.read(512, 20_000).unwrap().iter().all(|&byte| byte == 3));
+        drop(client);
+        assert!(server.process.child().try_wait().unwrap().is_none());
+        server.stop();
+    }
+}
+
 #[test]
 fn a_volume_has_a_line_if_linux_has_its_layout_and_its_key_only_if_asked() {
     let place = Place::new();

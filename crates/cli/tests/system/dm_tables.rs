@@ -163,6 +163,22 @@ fn other_layouts_give_the_bytes_that_others_write() {
     }
 }
 
+#[test]
+fn an_offset_goes_with_direct_access() {
+    let place = Place::new();
+    place.raw_key("key", 64, 9);
+    let arguments = |offset: &'static str| ["--key", "raw:key", "--offset", offset, "--direct", "disk"];
+    place.sparse("disk", 2 * MIB);
+    let server = place.serve(arguments("1MiB"));
+    let mut client = server.client("disk");
+    client.write(4096, &[5; 100_000]).unwrap();
+    assert!(client.read(4096, 100_000).unwrap().iter().all(|&byte| byte == 5));
+    server.stop();
+    let written = fs::read(place.path("disk")).unwrap();
+    let (before, after) = written.split_at(usize::try_from(MIB).unwrap());
+    assert!(before.iter().all(|&byte| byte == 0) && after.iter().any(|&byte| byte != 0));
+}
+
 /// What we say of a volume is what opens it: here, and in the kernel, where there is dm-crypt.
 #[test]
 fn the_line_of_a_volume_of_ours_opens_it() {

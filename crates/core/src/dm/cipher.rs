@@ -80,7 +80,7 @@ pub enum CipherError {
     UnknownIv(String),
     /// An IV mode that does not go with the cipher.
     IvOfCipher(String),
-    /// XTS with GB/T doubling or the like is not meant; what stands behind the IV mode is not known.
+    /// What stands behind the IV mode is not known.
     UnknownIvOptions(String),
 }
 
