@@ -1,7 +1,6 @@
 //! Volumes as dm-crypt's tables give them: on the command line, in files, in configs.
 
-use crate::cli::DiscardArg;
-use crate::cli::Serve;
+use crate::cli::{DiscardArg, Serve};
 use crate::files::{self, Secrecy};
 use crate::keyfile::{KeySource, Wanted};
 use crate::places::relative_to;
