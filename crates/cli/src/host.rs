@@ -23,7 +23,7 @@ use inlinecrypt_core::key::{Key, KeyForm};
 use inlinecrypt_core::keyslot::Policy;
 use inlinecrypt_core::memory::MemoryPool;
 use inlinecrypt_core::profile::{Admission, CryptoProfile};
-use inlinecrypt_core::volume::Layout;
+use inlinecrypt_core::volume::{IvLayout, Layout};
 use inlinecrypt_engine::{EngineSpec, Root, SoftwareSpec, WrappingKeyId};
 use inlinecrypt_io::export::nbd::{ClientCertificates, TlsFiles, TlsMode, TlsSetup};
 use rustix::io::Errno;
@@ -286,7 +286,7 @@ fn admit(volume: &VolumePlan, medium: &Medium, engine: &HostEngine) -> Result<Re
              noise and writes destroy data.",
         ));
     }
-    let unused_bytes = medium.len_bytes - layout.size_bytes();
+    let unused_bytes = volume.layout.unused(&layout, medium.len_bytes);
     Ok(Ready { plan: volume.clone(), layout, admission, identifier, unused_bytes })
 }
 
@@ -313,7 +313,7 @@ fn missing(failure: Failure, volume: &VolumePlan, plan: &Plan) -> Failure {
     if files::exists(&volume.path) {
         return failure;
     }
-    let LayoutPlan { mode, data_unit, block, iv_offset } = volume.layout;
+    let LayoutPlan { mode, data_unit, block, iv_offset, iv, offset, length: _ } = volume.layout;
     let mut options = String::new();
     let mut option = |name: &str, value: String| {
         let _ = write!(options, " --{name} {}", quoted(&value));
@@ -334,6 +334,12 @@ fn missing(failure: Failure, volume: &VolumePlan, plan: &Plan) -> Failure {
     }
     if iv_offset != 0 {
         option("iv-offset", iv_offset.to_string());
+    }
+    if iv != IvLayout::default() {
+        option("iv", iv.to_string());
+    }
+    if offset != 0 {
+        option("offset", offset.to_string());
     }
     let EnginePlan { spec, root, .. } = &plan.engines[volume.engine];
     let derives_as_usual = match spec {
@@ -397,7 +403,36 @@ pub(crate) fn check_size(
 
 /// The layout of a volume on a backing of `backing_bytes`.
 pub(crate) fn layout(plan: &LayoutPlan, backing_bytes: u64, label: &str) -> Result<Layout, Failure> {
-    let LayoutPlan { mode, data_unit, block, iv_offset } = *plan;
+    let LayoutPlan { mode, data_unit, block, iv_offset, iv, offset, length } = *plan;
+    let Some(room) = backing_bytes.checked_sub(offset) else {
+        return Err(Failure::new(
+            Code::File,
+            format!("{label} has {}, and the volume begins at {}", Size(backing_bytes), Size(offset)),
+            "Check that it is the right file, and its offset.",
+        ));
+    };
+    if let Some(length) = length.filter(|&length| length > room) {
+        return Err(Failure::new(
+            Code::File,
+            format!(
+                "{label} has {}, and the volume is to have {} from {} on",
+                Size(backing_bytes),
+                Size(length),
+                Size(offset)
+            ),
+            "Check that it is the right file and that nothing of it is missing, and the volume's length.",
+        ));
+    }
+    if let Some(length) = length.filter(|length| !length.is_multiple_of(data_unit.bytes().into())) {
+        return Err(Failure::new(
+            Code::Wrong,
+            format!(
+                "{label}: a length of {length} bytes is not a multiple of the data unit, {data_unit} bytes"
+            ),
+            "Correct the length, or leave it out.",
+        ));
+    }
+    let backing_bytes = length.unwrap_or(room);
     if backing_bytes < u64::from(data_unit.bytes()) {
         return Err(Failure::new(
             Code::File,
@@ -405,7 +440,19 @@ pub(crate) fn layout(plan: &LayoutPlan, backing_bytes: u64, label: &str) -> Resu
             "Check that it is the right file. An empty one can be removed and made anew with --create SIZE.",
         ));
     }
-    Layout::new(mode, data_unit, block, iv_offset, backing_bytes).map_err(|error| Failure::of(label, &error))
+    Layout::new(mode, data_unit, block, iv_offset, backing_bytes)
+        .and_then(|layout| layout.with_iv(iv))
+        .map_err(|error| Failure::of(label, &error))
+}
+
+impl LayoutPlan {
+    /// Bytes behind the last whole data unit that nothing says are not the volume's.
+    pub(crate) fn unused(&self, layout: &Layout, backing_bytes: u64) -> u64 {
+        match self.length {
+            Some(_) => 0,
+            None => backing_bytes - self.offset - layout.size_bytes(),
+        }
+    }
 }
 
 /// Admits a key for a layout: from here on it is served, or refused with its reason.

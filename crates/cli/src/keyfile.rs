@@ -40,12 +40,24 @@ enum Place {
     Stdin,
     /// What standard input gave.
     Given(Arc<Zeroizing<Vec<u8>>>),
+    /// In the line of a dm table in this file.
+    Table(PathBuf),
 }
 
 impl KeySource {
     /// The long-term wrapped key in a file.
     pub(crate) fn wrapped(path: PathBuf) -> Self {
         Self { wanted: Wanted::Wrapped, place: Place::File(path) }
+    }
+
+    /// The raw key in the line of a dm table, in a file.
+    pub(crate) fn in_table(path: PathBuf) -> Self {
+        Self { wanted: Wanted::Raw, place: Place::Table(path) }
+    }
+
+    /// A raw key that standard input gave.
+    pub(crate) fn given_raw(key: Zeroizing<Vec<u8>>) -> Self {
+        Self { wanted: Wanted::Raw, place: Place::Given(Arc::new(key)) }
     }
 
     /// What is written on a command line or in a config, where paths are relative to `base`.
@@ -81,6 +93,7 @@ impl KeySource {
         let place = match &self.place {
             Place::File(path) => path.display().to_string(),
             Place::Stdin | Place::Given(_) => "-".to_owned(),
+            Place::Table(path) => return format!("FILE, as in {}", path.display()),
         };
         match self.wanted {
             Wanted::Wrapped => place,
@@ -92,7 +105,7 @@ impl KeySource {
     pub(crate) fn path(&self) -> Option<&Path> {
         match &self.place {
             Place::File(path) => Some(path),
-            Place::Stdin | Place::Given(_) => None,
+            Place::Stdin | Place::Given(_) | Place::Table(_) => None,
         }
     }
 
@@ -114,6 +127,7 @@ impl KeySource {
             Place::File(path) => Arc::new(files::read(path, "key file", secrecy, KEY_FILE_BYTES_MAX)?),
             Place::Stdin => Arc::new(files::read_stdin("key", KEY_FILE_BYTES_MAX)?),
             Place::Given(bytes) => bytes.clone(),
+            Place::Table(path) => Arc::new(crate::table::key_in(path)?),
         };
         let refused =
             |what: String, advice: String| Failure::new(Code::Refused, format!("{self} {what}"), advice);
@@ -183,6 +197,7 @@ impl fmt::Display for KeySource {
         match &self.place {
             Place::File(path) => write!(f, "key file {}", path.display()),
             Place::Stdin | Place::Given(_) => f.write_str("the key on standard input"),
+            Place::Table(path) => write!(f, "the key in table {}", path.display()),
         }
     }
 }
@@ -221,7 +236,8 @@ impl LoadedKey {
     pub(crate) fn form(&self, profile: &CryptoProfile, name: &KeySource) -> Result<KeyForm, Failure> {
         match self {
             Self::Raw(key) => {
-                let again = matches!(name.place, Place::File(_)).then(|| Arc::new(name.clone()) as _);
+                let again = matches!(name.place, Place::File(_) | Place::Table(_))
+                    .then(|| Arc::new(name.clone()) as _);
                 profile
                     .deposit(RawKey::new(key.expose()), again)
                     .map_err(|error| Failure::of(format!("{name} is refused"), &error))
@@ -244,6 +260,14 @@ impl LoadedKey {
                 };
                 Failure::of(format!("{name} is refused"), &error).advise(advice)
             }),
+        }
+    }
+
+    /// Length of a raw key, in bytes.
+    pub(crate) fn raw_len(&self) -> Option<usize> {
+        match self {
+            Self::Raw(key) => Some(key.expose().len()),
+            Self::Wrapped(_) => None,
         }
     }
 

@@ -25,7 +25,7 @@ use crate::size::Size;
 use crate::take_over::{self, Message, Predecessor, VolumeFacts};
 use crate::watch::Watched;
 use inlinecrypt_core::admission::{Mode, ServedBy};
-use inlinecrypt_core::backing::{Access, Backing as _};
+use inlinecrypt_core::backing::{Access, Backing};
 use inlinecrypt_core::config::KeyType;
 use inlinecrypt_core::disk::Disk as _;
 use inlinecrypt_core::error::Error;
@@ -33,7 +33,7 @@ use inlinecrypt_core::key::KeyId;
 use inlinecrypt_core::profile::CryptoProfile;
 use inlinecrypt_core::volume::{Discard, Volume};
 use inlinecrypt_engine::{EngineSpec, WrappingKeyId};
-use inlinecrypt_io::backing::{Caching, DiscardPolicy, FileBacking, OpenOptions};
+use inlinecrypt_io::backing::{Caching, DiscardPolicy, FileBacking, OpenOptions, Window};
 use inlinecrypt_io::export::ExportSpec;
 use inlinecrypt_io::export::nbd::{NbdServer, ServerOptions, TlsMode};
 use inlinecrypt_io::listen::{self, Claim, Listen, ListenOptions, Listener, NamedAt, Peer, Stream};
@@ -203,6 +203,8 @@ fn refuse_with_config(args: &Serve) -> Result<(), Failure> {
         ("--data-unit", layout.data_unit.is_some()),
         ("--block", layout.block.is_some()),
         ("--iv-offset", layout.iv_offset.is_some()),
+        ("--iv", layout.iv.is_some()),
+        ("--offset", layout.offset.is_some()),
         ("--fallback", args.fallback.is_some()),
         ("--discard", args.discard.is_some()),
         ("--read-only", args.read_only),
@@ -351,6 +353,8 @@ struct Served {
     path: PathBuf,
     engine: usize,
     identifier: Identifier,
+    /// Where it begins in its file.
+    offset_bytes: u64,
 }
 
 /// A server at work.
@@ -631,6 +635,8 @@ impl Running {
                         data_unit_bytes: layout.data_unit_size().bytes(),
                         block_bytes: layout.logical_block_bytes(),
                         iv_offset_sectors: layout.iv_offset_sectors(),
+                        iv: layout.iv().name(),
+                        offset_bytes: served.offset_bytes,
                         read_only: export.read_only,
                         key_type: match admission.key().config().key_type() {
                             KeyType::Raw => "raw",
@@ -778,8 +784,17 @@ impl Served {
         let align_bytes = file.facts().align_bytes;
         let backing = Arc::new(Watched::new(file.clone()));
         let unit_bytes = layout.data_unit_size().bytes();
+        let offset_bytes = plan.layout.offset;
+        let lies_on: Result<Arc<dyn Backing>, _> = match offset_bytes {
+            0 => Ok(backing.clone()),
+            start => Window::new(backing.clone(), start).map(|window| Arc::new(window) as _),
+        };
+        let lies_on = lies_on.map_err(|error| {
+            Failure::of_file(&plan.label, &error)
+                .advise("Leave --direct (direct = true) out, or correct where the volume begins.")
+        })?;
         let volume =
-            Volume::new(layout, admission, backing.clone(), plan.access, plan.discard).map_err(|error| {
+            Volume::new(layout, admission, lies_on, plan.access, plan.discard).map_err(|error| {
                 let failure = Failure::of(&plan.label, &error);
                 if plan.caching == Caching::Direct && align_bytes > unit_bytes {
                     failure.advise(format!(
@@ -798,13 +813,14 @@ impl Served {
             path: std::path::absolute(&plan.path).unwrap_or(plan.path),
             engine: plan.engine,
             identifier,
+            offset_bytes,
         })
     }
 }
 
 impl Served {
     fn facts(&self) -> VolumeFacts {
-        VolumeFacts::of(&self.name, self.identifier.to_string(), &self.volume)
+        VolumeFacts::of(&self.name, self.identifier.to_string(), &self.volume, self.offset_bytes)
     }
 }
 

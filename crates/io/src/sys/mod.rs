@@ -1,6 +1,7 @@
 //! The few system calls that no library wraps safely. The only place of this crate with `unsafe`.
 #![allow(unsafe_code)]
 
+pub(crate) mod blk_crypto;
 mod uring;
 
 pub(crate) use uring::{Memory, TOGETHER_MAX, transfer_together};
