@@ -1,0 +1,510 @@
+//! A container: opened with a passphrase, and changed so that a crash leaves it as it was or as it is to be.
+
+use super::header::Header;
+use super::metadata::{ALIGN_BYTES, Digest, Keyslot, Metadata, OBJECTS_MAX};
+use crate::area::AreaCipher;
+use crate::kdf::Kdf;
+use crate::{Encryption, Error, ErrorKind, Hash, Random, Storage, VolumeKey, af};
+use serde_json::{Map, Value, json};
+use std::fmt;
+use subtle::ConstantTimeEq as _;
+use zeroize::Zeroizing;
+
+/// Stripes of what is made here: everybody's.
+const STRIPES: usize = 4000;
+/// Bytes of salts.
+pub(super) const SALT_BYTES: usize = 32;
+
+/// A container on `S`.
+pub struct Container<S> {
+    storage: S,
+    header: Header,
+}
+
+/// What a passphrase opened.
+pub struct Opened {
+    /// The LUKS keyslot that took it.
+    pub keyslot: u32,
+    /// The digest that the key has.
+    pub digest: u32,
+    /// The key.
+    pub key: VolumeKey,
+}
+
+impl<S: Storage> Container<S> {
+    /// Reads the header on `storage`.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Header::read`].
+    pub fn read(mut storage: S) -> Result<Self, Error> {
+        let header = Header::read(&mut storage)?;
+        Ok(Self { storage, header })
+    }
+
+    pub(super) fn new(storage: S, header: Header) -> Self {
+        Self { storage, header }
+    }
+
+    /// Its header.
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// What it lies on.
+    pub fn into_storage(self) -> S {
+        self.storage
+    }
+
+    fn metadata(&self) -> &Metadata {
+        &self.header.metadata
+    }
+
+    /// The LUKS keyslots in the order in which they are tried: those of high priority first, those to be ignored not at all.
+    fn order(&self) -> Vec<u32> {
+        let slots = self.metadata().keyslots();
+        let mut order: Vec<u32> =
+            slots.iter().filter(|(_, slot)| slot.priority > 0).map(|(slot, _)| *slot).collect();
+        order.sort_by_key(|slot| (std::cmp::Reverse(slots[slot].priority), *slot));
+        order
+    }
+
+    /// Opens it with the first LUKS keyslot that takes `passphrase`, or with `only` that one.
+    ///
+    /// # Errors
+    ///
+    /// [`Passphrase`](ErrorKind::Passphrase) if none does; if some could not be tried, why. [`Io`](ErrorKind::Io).
+    ///
+    /// # Blocking
+    ///
+    /// As long as the header says, within bounds.
+    pub fn open(&mut self, passphrase: &[u8], only: Option<u32>) -> Result<Opened, Error> {
+        let order = match only {
+            None => self.order(),
+            Some(slot) if self.metadata().keyslots().contains_key(&slot) => vec![slot],
+            Some(slot) => return Err(no_such_slot(slot)),
+        };
+        if order.is_empty() {
+            return Err(Error::new(
+                ErrorKind::Passphrase,
+                "it has no LUKS keyslot that a passphrase opens",
+                "If it was erased, restore the header from a backup: inlinecrypt luks header-restore",
+            ));
+        }
+        let mut trouble = None;
+        for keyslot in order {
+            match self.try_slot(keyslot, passphrase) {
+                Ok(Some((digest, key))) => return Ok(Opened { keyslot, digest, key }),
+                Ok(None) => {}
+                Err(error) => trouble = trouble.or(Some(error)),
+            }
+        }
+        Err(trouble.unwrap_or_else(Error::passphrase))
+    }
+
+    fn try_slot(&mut self, number: u32, passphrase: &[u8]) -> Result<Option<(u32, VolumeKey)>, Error> {
+        let Self { storage, header } = self;
+        let slot = &header.metadata.keyslots()[&number];
+        let digests = header.metadata.digests();
+        let Some((digest_number, digest)) =
+            digests.iter().find(|(_, digest)| digest.keyslots.contains(&number))
+        else {
+            // Its key is of nothing.
+            return Ok(None);
+        };
+        let unknown = |why: &String| Error::unsupported(format!("LUKS keyslot {number}: {why}"));
+        let kdf = slot.kdf.as_ref().map_err(unknown)?;
+        let encryption = *slot.encryption.as_ref().map_err(unknown)?;
+        let hash = *slot.af_hash.as_ref().map_err(unknown)?;
+        let area_key = kdf.derive(passphrase, &slot.salt, encryption.key_bytes())?;
+        let len = slot.key_bytes * slot.stripes;
+        let mut area = Zeroizing::new(vec![0; len.next_multiple_of(512)]);
+        storage.read(slot.area_offset, &mut area).map_err(Error::io)?;
+        AreaCipher::new(encryption, &area_key)?.decrypt(&mut area);
+        let key = af::merge(&area[..len], slot.key_bytes, slot.stripes, hash);
+        Ok(digest.matches(&key)?.then_some((*digest_number, key)))
+    }
+
+    /// Whether `key` is the one of segment `segment`; `None` if there is no digest to tell.
+    ///
+    /// # Errors
+    ///
+    /// [`Unsupported`](ErrorKind::Unsupported) for a digest that is not known here.
+    pub fn is_key_of(&self, segment: u32, key: &[u8]) -> Result<Option<bool>, Error> {
+        self.metadata().digest_of(segment).map(|(_, digest)| digest.matches(key)).transpose()
+    }
+
+    /// Makes both copies of the header the same, if they are not. Says whether anything was written.
+    ///
+    /// # Errors
+    ///
+    /// [`Io`](ErrorKind::Io).
+    pub fn repair(&mut self, random: &mut Random<'_>) -> Result<bool, Error> {
+        if self.header.is_whole() {
+            return Ok(false);
+        }
+        self.header.write(&mut self.storage, random)?;
+        Ok(true)
+    }
+
+    fn change(
+        &mut self,
+        random: &mut Random<'_>,
+        change: impl FnOnce(&mut Map<String, Value>),
+    ) -> Result<(), Error> {
+        let mut next = self.header.clone();
+        next.metadata.change(next.size, change)?;
+        next.write(&mut self.storage, random)?;
+        self.header = next;
+        Ok(())
+    }
+
+    /// Adds a LUKS keyslot for `key`, which has digest `digest`: its number, which is `number` if one is asked for.
+    ///
+    /// # Errors
+    ///
+    /// [`Invalid`](ErrorKind::Invalid) if none is free, there is no room, or the costs are out of bounds; nothing is changed
+    /// then. [`Io`](ErrorKind::Io): it is added or not.
+    pub fn add_keyslot(
+        &mut self,
+        key: &[u8],
+        digest: u32,
+        passphrase: &[u8],
+        kdf: Kdf,
+        number: Option<u32>,
+        random: &mut Random<'_>,
+    ) -> Result<u32, Error> {
+        self.repair(random)?;
+        let number = self.free_number(number)?;
+        let slot = self.write_area(key, passphrase, kdf, 1, random)?;
+        self.change(random, |json| {
+            object(json, "keyslots").insert(number.to_string(), slot.to_json());
+            list(object(json, "digests"), digest).push(number.to_string().into());
+        })?;
+        Ok(number)
+    }
+
+    fn free_number(&self, wanted: Option<u32>) -> Result<u32, Error> {
+        let taken = self.metadata().json()["keyslots"].as_object().expect("it was looked at");
+        let is_free = |number: &u32| !taken.contains_key(&number.to_string());
+        match wanted {
+            Some(number) if number >= OBJECTS_MAX => Err(no_such_slot(number)),
+            Some(number) if !is_free(&number) => Err(Error::invalid(
+                format!("LUKS keyslot {number} is in use"),
+                "Choose another, or remove it first.",
+            )),
+            Some(number) => Ok(number),
+            None => (0..OBJECTS_MAX).find(is_free).ok_or_else(|| {
+                Error::invalid(
+                    "all 32 LUKS keyslots are in use",
+                    "Remove one first: inlinecrypt luks remove-key",
+                )
+            }),
+        }
+    }
+
+    /// Writes key material where no copy of the header names any, and makes it stable.
+    fn write_area(
+        &mut self,
+        key: &[u8],
+        passphrase: &[u8],
+        kdf: Kdf,
+        priority: u32,
+        random: &mut Random<'_>,
+    ) -> Result<Keyslot, Error> {
+        kdf.check()?;
+        let hash = Hash::Sha256;
+        let encryption = Encryption::Mode(inlinecrypt_cipher::Mode::Aes256Xts);
+        let len = (key.len() * STRIPES) as u64;
+        let area_bytes = len.next_multiple_of(ALIGN_BYTES);
+        let area_offset = self.free_area(area_bytes)?;
+        let mut salt = vec![0; SALT_BYTES];
+        random(&mut salt).map_err(Error::io)?;
+        let area_key = kdf.derive(passphrase, &salt, encryption.key_bytes())?;
+        let mut area = af::split(key, STRIPES, hash, random).map_err(Error::io)?;
+        let mut area = {
+            // Room for all at once, so that no copy stays behind.
+            let mut whole = Zeroizing::new(vec![0; area.len().next_multiple_of(512)]);
+            whole[..area.len()].copy_from_slice(&area);
+            area.fill(0);
+            whole
+        };
+        AreaCipher::new(encryption, &area_key)?.encrypt(&mut area);
+        self.storage.write(area_offset, &area).and_then(|()| self.storage.flush()).map_err(Error::io)?;
+        Ok(Keyslot {
+            key_bytes: key.len(),
+            priority,
+            kdf: Ok(kdf),
+            encryption: Ok(encryption),
+            encryption_name: encryption.name().to_owned(),
+            stripes: STRIPES,
+            af_hash: Ok(hash),
+            area_offset,
+            area_bytes,
+            salt,
+        })
+    }
+
+    fn free_area(&self, bytes: u64) -> Result<u64, Error> {
+        let mut offset = 2 * self.header.size;
+        let end = offset + self.metadata().keyslots_bytes();
+        for (taken, len, _) in self.metadata().areas()? {
+            if taken.saturating_sub(offset) >= bytes {
+                break;
+            }
+            offset = (taken + len).next_multiple_of(ALIGN_BYTES);
+        }
+        if offset + bytes <= end {
+            return Ok(offset);
+        }
+        Err(Error::invalid(
+            "there is no room for the area of another LUKS keyslot",
+            "Remove one first: inlinecrypt luks remove-key",
+        ))
+    }
+
+    /// Gives the key of LUKS keyslot `number` another passphrase. Until the header names the new area, the old one opens.
+    ///
+    /// # Errors
+    ///
+    /// As [`add_keyslot`](Self::add_keyslot).
+    pub fn change_keyslot(
+        &mut self,
+        number: u32,
+        key: &[u8],
+        passphrase: &[u8],
+        kdf: Kdf,
+        random: &mut Random<'_>,
+    ) -> Result<(), Error> {
+        self.repair(random)?;
+        let old = self.metadata().keyslots().get(&number).cloned().ok_or_else(|| no_such_slot(number))?;
+        let slot = self.write_area(key, passphrase, kdf, old.priority, random)?;
+        self.change(random, |json| {
+            object(json, "keyslots").insert(number.to_string(), slot.to_json());
+        })?;
+        self.wipe(old.area_offset, old.area_bytes, random)
+    }
+
+    /// Removes LUKS keyslots. The header forgets them first, and their salts with them; then their areas are overwritten.
+    ///
+    /// # Errors
+    ///
+    /// [`Invalid`](ErrorKind::Invalid) if one is not there; nothing is changed then. [`Io`](ErrorKind::Io): all are removed or
+    /// none.
+    pub fn remove_keyslots(&mut self, numbers: &[u32], random: &mut Random<'_>) -> Result<(), Error> {
+        self.repair(random)?;
+        let taken = self.metadata().json()["keyslots"].as_object().expect("it was looked at").clone();
+        if let Some(missing) = numbers.iter().find(|number| !taken.contains_key(&number.to_string())) {
+            return Err(no_such_slot(*missing));
+        }
+        let names: Vec<String> = numbers.iter().map(u32::to_string).collect();
+        let areas = self.metadata().areas()?;
+        self.change(random, |json| {
+            object(json, "keyslots").retain(|name, _| !names.contains(name));
+            for what in ["digests", "tokens"] {
+                for value in object(json, what).values_mut() {
+                    if let Some(list) = value.get_mut("keyslots").and_then(Value::as_array_mut) {
+                        list.retain(|name| name.as_str().is_none_or(|name| !names.iter().any(|n| n == name)));
+                    }
+                }
+            }
+        })?;
+        let is_ours = |name: &str| names.iter().any(|number| name == format!("LUKS keyslot {number}"));
+        for (offset, bytes, _) in areas.into_iter().filter(|(.., name)| is_ours(name)) {
+            self.wipe(offset, bytes, random)?;
+        }
+        Ok(())
+    }
+
+    /// Overwrites an area that no header names any more.
+    fn wipe(&mut self, offset: u64, bytes: u64, random: &mut Random<'_>) -> Result<(), Error> {
+        let mut noise = vec![0; 64 << 10];
+        let end = offset + bytes;
+        let mut at = offset;
+        while at < end {
+            let len = usize::try_from((end - at).min(noise.len() as u64)).expect("at most 64 KiB");
+            random(&mut noise[..len]).map_err(Error::io)?;
+            self.storage.write(at, &noise[..len]).map_err(Error::io)?;
+            at += len as u64;
+        }
+        self.storage.flush().map_err(Error::io)
+    }
+
+    /// Adds a token; its number.
+    ///
+    /// # Errors
+    ///
+    /// [`Invalid`](ErrorKind::Invalid) if there is no room; nothing is changed then. [`Io`](ErrorKind::Io).
+    pub fn add_token(&mut self, token: Value, random: &mut Random<'_>) -> Result<u32, Error> {
+        self.repair(random)?;
+        let tokens = self.metadata().tokens();
+        let number = (0..OBJECTS_MAX).find(|number| !tokens.contains_key(number)).ok_or_else(|| {
+            Error::invalid("all 32 tokens are in use", "Remove one first: cryptsetup token remove")
+        })?;
+        self.change(random, |json| {
+            object(json, "tokens").insert(number.to_string(), token);
+        })?;
+        Ok(number)
+    }
+
+    /// Sets how long the data segment is; `None` for all that is there.
+    ///
+    /// # Errors
+    ///
+    /// [`Unsupported`](ErrorKind::Unsupported) if it is not one segment, [`Invalid`](ErrorKind::Invalid) if the size is not whole
+    /// sectors; [`Io`](ErrorKind::Io).
+    pub fn resize(&mut self, size: Option<u64>, random: &mut Random<'_>) -> Result<(), Error> {
+        let (number, segment) = self.metadata().data()?;
+        if let Some(bytes) = size
+            && (bytes == 0 || bytes % u64::from(segment.sector_bytes) != 0)
+        {
+            return Err(Error::invalid(
+                format!("{bytes} bytes are not whole sectors of {}", segment.sector_bytes),
+                "Give a multiple of the sector size.",
+            ));
+        }
+        self.repair(random)?;
+        let text = size.map_or_else(|| "dynamic".to_owned(), |bytes| bytes.to_string());
+        self.change(random, |json| {
+            object(json, "segments")[&number.to_string()]["size"] = text.into();
+        })
+    }
+
+    /// Sets label and subsystem; `None` leaves one as it is.
+    ///
+    /// # Errors
+    ///
+    /// [`Invalid`](ErrorKind::Invalid) if one is longer than 47 bytes or no plain text; [`Io`](ErrorKind::Io).
+    pub fn set_label(
+        &mut self,
+        label: Option<&str>,
+        subsystem: Option<&str>,
+        random: &mut Random<'_>,
+    ) -> Result<(), Error> {
+        for text in [label, subsystem].into_iter().flatten() {
+            super::create::check_text(text, 47, "a label")?;
+        }
+        self.repair(random)?;
+        let mut next = self.header.clone();
+        next.label = label.map_or(next.label, str::to_owned);
+        next.subsystem = subsystem.map_or(next.subsystem, str::to_owned);
+        next.write(&mut self.storage, random)?;
+        self.header = next;
+        Ok(())
+    }
+
+    /// Everything of the header: both copies and all areas, as cryptsetup's backups have it.
+    ///
+    /// # Errors
+    ///
+    /// [`Io`](ErrorKind::Io).
+    pub fn backup(&mut self) -> Result<Zeroizing<Vec<u8>>, Error> {
+        let len = 2 * self.header.size + self.metadata().keyslots_bytes();
+        let mut bytes = Zeroizing::new(vec![0; usize::try_from(len).map_err(|_long| too_long(len))?]);
+        self.storage.read(0, &mut bytes).map_err(Error::io)?;
+        Ok(bytes)
+    }
+
+    /// Puts a backup back: areas first, then the copies of the header one after the other.
+    ///
+    /// Where the areas of the backup lie over those that the present header names, the present one cannot be kept whole: a crash
+    /// leaves a header whose LUKS keyslots do not open, and the backup can be put back again.
+    ///
+    /// # Errors
+    ///
+    /// [`Io`](ErrorKind::Io).
+    pub fn restore(mut storage: S, mut backup: Vec<u8>, random: &mut Random<'_>) -> Result<Self, Error> {
+        let mut header = Header::read(&mut backup)?;
+        let begin = 2 * header.size;
+        let end = begin + header.metadata.keyslots_bytes();
+        if backup.len_bytes() < end || storage.len_bytes() < end {
+            return Err(Error::invalid(
+                format!(
+                    "a header of {end} bytes, and the backup has {}, the container {}",
+                    backup.len(),
+                    storage.len_bytes()
+                ),
+                "Give the backup of this container.",
+            ));
+        }
+        let range = usize::try_from(begin).map_err(|_long| too_long(begin))?
+            ..usize::try_from(end).map_err(|_long| too_long(end))?;
+        storage.write(begin, &backup[range]).and_then(|()| storage.flush()).map_err(Error::io)?;
+        // Above what is there, so that it counts from its first copy on.
+        if let Ok(present) = Header::read(&mut storage) {
+            header.sequence_id = header.sequence_id.max(present.sequence_id);
+            if present.size == header.size {
+                header.copies = present.copies;
+            }
+        }
+        header.write(&mut storage, random)?;
+        Ok(Self { storage, header })
+    }
+}
+
+impl Digest {
+    /// Whether `key` is the right one.
+    fn matches(&self, key: &[u8]) -> Result<bool, Error> {
+        let kdf = self.kdf.as_ref().map_err(|why| Error::unsupported(why.clone()))?;
+        let value = kdf.derive(key, &self.salt, self.value.len())?;
+        Ok(bool::from(value.ct_eq(&self.value)))
+    }
+
+    /// The JSON of a digest of `key`.
+    pub(super) fn make(
+        key: &[u8],
+        keyslots: &[u32],
+        segments: &[u32],
+        iterations: u32,
+        random: &mut Random<'_>,
+    ) -> Result<Value, Error> {
+        use base64ct::{Base64, Encoding as _};
+        let hash = Hash::Sha256;
+        let mut salt = [0; SALT_BYTES];
+        random(&mut salt).map_err(Error::io)?;
+        let value = Kdf::Pbkdf2 { hash, iterations }.derive(key, &salt, hash.bytes())?;
+        let names = |numbers: &[u32]| numbers.iter().map(u32::to_string).collect::<Vec<_>>();
+        Ok(json!({
+            "type": "pbkdf2",
+            "keyslots": names(keyslots),
+            "segments": names(segments),
+            "hash": hash.name(),
+            "iterations": iterations,
+            "salt": Base64::encode_string(&salt),
+            "digest": Base64::encode_string(&value),
+        }))
+    }
+}
+
+fn object<'j>(json: &'j mut Map<String, Value>, name: &str) -> &'j mut Map<String, Value> {
+    json.get_mut(name).and_then(Value::as_object_mut).expect("it was looked at")
+}
+
+fn list(digests: &mut Map<String, Value>, number: u32) -> &mut Vec<Value> {
+    let digest = digests.get_mut(&number.to_string()).expect("a digest that was found");
+    digest["keyslots"].as_array_mut().expect("it was looked at")
+}
+
+fn no_such_slot(number: u32) -> Error {
+    Error::invalid(
+        format!("there is no LUKS keyslot {number}"),
+        "inlinecrypt luks dump shows which there are.",
+    )
+}
+
+fn too_long(bytes: u64) -> Error {
+    Error::invalid(format!("a header of {bytes} bytes"), "Use a machine with more memory.")
+}
+
+/// Shows no key.
+impl fmt::Debug for Opened {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Opened(LUKS keyslot {})", self.keyslot)
+    }
+}
+
+impl<S> fmt::Debug for Container<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Container({})", self.header.uuid)
+    }
+}
