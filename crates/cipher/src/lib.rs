@@ -58,6 +58,7 @@ pub mod beneath {
             Mode::Aes128CbcEssiv => (essiv::aes_128_by, essiv::aes_128_by_library),
             Mode::Adiantum => return vec![("alone", Box::new(adiantum::xchacha12_aes))],
             Mode::Sm4Xts => return vec![("alone", Box::new(xts::sm4))],
+            Mode::Aes128Xts => return vec![("alone", Box::new(xts::aes_128))],
         };
         let kernels = Kernel::all()
             .map(|kernel| -> Way { (kernel.name(), Box::new(move |key| by_kernel(kernel, key))) });

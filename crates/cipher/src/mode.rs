@@ -17,11 +17,15 @@ pub enum Mode {
     Adiantum,
     /// SM4 in XTS with the tweak doubling of IEEE 1619: 32-byte key of two halves.
     Sm4Xts,
+    /// AES-128 in XTS (IEEE 1619): 32-byte key of two halves. dm-crypt has it, blk-crypto has not, so no hardware of
+    /// Linux's does it.
+    Aes128Xts,
 }
 
 impl Mode {
     /// Every mode, in the order of [`MODES`].
-    pub const ALL: [Self; 4] = [Self::Aes256Xts, Self::Aes128CbcEssiv, Self::Adiantum, Self::Sm4Xts];
+    pub const ALL: [Self; 5] =
+        [Self::Aes256Xts, Self::Aes128CbcEssiv, Self::Adiantum, Self::Sm4Xts, Self::Aes128Xts];
 
     /// The mode's row of [`MODES`].
     #[must_use]
@@ -37,6 +41,7 @@ impl Mode {
             Self::Aes128CbcEssiv => 1,
             Self::Adiantum => 2,
             Self::Sm4Xts => 3,
+            Self::Aes128Xts => 4,
         }
     }
 
@@ -80,9 +85,9 @@ pub enum SectorUpdate {
 pub struct ModeInfo {
     /// The mode that this row describes.
     pub mode: Mode,
-    /// The number that Linux gives it (`enum blk_crypto_mode_num`).
-    pub linux_number: u8,
-    /// The name that sysfs shows, and that our command line takes.
+    /// The number that Linux gives it (`enum blk_crypto_mode_num`); `None` if blk-crypto does not know it.
+    pub linux_number: Option<u8>,
+    /// The name that sysfs shows, or would show, and that our command line takes.
     pub name: &'static str,
     /// The name in Linux's crypto API.
     pub api_name: &'static str,
@@ -153,15 +158,15 @@ impl ModeInfo {
     }
 }
 
-/// Largest data unit of a mode without a limit of its own: 16 MiB, which is also what the two XTS modes may have
+/// Largest data unit of a mode without a limit of its own: 16 MiB, which is also what the XTS modes may have
 /// (2^20 blocks of 16 bytes).
 const UNIT_BYTES_MAX: u32 = 1 << 24;
 
-/// Every mode we know, in Linux's order (`block/blk-crypto.c`, `blk_crypto_modes`).
-pub static MODES: [ModeInfo; 4] = [
+/// Every mode we know: Linux's in its order (`block/blk-crypto.c`, `blk_crypto_modes`), then those that it has elsewhere.
+pub static MODES: [ModeInfo; 5] = [
     ModeInfo {
         mode: Mode::Aes256Xts,
-        linux_number: 1,
+        linux_number: Some(1),
         name: "AES-256-XTS",
         api_name: "xts(aes)",
         key_bytes: 64,
@@ -174,7 +179,7 @@ pub static MODES: [ModeInfo; 4] = [
     },
     ModeInfo {
         mode: Mode::Aes128CbcEssiv,
-        linux_number: 2,
+        linux_number: Some(2),
         name: "AES-128-CBC-ESSIV",
         api_name: "essiv(cbc(aes),sha256)",
         key_bytes: 16,
@@ -187,7 +192,7 @@ pub static MODES: [ModeInfo; 4] = [
     },
     ModeInfo {
         mode: Mode::Adiantum,
-        linux_number: 3,
+        linux_number: Some(3),
         name: "Adiantum",
         api_name: "adiantum(xchacha12,aes)",
         key_bytes: 32,
@@ -200,7 +205,7 @@ pub static MODES: [ModeInfo; 4] = [
     },
     ModeInfo {
         mode: Mode::Sm4Xts,
-        linux_number: 4,
+        linux_number: Some(4),
         name: "SM4-XTS",
         api_name: "xts(sm4)",
         key_bytes: 32,
@@ -210,6 +215,19 @@ pub static MODES: [ModeInfo; 4] = [
         sector_update: SectorUpdate::Local,
         halves_differ: true,
         build: xts::sm4,
+    },
+    ModeInfo {
+        mode: Mode::Aes128Xts,
+        linux_number: None,
+        name: "AES-128-XTS",
+        api_name: "xts(aes)",
+        key_bytes: 32,
+        security_bytes: 16,
+        iv_bytes: 16,
+        unit_bytes_max: UNIT_BYTES_MAX,
+        sector_update: SectorUpdate::Local,
+        halves_differ: true,
+        build: xts::aes_128,
     },
 ];
 
@@ -274,7 +292,8 @@ mod tests {
         for (at, mode) in Mode::ALL.into_iter().enumerate() {
             assert_eq!(mode.index(), at);
             assert_eq!(mode.info().mode, mode);
-            assert_eq!(usize::from(mode.info().linux_number), at + 1);
+            let number = u8::try_from(at + 1).unwrap();
+            assert_eq!(mode.info().linux_number, (mode != Mode::Aes128Xts).then_some(number));
         }
     }
 

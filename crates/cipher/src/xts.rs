@@ -1,4 +1,4 @@
-//! XTS (IEEE 1619-2018, SP 800-38E): AES-256 and SM4.
+//! XTS (IEEE 1619-2018, SP 800-38E): AES-256, SM4 and AES-128.
 //!
 //! The key is two keys: the first encrypts the data, the second turns the IV into the first block's tweak. Each
 //! further block's tweak is the one before times x in GF(2^128):
@@ -9,8 +9,8 @@
 //!
 //! - The IV is the low 16 bytes of the DUN, little-endian.
 //! - A data unit is a whole number of blocks, so ciphertext stealing never happens here.
-//! - AES-256 comes from our own kernels (`simd::aes`), or from AWS-LC if the CPU has no AES instructions; SM4, and the
-//!   portable twin that the tests compare AES-256 with, from the generic code below.
+//! - AES-256 comes from our own kernels (`simd::aes`), or from AWS-LC if the CPU has no AES instructions; SM4, AES-128, and
+//!   the portable twin that the tests compare AES-256 with, from the generic code below.
 
 use crate::simd::aes::{Kernel, XtsKey, double};
 use crate::simd::awslc;
@@ -43,6 +43,11 @@ pub(crate) fn aes_256_by_library(key: &[u8]) -> Box<dyn UnitCipher> {
 /// `xts` template), not the one of GB/T 17964-2021, which differs from the second block on.
 pub(crate) fn sm4(key: &[u8]) -> Box<dyn UnitCipher> {
     Box::new(Xts::<sm4::Sm4>::new(Mode::Sm4Xts, key))
+}
+
+/// AES-128-XTS with a key of 32 bytes: first the data key, then the tweak key.
+pub(crate) fn aes_128(key: &[u8]) -> Box<dyn UnitCipher> {
+    Box::new(Xts::<aes::Aes128>::new(Mode::Aes128Xts, key))
 }
 
 impl UnitCipher for XtsKey {

@@ -218,7 +218,7 @@ impl Key {
     pub fn init(numbers: ConfigNumbers, bytes: &[u8]) -> Result<Arc<Self>, InvalidKey> {
         let mode = Mode::ALL
             .into_iter()
-            .find(|mode| u32::from(mode.info().linux_number) == numbers.mode)
+            .find(|mode| mode.info().linux_number.is_some_and(|number| u32::from(number) == numbers.mode))
             .ok_or(InvalidKey::UnknownMode(numbers.mode))?;
         if numbers.flags & !ConfigNumbers::ALLOW_HW != 0 {
             return Err(InvalidKey::UnknownFlag(numbers.flags & !ConfigNumbers::ALLOW_HW));

@@ -3,14 +3,16 @@
 //! ```text
 //! 1 align     whole data units; a write that begins or ends inside one reads the rest of it first (read-modify-write)
 //! 2 lock      the data units' range: writes alone, reads together; so nobody sees half of a request
-//! 3 context   key, and first DUN = (iv_offset + offset / 512) in data units
+//! 3 context   key, and first DUN = (iv_offset + offset / 512) in data units, or as another IV layout says
 //! 4 crypt     write: encrypt in place, then backing.write         read: backing.read, then decrypt in place
 //!             (the admission takes a keyslot, for as long as the engine computes or for all of this step)
 //! 5 unlock    then the export answers
 //! ```
 //!
 //! The layout is that of dm-crypt's `aes-xts-plain64` with `sector_size:N iv_large_sectors`: data unit `n` at byte
-//! `n * N`, no header. So nothing on the disk tells whether a key is the right one.
+//! `n * N`, no header. So nothing on the disk tells whether a key is the right one. Others that exist differ in the DUNs
+//! alone ([`IvLayout`]). Where the DUNs of neighbours are not neighbours, an engine, which counts by ones, is handed each
+//! data unit by itself.
 //!
 //! # What an interrupted write may damage
 //!
@@ -33,11 +35,54 @@ use crate::memory::Buffer;
 use crate::profile::{Admission, Request};
 use crate::range_lock::{RangeLock, Sharing};
 use inlinecrypt_cipher::{Dun, SectorUpdate};
+use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
 /// Bytes of a sector: the unit of IV offsets, and the least that disks write at once.
 pub const SECTOR_BYTES: u32 = 512;
+
+/// Which DUN the data unit at a place has: what the IV is made of. Places count from the volume's start, with the IV
+/// offset added.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum IvLayout {
+    /// Its number: 0, 1, 2. dm-crypt's `plain64` with `iv_large_sectors`, dm-inlinecrypt, hardware.
+    #[default]
+    DataUnits,
+    /// The number of its first 512-byte sector: 0, 8, 16 for data units of 4096 bytes. dm-crypt's `plain64` without
+    /// `iv_large_sectors`.
+    Sectors,
+    /// Its number in the upper half of an IV of 16 bytes: 0, 2^64, 2 * 2^64. What SPDK writes by default in software
+    /// (`lib/accel/accel_sw.c`), and ubiblk, both with data units of a logical block.
+    UpperHalf,
+}
+
+impl IvLayout {
+    /// Every one.
+    pub const ALL: [Self; 3] = [Self::DataUnits, Self::Sectors, Self::UpperHalf];
+
+    /// The name that our command line and descriptions take.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::DataUnits => "data-units",
+            Self::Sectors => "sectors",
+            Self::UpperHalf => "upper-half",
+        }
+    }
+
+    /// The one of this name.
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|layout| layout.name() == name)
+    }
+}
+
+impl fmt::Display for IvLayout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
 
 /// How a volume lies on its backing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +90,7 @@ pub struct Layout {
     mode: Mode,
     data_unit_size: DataUnitSize,
     logical_block_bytes: u32,
+    iv: IvLayout,
     iv_offset_sectors: u64,
     size_bytes: u64,
 }
@@ -108,7 +154,27 @@ impl Layout {
                 "with an IV offset of {iv_offset_sectors} sectors the IVs overflow"
             )));
         }
-        Ok(Self { mode, data_unit_size, logical_block_bytes, iv_offset_sectors, size_bytes })
+        let iv = IvLayout::default();
+        Ok(Self { mode, data_unit_size, logical_block_bytes, iv, iv_offset_sectors, size_bytes })
+    }
+
+    /// The same with another IV layout. For data units of 512 bytes, sectors and data units are one thing and called
+    /// [`IvLayout::DataUnits`].
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Invalid`] for [`IvLayout::UpperHalf`] with a mode other than XTS: nobody writes such, and a wider IV
+    /// has no half that is meant.
+    pub fn with_iv(self, iv: IvLayout) -> Result<Self, Error> {
+        let is_xts = self.mode.info().sector_update == SectorUpdate::Local;
+        if iv == IvLayout::UpperHalf && !is_xts {
+            return Err(Error::new(ErrorKind::Invalid, Op::Open).detail(format!(
+                "the IV layout {iv} with {}; SPDK and ubiblk, whose layout it is, have it with XTS alone",
+                self.mode
+            )));
+        }
+        let same = iv == IvLayout::Sectors && self.data_unit_size.bytes() == SECTOR_BYTES;
+        Ok(Self { iv: if same { IvLayout::DataUnits } else { iv }, ..self })
     }
 
     /// How many bytes the volume's largest DUN needs: what its key must be made for.
@@ -135,6 +201,12 @@ impl Layout {
         self.logical_block_bytes
     }
 
+    /// Which DUN each data unit has.
+    #[must_use]
+    pub fn iv(&self) -> IvLayout {
+        self.iv
+    }
+
     /// What is added to the sector number before it becomes a DUN, in 512-byte sectors.
     #[must_use]
     pub fn iv_offset_sectors(&self) -> u64 {
@@ -149,7 +221,25 @@ impl Layout {
 
     fn dun_at(&self, offset_bytes: u64) -> Dun {
         let sector = self.iv_offset_sectors + offset_bytes / u64::from(SECTOR_BYTES);
-        Dun::from(sector >> (self.data_unit_size.log2() - 9))
+        let number = sector >> (self.data_unit_size.log2() - 9);
+        match self.iv {
+            IvLayout::DataUnits => Dun::from(number),
+            IvLayout::Sectors => Dun::from(number << (self.data_unit_size.log2() - 9)),
+            IvLayout::UpperHalf => Dun::from_limbs([0, number, 0, 0]),
+        }
+    }
+
+    /// Calls `each` for the pieces that data units beside each other on the disk, the first of them at `offset`, are to an
+    /// engine that counts DUNs by ones.
+    fn pieces(&self, offset: u64, range: Range<usize>, each: &mut impl FnMut(Piece)) {
+        let step = match self.iv {
+            IvLayout::DataUnits => range.len().max(1),
+            IvLayout::Sectors | IvLayout::UpperHalf => self.data_unit_size.bytes() as usize,
+        };
+        for start in range.clone().step_by(step) {
+            let first = self.dun_at(offset + (start - range.start) as u64);
+            each(Piece { first, range: start..(start + step).min(range.end) });
+        }
     }
 
     fn suits(&self, config: &CryptoConfig) -> bool {
@@ -246,7 +336,7 @@ impl Volume {
         offset & !(self.unit_bytes() - 1)
     }
 
-    /// Encrypts or decrypts the data units of `range`, of which the first lies at `offset`.
+    /// Encrypts or decrypts the one data unit of `range`, which lies at `offset`.
     fn crypt(
         &self,
         request: &mut Request<'_>,
@@ -309,12 +399,9 @@ impl Volume {
         };
         let Batch { items, pieces, .. } = batch;
         pieces.clear();
-        pieces.extend(
-            items.iter().filter(|item| item.goes(access)).map(|item| Piece {
-                first: self.layout.dun_at(item.span().units().start),
-                range: item.units(),
-            }),
-        );
+        for item in items.iter().filter(|item| item.goes(access)) {
+            self.layout.pieces(item.span().units().start, item.units(), &mut |piece| pieces.push(piece));
+        }
         if pieces.is_empty() {
             return;
         }
@@ -349,7 +436,7 @@ impl Volume {
 
 impl Disk for Volume {
     fn geometry(&self) -> Geometry {
-        let Layout { mode, data_unit_size, logical_block_bytes, size_bytes, iv_offset_sectors: _ } =
+        let Layout { mode, data_unit_size, logical_block_bytes, size_bytes, iv: _, iv_offset_sectors: _ } =
             self.layout;
         Geometry {
             size_bytes,

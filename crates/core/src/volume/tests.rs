@@ -30,9 +30,17 @@ fn volume_on(
     backing: Arc<dyn Backing>,
 ) -> Result<Volume, Error> {
     let unit = DataUnitSize::from_bytes(unit).unwrap();
-    let layout = Layout::new(mode, unit, block, 0, backing.facts().len_bytes)?;
-    let form = KeyForm::Raw(RawKey::new(&raw_key(mode)));
-    let key = Key::new(mode, unit, layout.dun_bytes(), form, Hardware::Allowed)?;
+    volume_of(profile, Layout::new(mode, unit, block, 0, backing.facts().len_bytes)?, backing)
+}
+
+fn volume_of(
+    profile: &Arc<CryptoProfile>,
+    layout: Layout,
+    backing: Arc<dyn Backing>,
+) -> Result<Volume, Error> {
+    let form = KeyForm::Raw(RawKey::new(&raw_key(layout.mode())));
+    let (unit, dun_bytes) = (layout.data_unit_size(), layout.dun_bytes());
+    let key = Key::new(layout.mode(), unit, dun_bytes, form, Hardware::Allowed)?;
     let admission = profile.admit(key, Fallback::Off)?;
     Volume::new(layout, admission, backing, Access::ReadWrite, Discard::Pass)
 }
@@ -75,6 +83,18 @@ fn decrypted(mode: Mode, unit: usize, backing: &MemBacking) -> Vec<u8> {
     content
 }
 
+/// The same with each data unit's IV put together by hand: `iv` makes it of the number of its first sector.
+fn decrypted_by(mode: Mode, unit: usize, backing: &MemBacking, iv: impl Fn(u64) -> [u8; 16]) -> Vec<u8> {
+    let mut content = backing.content();
+    let cipher = mode.info().expand(&raw_key(mode)).unwrap();
+    for (n, data) in content.chunks_mut(unit).enumerate() {
+        let iv = iv((n * unit / 512) as u64);
+        let [low, high] = [0, 8].map(|at| u64::from_le_bytes(iv[at..at + 8].try_into().unwrap()));
+        cipher.decrypt(Dun::from_limbs([low, high, 0, 0]), unit, data);
+    }
+    content
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     Write { offset: usize, len: usize, seed: u8 },
@@ -100,16 +120,25 @@ fn step(block: usize) -> impl Strategy<Value = Step> {
 
 fn run(mode: Mode, unit: u32, block: Option<u32>, align: u32, steps: Vec<Step>) {
     let (volume, backing) = volume(mode, unit, block, align);
-    let mut buffers = buffers(&volume);
+    run_on(&volume, &backing, &|backing| decrypted(mode, unit as usize, backing), steps);
+}
+
+fn run_on(
+    volume: &Volume,
+    backing: &MemBacking,
+    decrypted: &dyn Fn(&MemBacking) -> Vec<u8>,
+    steps: Vec<Step>,
+) {
+    let mut buffers = buffers(volume);
     let mut which = 0;
     // A fresh volume holds noise: what zeroes decrypt to.
-    let mut oracle = decrypted(mode, unit as usize, &backing);
+    let mut oracle = decrypted(backing);
     for step in steps {
         let buffer = &mut buffers[which];
         match step {
             Step::Write { offset, len, seed } => {
                 let data: Vec<u8> = (0..len).map(|i| (i / 7).to_le_bytes()[0] ^ seed).collect();
-                write(&volume, offset as u64, &data, buffer).unwrap();
+                write(volume, offset as u64, &data, buffer).unwrap();
                 oracle[offset..offset + len].copy_from_slice(&data);
             }
             Step::Zero { offset, len } => {
@@ -118,15 +147,12 @@ fn run(mode: Mode, unit: u32, block: Option<u32>, align: u32, steps: Vec<Step>) 
                 oracle[offset..offset + len].fill(0);
             }
             Step::Read { offset, len } => {
-                assert!(read(&volume, offset as u64, len, buffer).unwrap() == oracle[offset..offset + len]);
+                assert!(read(volume, offset as u64, len, buffer).unwrap() == oracle[offset..offset + len]);
             }
             Step::Small(small) => which = usize::from(small),
         }
     }
-    assert!(
-        decrypted(mode, unit as usize, &backing) == oracle,
-        "the disk holds what dm-crypt would have written"
-    );
+    assert!(decrypted(backing) == oracle, "the disk holds what dm-crypt would have written");
 }
 
 proptest! {
@@ -185,6 +211,30 @@ proptest! {
         prop_assert!(decrypted(Mode::Aes256Xts, 1 << unit, &backing) == oracle);
     }
 
+    /// Other IV layouts: what dm-crypt has without iv_large_sectors, and what SPDK has.
+    #[test]
+    fn volumes_of_other_iv_layouts_are_byte_arrays(
+        upper in any::<bool>(), unit in 9u32..=16, offset_units in 0u64..1 << 40,
+        steps in proptest::collection::vec(step(1), 1..20)
+    ) {
+        let iv = if upper { IvLayout::UpperHalf } else { IvLayout::Sectors };
+        let offset = offset_units << (unit - 9);
+        let size = DataUnitSize::from_bytes(1 << unit).unwrap();
+        let layout = Layout::new(Mode::Aes256Xts, size, None, offset, SIZE as u64).unwrap().with_iv(iv).unwrap();
+        let backing = Arc::new(MemBacking::new(SIZE, 1));
+        let volume = volume_of(&profile(Arc::new(FakeEngine::with_keyslots(2))), layout, backing.clone()).unwrap();
+        let by_hand = |sector: u64| {
+            let mut iv = [0; 16];
+            if upper {
+                iv[8..].copy_from_slice(&((offset + sector) / (1 << (unit - 9))).to_le_bytes());
+            } else {
+                iv[..8].copy_from_slice(&(offset + sector).to_le_bytes());
+            }
+            iv
+        };
+        run_on(&volume, &backing, &|backing| decrypted_by(Mode::Aes256Xts, 1 << unit, backing, by_hand), steps);
+    }
+
     #[test]
     fn volumes_of_other_modes_are_arrays_of_blocks(
         which in 0usize..3, steps in proptest::collection::vec(step(4096), 1..10)
@@ -240,6 +290,27 @@ fn iv_offsets_count_sectors_and_never_overflow() {
     assert_eq!(layout(u64::MAX - 7).unwrap_err().kind(), ErrorKind::Invalid);
     // Half a data unit would be rounded away without a word.
     assert_eq!(layout(4).unwrap_err().kind(), ErrorKind::Invalid);
+}
+
+#[test]
+fn other_iv_layouts_need_as_many_dun_bytes_as_they_use() {
+    let layout = |iv| {
+        Layout::new(Mode::Aes256Xts, DataUnitSize::DEFAULT, None, 0, 256 * 4096).unwrap().with_iv(iv).unwrap()
+    };
+    assert_eq!(layout(IvLayout::DataUnits).dun_bytes(), 1);
+    assert_eq!(layout(IvLayout::Sectors).dun_bytes(), 2);
+    assert_eq!(layout(IvLayout::UpperHalf).dun_bytes(), 9);
+    // One thing has one name.
+    let small = Layout::new(Mode::Aes256Xts, DataUnitSize::MIN_SERVED, None, 0, 4096).unwrap();
+    assert_eq!(small.with_iv(IvLayout::Sectors).unwrap(), small);
+    for mode in [Mode::Aes128CbcEssiv, Mode::Adiantum] {
+        let layout = Layout::new(mode, DataUnitSize::DEFAULT, None, 0, 8192).unwrap();
+        assert_eq!(layout.with_iv(IvLayout::UpperHalf).unwrap_err().kind(), ErrorKind::Invalid);
+        assert_eq!(layout.with_iv(IvLayout::Sectors).unwrap().dun_at(4096), Dun::from(8));
+    }
+    for iv in IvLayout::ALL {
+        assert_eq!(IvLayout::from_name(&iv.to_string()), Some(iv));
+    }
 }
 
 #[test]

@@ -25,7 +25,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use zeroize::Zeroizing;
 
 /// Which language this is. Raised whenever a message changes.
-pub(crate) const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 2;
 
 /// Longest message, in bytes.
 pub(crate) const MESSAGE_BYTES_MAX: usize = 4096;
@@ -190,7 +190,7 @@ impl<'a> WireKey<'a> {
     #[must_use]
     pub(crate) fn new(config: &CryptoConfig, form: WireForm<'a>) -> Self {
         Self {
-            mode: config.mode().info().linux_number,
+            mode: u8::try_from(config.mode().index()).expect("a handful"),
             unit_log2: config.data_unit_size().log2(),
             dun_bytes: config.dun_bytes(),
             hardware: config.hardware() == Hardware::Allowed,
@@ -201,7 +201,7 @@ impl<'a> WireKey<'a> {
     /// Mode, data unit size, DUN bytes and whether hardware is allowed; `None` if a number means nothing.
     #[must_use]
     pub(crate) fn config(&self) -> Option<(Mode, DataUnitSize, u8, Hardware)> {
-        let mode = Mode::ALL.into_iter().find(|mode| mode.info().linux_number == self.mode)?;
+        let mode = *Mode::ALL.get(usize::from(self.mode))?;
         let unit = DataUnitSize::from_bytes(1u32.checked_shl(self.unit_log2.into())?)?;
         let hardware = if self.hardware { Hardware::Allowed } else { Hardware::Forbidden };
         Some((mode, unit, self.dun_bytes, hardware))
