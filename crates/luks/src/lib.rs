@@ -30,7 +30,6 @@ mod af;
 mod area;
 mod hash;
 
-pub use encryption::Encryption;
 pub use error::{Error, ErrorKind};
 pub use hash::Hash;
 pub use storage::Storage;

@@ -12,8 +12,10 @@
 //!      208   8*48  LUKS keyslots: active, iterations, salt (32), where their area begins (sectors), stripes
 //! ```
 
+use crate::area::AreaCipher;
 use crate::kdf::Kdf;
-use crate::{Encryption, Error, Hash, Storage, VolumeKey, af, area::AreaCipher};
+use crate::{Error, Hash, Storage, VolumeKey, af, encryption};
+use inlinecrypt_cipher::Mode;
 use subtle::ConstantTimeEq as _;
 use zeroize::Zeroizing;
 
@@ -133,8 +135,8 @@ impl Header {
     /// # Errors
     ///
     /// [`Unsupported`](crate::ErrorKind::Unsupported).
-    pub fn encryption(&self) -> Result<Encryption, Error> {
-        Encryption::parse(&self.cipher, self.key_bytes)
+    pub fn mode(&self) -> Result<Mode, Error> {
+        encryption::mode(&self.cipher, self.key_bytes)
     }
 
     /// Opens it with the first LUKS keyslot that takes `passphrase`: the volume key, and which it was.
@@ -147,11 +149,11 @@ impl Header {
     ///
     /// As long as the header says.
     pub fn open(&self, storage: &mut dyn Storage, passphrase: &[u8]) -> Result<(u32, VolumeKey), Error> {
-        let encryption = self.encryption()?;
+        let mode = self.mode()?;
         Kdf::Pbkdf2 { hash: self.hash, iterations: self.digest_iterations }.check()?;
         let mut trouble = None;
         for slot in &self.keyslots {
-            match self.try_slot(slot, encryption, storage, passphrase) {
+            match self.try_slot(slot, mode, storage, passphrase) {
                 Ok(Some(key)) => return Ok((slot.number, key)),
                 Ok(None) => {}
                 Err(error) => trouble = Some(error),
@@ -163,7 +165,7 @@ impl Header {
     fn try_slot(
         &self,
         slot: &Keyslot,
-        encryption: Encryption,
+        mode: Mode,
         storage: &mut dyn Storage,
         passphrase: &[u8],
     ) -> Result<Option<VolumeKey>, Error> {
@@ -171,7 +173,7 @@ impl Header {
         let area_key = kdf.derive(passphrase, &slot.salt, self.key_bytes)?;
         let mut area = Zeroizing::new(vec![0; slot.area_bytes(self.key_bytes)]);
         storage.read(slot.area_offset, &mut area).map_err(Error::io)?;
-        AreaCipher::new(encryption, &area_key)?.decrypt(&mut area);
+        AreaCipher::new(mode, &area_key)?.decrypt(&mut area);
         let stripes = slot.stripes as usize;
         let key = af::merge(&area[..self.key_bytes * stripes], self.key_bytes, stripes, self.hash);
         let mut digest = [0; DIGEST_BYTES];

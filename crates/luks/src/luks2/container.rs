@@ -3,8 +3,10 @@
 use super::header::Header;
 use super::metadata::{ALIGN_BYTES, Digest, Keyslot, Metadata, OBJECTS_MAX};
 use crate::area::AreaCipher;
+use crate::encryption;
 use crate::kdf::Kdf;
-use crate::{Encryption, Error, ErrorKind, Hash, Random, Storage, VolumeKey, af};
+use crate::{Error, ErrorKind, Hash, Random, Storage, VolumeKey, af};
+use inlinecrypt_cipher::Mode;
 use serde_json::{Map, Value, json};
 use std::fmt;
 use subtle::ConstantTimeEq as _;
@@ -114,13 +116,13 @@ impl<S: Storage> Container<S> {
         };
         let unknown = |why: &String| Error::unsupported(format!("LUKS keyslot {number}: {why}"));
         let kdf = slot.kdf.as_ref().map_err(unknown)?;
-        let encryption = *slot.encryption.as_ref().map_err(unknown)?;
+        let mode = *slot.encryption.as_ref().map_err(unknown)?;
         let hash = *slot.af_hash.as_ref().map_err(unknown)?;
-        let area_key = kdf.derive(passphrase, &slot.salt, encryption.key_bytes())?;
+        let area_key = kdf.derive(passphrase, &slot.salt, mode.info().key_bytes)?;
         let len = slot.key_bytes * slot.stripes;
         let mut area = Zeroizing::new(vec![0; len.next_multiple_of(512)]);
         storage.read(slot.area_offset, &mut area).map_err(Error::io)?;
-        AreaCipher::new(encryption, &area_key)?.decrypt(&mut area);
+        AreaCipher::new(mode, &area_key)?.decrypt(&mut area);
         let key = af::merge(&area[..len], slot.key_bytes, slot.stripes, hash);
         Ok(digest.matches(&key)?.then_some((*digest_number, key)))
     }
@@ -214,13 +216,13 @@ impl<S: Storage> Container<S> {
     ) -> Result<Keyslot, Error> {
         kdf.check()?;
         let hash = Hash::Sha256;
-        let encryption = Encryption::Mode(inlinecrypt_cipher::Mode::Aes256Xts);
+        let mode = Mode::Aes256Xts;
         let len = (key.len() * STRIPES) as u64;
         let area_bytes = len.next_multiple_of(ALIGN_BYTES);
         let area_offset = self.free_area(area_bytes)?;
         let mut salt = vec![0; SALT_BYTES];
         random(&mut salt).map_err(Error::io)?;
-        let area_key = kdf.derive(passphrase, &salt, encryption.key_bytes())?;
+        let area_key = kdf.derive(passphrase, &salt, mode.info().key_bytes)?;
         let mut area = af::split(key, STRIPES, hash, random).map_err(Error::io)?;
         let mut area = {
             // Room for all at once, so that no copy stays behind.
@@ -229,14 +231,14 @@ impl<S: Storage> Container<S> {
             area.fill(0);
             whole
         };
-        AreaCipher::new(encryption, &area_key)?.encrypt(&mut area);
+        AreaCipher::new(mode, &area_key)?.encrypt(&mut area);
         self.storage.write(area_offset, &area).and_then(|()| self.storage.flush()).map_err(Error::io)?;
         Ok(Keyslot {
             key_bytes: key.len(),
             priority,
             kdf: Ok(kdf),
-            encryption: Ok(encryption),
-            encryption_name: encryption.name().to_owned(),
+            encryption: Ok(mode),
+            encryption_name: encryption::name(mode).to_owned(),
             stripes: STRIPES,
             af_hash: Ok(hash),
             area_offset,

@@ -3,7 +3,8 @@
 use super::container::Container;
 use super::header::{CopyState, HEADER_SIZES, Header};
 use super::metadata::{ALIGN_BYTES, Digest, Metadata};
-use crate::{Encryption, Error, Hash, Random, Storage};
+use crate::{Error, Hash, Random, Storage, encryption};
+use inlinecrypt_cipher::Mode;
 use serde_json::{Value, json};
 
 /// Where data begins unless told otherwise: 16 MiB, as cryptsetup has it.
@@ -15,7 +16,7 @@ const SIZE: u64 = 16 << 10;
 #[derive(Clone, Debug)]
 pub struct NewContainer<'a> {
     /// How its data is encrypted.
-    pub encryption: Encryption,
+    pub mode: Mode,
     /// Length of its sectors, in bytes: 512, 1024, 2048 or 4096.
     pub sector_bytes: u32,
     /// Where its data begins, in bytes: 0 with a detached header.
@@ -43,7 +44,7 @@ impl NewContainer<'_> {
     ///
     /// [`Invalid`](crate::ErrorKind::Invalid) before anything is written, [`Io`](crate::ErrorKind::Io).
     pub fn write<S: Storage>(&self, mut storage: S, random: &mut Random<'_>) -> Result<Container<S>, Error> {
-        let Self { encryption, sector_bytes, data_offset, header_bytes, uuid, label, subsystem, key, tokens } =
+        let Self { mode, sector_bytes, data_offset, header_bytes, uuid, label, subsystem, key, tokens } =
             self;
         check_text(uuid, 39, "a UUID")?;
         check_text(label, 47, "a label")?;
@@ -70,7 +71,7 @@ impl NewContainer<'_> {
                 "offset": data_offset.to_string(),
                 "size": "dynamic",
                 "iv_tweak": "0",
-                "encryption": encryption.name(),
+                "encryption": encryption::name(*mode),
                 "sector_size": sector_bytes,
             } },
             "digests": digests,

@@ -3,8 +3,9 @@
 
 use super::header::BINARY_BYTES;
 use crate::kdf::{Argon2Variant, Kdf};
-use crate::{Encryption, Error, Hash};
+use crate::{Error, Hash, encryption};
 use base64ct::{Base64, Encoding as _};
+use inlinecrypt_cipher::Mode;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _};
 use serde_json::{Map, Value, json};
@@ -41,7 +42,7 @@ pub struct Keyslot {
     /// What makes its area's key of a passphrase; why not, if it is none that is known here.
     pub kdf: Result<Kdf, String>,
     /// How its area is encrypted; why not, if it is in no way that is known here.
-    pub encryption: Result<Encryption, String>,
+    pub encryption: Result<Mode, String>,
     /// How it names that.
     pub encryption_name: String,
     /// Stripes of its area.
@@ -437,7 +438,7 @@ impl Keyslot {
             return Err(wrong(&format!("{} stripes of the kind {:?}", af.stripes, af.kind)));
         }
         let area_key_bytes = area.key_size.filter(|bytes| (1..=KEY_BYTES_MAX).contains(bytes));
-        let (Some(encryption), Some(area_key_bytes), "raw") = (area.encryption, area_key_bytes, &*area.kind)
+        let (Some(name_of_it), Some(area_key_bytes), "raw") = (area.encryption, area_key_bytes, &*area.kind)
         else {
             return Err(wrong("its area is not of the kind that it should be"));
         };
@@ -448,9 +449,8 @@ impl Keyslot {
         Ok(Self {
             key_bytes,
             priority: priority.unwrap_or(1),
-            encryption: Encryption::parse(&encryption, area_key_bytes as usize)
-                .map_err(|why| why.to_string()),
-            encryption_name: encryption,
+            encryption: encryption::mode(&name_of_it, area_key_bytes as usize).map_err(|why| why.to_string()),
+            encryption_name: name_of_it,
             stripes,
             af_hash: Hash::parse(&af.hash).map_err(|why| why.to_string()),
             area_offset: area.offset,
@@ -473,7 +473,7 @@ impl Keyslot {
                 "salt": Base64::encode_string(&self.salt),
             }),
         };
-        let encryption = self.encryption.as_ref().expect("ours is known");
+        let mode = *self.encryption.as_ref().expect("ours is known");
         json!({
             "type": "luks2",
             "key_size": self.key_bytes,
@@ -484,7 +484,7 @@ impl Keyslot {
             },
             "area": {
                 "type": "raw", "offset": self.area_offset.to_string(), "size": self.area_bytes.to_string(),
-                "encryption": encryption.name(), "key_size": encryption.key_bytes(),
+                "encryption": encryption::name(mode), "key_size": mode.info().key_bytes,
             },
             "kdf": kdf,
         })
