@@ -6,6 +6,7 @@
 //!                       stable.rs what was lost stays lost: failed flushes are never forgotten
 //!                       lock.rs   one writer at a time, and who it is
 //!                       create.rs new files, whole or not at all
+//!       (a part)        window.rs what lies behind a header
 //!                       testing/  memory, injected faults, power cuts, and the conformance suite
 //! ```
 //!
@@ -18,9 +19,11 @@ mod stable;
 pub mod testing;
 #[cfg(test)]
 mod tests;
+mod window;
 
 pub use create::create_file;
 pub use file::FileBacking;
+pub use window::Window;
 
 use inlinecrypt_core::backing::{Access, Backing};
 use inlinecrypt_core::error::Error;
