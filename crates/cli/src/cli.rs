@@ -3,6 +3,7 @@
 use crate::ask::HELPER;
 use crate::engine_process::EngineHome;
 use crate::keyfile::KeySource;
+use crate::luks::unlock::HELPER as LUKS_HELPER;
 use crate::plan::EnginePlan;
 use crate::report::EXIT_CODES;
 use crate::size::Size;
@@ -68,6 +69,9 @@ pub(crate) enum Command {
     /// Talk to a TPM or token; started by other commands
     #[command(name = HELPER, hide = true)]
     RootHelper,
+    /// Open a LUKS container; started by other commands
+    #[command(name = LUKS_HELPER, hide = true)]
+    LuksHelper,
     /// Look at engines
     #[command(subcommand)]
     Engine(EngineCommand),
@@ -170,10 +174,10 @@ pub(crate) struct EngineArgs {
     pub(crate) key_type: Option<KeyTypeArg>,
 }
 
-/// Where passphrases and PINs of roots come from.
+/// Where passphrases and PINs of roots come from, and those of LUKS containers.
 #[derive(Args, Clone, Debug, Default)]
 pub(crate) struct PassphraseArgs {
-    /// Read the root's passphrase or PIN from FILE, for its owner alone; a line feed at the end does not count [default:
+    /// Read the passphrase or PIN (of the root, or of a LUKS container) from FILE, for its owner alone; a line feed at the end does not count [default:
     /// asked for at the terminal]
     #[arg(long, value_name = "FILE", conflicts_with = "passphrase_fd")]
     pub(crate) passphrase_file: Option<PathBuf>,
@@ -237,6 +241,8 @@ Examples:
       two volumes, as exports \"a\" and \"b\"
   inlinecrypt serve --key raw:volume.key --data-unit 512 --read-only /dev/sdx
       what dm-crypt wrote with aes-xts-plain64
+  inlinecrypt serve --passphrase-file pass disk.luks
+      a LUKS container, by cryptsetup or by `inlinecrypt luks create`; without --passphrase-file the passphrase is asked for
   inlinecrypt serve --nbd tcp:0.0.0.0:10809 --tls-cert server.pem --tls-key server.key demo.img
   inlinecrypt serve --config servers.toml
   inlinecrypt serve --control demo.control --take-over demo.control demo.img
@@ -260,6 +266,7 @@ A config:
   engine = \"e0\"                   # default: the first
   # key_id, mode, data_unit, block, iv_offset, read_only, fallback, discard, direct
   # size = BYTES refuses a file that has become shorter; `volume create` writes it into the description
+  # for LUKS containers: header, passphrase_file, key_file, recover
   # priority = \"low\", \"normal\" or \"high\"; pin = true keeps the key in its keyslot; preprogram = true puts it there
   # at once; spill_after_us = N sends a raw key's requests to software that would wait longer for a keyslot
 
@@ -318,6 +325,15 @@ pub(crate) struct Serve {
     /// Let nobody write
     #[arg(long)]
     pub(crate) read_only: bool,
+    /// Header of the LUKS container, if it is not with the data
+    #[arg(long, value_name = "FILE", help_heading = "LUKS", conflicts_with = "create")]
+    pub(crate) header: Option<PathBuf>,
+    /// Open LUKS containers with the content of FILE, every byte of it, as cryptsetup's --key-file does
+    #[arg(long, value_name = "FILE", help_heading = "LUKS", conflicts_with_all = ["passphrase_file", "passphrase_fd"])]
+    pub(crate) key_file: Option<PathBuf>,
+    /// Open the LUKS container by a passphrase, though there is a wrapped key in its header
+    #[arg(long, help_heading = "LUKS", conflicts_with = "create")]
+    pub(crate) recover: bool,
     /// Bypass the page cache (O_DIRECT)
     #[arg(long)]
     pub(crate) direct: bool,

@@ -23,7 +23,7 @@ use inlinecrypt_core::key::{Key, KeyForm};
 use inlinecrypt_core::keyslot::Policy;
 use inlinecrypt_core::memory::MemoryPool;
 use inlinecrypt_core::profile::{Admission, CryptoProfile};
-use inlinecrypt_core::volume::Layout;
+use inlinecrypt_core::volume::{IvLayout, Layout};
 use inlinecrypt_engine::{EngineSpec, Root, SoftwareSpec, WrappingKeyId};
 use inlinecrypt_io::export::nbd::{ClientCertificates, TlsFiles, TlsMode, TlsSetup};
 use rustix::io::Errno;
@@ -167,7 +167,8 @@ impl Host {
                 continue;
             }
             let Some(engine) = &host.engines[volume.engine] else { continue };
-            match admit(volume, &medium, engine) {
+            let asked = volume.key.asked(asker).map(|key| VolumePlan { key, ..volume.clone() });
+            match asked.and_then(|volume| admit(&volume, &medium, engine)) {
                 Ok(ready) => host.volumes.push(ready),
                 Err(failure) => failures.push(failure),
             }
@@ -217,7 +218,7 @@ impl Host {
     /// Says what cannot be known or will not be used, and is no failure.
     pub(crate) fn tell_notes(&self) {
         for (i, Ready { plan, layout, identifier, unused_bytes, .. }) in self.volumes.iter().enumerate() {
-            if plan.key_id.is_none() {
+            if plan.key_id.is_none() && plan.luks.is_none() {
                 note(format_args!(
                     "{} has no description, and the format has no header: whether key and layout are the right ones \
                      cannot be known. With wrong ones, reads give noise and writes destroy data.",
@@ -250,8 +251,7 @@ fn is_softwares(volume: &VolumePlan, engine: &Capabilities) -> bool {
         FallbackArg::Off => false,
         FallbackArg::Allowed => {
             let LayoutPlan { mode, data_unit, .. } = volume.layout;
-            let layout = Medium::look(&volume.path)
-                .and_then(|medium| layout(&volume.layout, medium.len_bytes, &volume.label));
+            let layout = Medium::look(&volume.path).and_then(|medium| layout_of(volume, medium.len_bytes));
             let is_beyond = !engine.units[mode.index()].contains(data_unit)
                 || layout.is_ok_and(|layout| layout.dun_bytes() > engine.dun_bytes_max);
             is_beyond && volume.key.wanted == Wanted::Raw
@@ -270,7 +270,7 @@ pub(crate) fn relabel(failure: Failure, path: &Path, label: &str) -> Failure {
 fn admit(volume: &VolumePlan, medium: &Medium, engine: &HostEngine) -> Result<Ready, Failure> {
     let label = &volume.label;
     check_size(volume.size, &volume.said_by, medium, label)?;
-    let layout = layout(&volume.layout, medium.len_bytes, label)?;
+    let layout = layout_of(volume, medium.len_bytes)?;
     let key = volume.key.load().map_err(|failure| failure.within(label))?;
     let (admission, identifier) =
         admit_key(&key, &volume.key, &layout, volume.fallback, volume.slots, engine, label)
@@ -286,7 +286,7 @@ fn admit(volume: &VolumePlan, medium: &Medium, engine: &HostEngine) -> Result<Re
              noise and writes destroy data.",
         ));
     }
-    let unused_bytes = medium.len_bytes - layout.size_bytes();
+    let unused_bytes = data_len(volume, medium.len_bytes)? - layout.size_bytes();
     Ok(Ready { plan: volume.clone(), layout, admission, identifier, unused_bytes })
 }
 
@@ -393,6 +393,25 @@ pub(crate) fn check_size(
         ));
     }
     Ok(())
+}
+
+/// The layout of a volume in a file of `file_bytes`.
+fn layout_of(volume: &VolumePlan, file_bytes: u64) -> Result<Layout, Failure> {
+    let VolumePlan { label, luks, .. } = volume;
+    let layout = layout(&volume.layout, data_len(volume, file_bytes)?, label)?;
+    match luks {
+        // dm-crypt's numbers without iv_large_sectors: LUKS has no flag for it.
+        Some(_) => layout.with_iv(IvLayout::Sectors).map_err(|error| Failure::of(label, &error)),
+        None => Ok(layout),
+    }
+}
+
+/// How many bytes of a file of `file_bytes` are the volume's.
+fn data_len(volume: &VolumePlan, file_bytes: u64) -> Result<u64, Failure> {
+    match &volume.luks {
+        Some(luks) => luks.data_len(file_bytes, &volume.label),
+        None => Ok(file_bytes),
+    }
 }
 
 /// The layout of a volume on a backing of `backing_bytes`.

@@ -10,6 +10,7 @@
 //!     create     new volumes: key, description and image, in an order that a crash cannot spoil
 //!     control    the socket by which `status` asks a running server
 //!     take_over   live upgrade: one server takes over from another
+//!   luks/        LUKS containers: what they say about their data, and the process that opens them
 //!   ask          passphrases and PINs, and the process that talks to TPMs and tokens
 //!   report       messages and exit codes
 //!   engine-process   not for people: this program as the process in which engines run (`inlinecrypt_engine::isolated`)
@@ -29,6 +30,7 @@ mod files;
 mod host;
 mod identifier;
 mod keyfile;
+mod luks;
 mod orders;
 mod places;
 mod plan;

@@ -24,6 +24,7 @@ pub(crate) fn run(command: Command) -> Result<(), Failures> {
         Command::Engine(command) => Ok(engine::run(command)?),
         Command::Root(command) => Ok(root::run(command)?),
         Command::RootHelper => Ok(root::helper()?),
+        Command::LuksHelper => Ok(crate::luks::unlock::helper()?),
         Command::Status(args) => status::run(&args),
         Command::Check(args) => check::run(&args),
         Command::Bench(args) => Ok(bench::run(&args)?),

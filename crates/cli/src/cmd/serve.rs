@@ -25,7 +25,7 @@ use crate::size::Size;
 use crate::take_over::{self, Message, Predecessor, VolumeFacts};
 use crate::watch::Watched;
 use inlinecrypt_core::admission::{Mode, ServedBy};
-use inlinecrypt_core::backing::{Access, Backing as _};
+use inlinecrypt_core::backing::{Access, Backing};
 use inlinecrypt_core::config::KeyType;
 use inlinecrypt_core::disk::Disk as _;
 use inlinecrypt_core::error::Error;
@@ -33,7 +33,7 @@ use inlinecrypt_core::key::KeyId;
 use inlinecrypt_core::profile::CryptoProfile;
 use inlinecrypt_core::volume::{Discard, Volume};
 use inlinecrypt_engine::{EngineSpec, WrappingKeyId};
-use inlinecrypt_io::backing::{Caching, DiscardPolicy, FileBacking, OpenOptions};
+use inlinecrypt_io::backing::{Caching, DiscardPolicy, FileBacking, OpenOptions, Window};
 use inlinecrypt_io::export::ExportSpec;
 use inlinecrypt_io::export::nbd::{NbdServer, ServerOptions, TlsMode};
 use inlinecrypt_io::listen::{self, Claim, Listen, ListenOptions, Listener, NamedAt, Peer, Stream};
@@ -59,7 +59,7 @@ pub(super) fn run(mut args: Serve) -> Result<(), Failures> {
     if let Some(key) = &mut args.key {
         key.take_stdin()?;
     }
-    let mut asker = Asker::new(&args.engine.passphrase);
+    let mut asker = Asker::new(&args.engine.passphrase).with_key_file(args.key_file.clone());
     if args.create.is_some() {
         if activated.is_empty() || !args.nbd.is_empty() {
             check_places(&args)?;
@@ -207,6 +207,8 @@ fn refuse_with_config(args: &Serve) -> Result<(), Failure> {
         ("--discard", args.discard.is_some()),
         ("--read-only", args.read_only),
         ("--direct", args.direct),
+        ("--header", args.header.is_some()),
+        ("--recover", args.recover),
     ];
     match given.iter().find(|(_, given)| *given) {
         None => Ok(()),
@@ -778,8 +780,15 @@ impl Served {
         let align_bytes = file.facts().align_bytes;
         let backing = Arc::new(Watched::new(file.clone()));
         let unit_bytes = layout.data_unit_size().bytes();
+        let data: Arc<dyn Backing> = match &plan.luks {
+            Some(luks) => Arc::new(
+                Window::new(backing.clone(), luks.data_offset, layout.size_bytes())
+                    .map_err(|error| Failure::of(&plan.label, &error))?,
+            ),
+            None => backing.clone(),
+        };
         let volume =
-            Volume::new(layout, admission, backing.clone(), plan.access, plan.discard).map_err(|error| {
+            Volume::new(layout, admission, data, plan.access, plan.discard).map_err(|error| {
                 let failure = Failure::of(&plan.label, &error);
                 if plan.caching == Caching::Direct && align_bytes > unit_bytes {
                     failure.advise(format!(

@@ -61,7 +61,10 @@ impl Backing for Window {
 
     fn extents(&self, offset: u64, len: u64, extents_max: usize) -> Result<Vec<Extent>, Error> {
         let extents = self.inner.extents(self.offset + offset, len, extents_max)?;
-        Ok(extents.into_iter().map(|extent| Extent { offset: extent.offset - self.offset, ..extent }).collect())
+        Ok(extents
+            .into_iter()
+            .map(|extent| Extent { offset: extent.offset - self.offset, ..extent })
+            .collect())
     }
 
     fn prefetch(&self, offset: u64, len: u64) {

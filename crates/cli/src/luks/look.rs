@@ -1,0 +1,162 @@
+//! What a container says about its data.
+
+use super::failure;
+use super::file::HeaderFile;
+use super::token::WrappedKey;
+use crate::plan::LayoutPlan;
+use crate::report::{Code, Failure, note};
+use crate::size::Size;
+use inlinecrypt_core::config::DataUnitSize;
+use inlinecrypt_luks::luks2::CopyState;
+use inlinecrypt_luks::{Kind, detect, encryption, luks1, luks2};
+use std::path::{Path, PathBuf};
+
+/// A container, as its header describes it.
+#[derive(Clone, Debug)]
+pub(crate) struct Luks {
+    /// Where the header is: with the data, or detached.
+    pub(crate) header: PathBuf,
+    /// 1 or 2.
+    pub(crate) version: u8,
+    pub(crate) layout: LayoutPlan,
+    /// Where the data begins, in bytes.
+    pub(crate) data_offset: u64,
+    /// Its length, if the header says it; else it goes to the end.
+    pub(crate) data_bytes: Option<u64>,
+    /// The wrapped key in it, if there is one.
+    pub(crate) wrapped: Option<WrappedKey>,
+}
+
+impl Luks {
+    /// Looks at the container `volume`, whose header may be in another file. `None` if it is none.
+    ///
+    /// Without `surely`, what has lost its first header is not looked for: then it may be anything.
+    pub(crate) fn look(
+        volume: &Path,
+        detached: Option<&Path>,
+        surely: bool,
+    ) -> Result<Option<Self>, Failure> {
+        let path = detached.unwrap_or(volume);
+        let mut file = match HeaderFile::read_only(path) {
+            Ok(file) => file,
+            // Whatever keeps it from being read, those who open it tell it better.
+            Err(_) if detached.is_none() => return Ok(None),
+            Err(failure) => return Err(failure),
+        };
+        let name = path.display();
+        let kind = detect(&mut file).map_err(|error| failure(name.to_string(), &error))?;
+        match kind {
+            None if detached.is_some() => Err(Failure::new(
+                Code::File,
+                format!("{name} is no LUKS header"),
+                "Name the file that was given to cryptsetup luksFormat with --header.",
+            )),
+            None => Ok(None),
+            Some(Kind::Luks2SecondOnly) if detached.is_none() && !surely => Ok(None),
+            Some(Kind::Luks1) => {
+                let header = luks1::Header::read(&mut file).map_err(|error| failure(&name, &error))?;
+                Self::of_luks1(path, &header).map(Some).map_err(|error| failure(&name, &error))
+            }
+            Some(Kind::Luks2 | Kind::Luks2SecondOnly) => {
+                let header = luks2::Header::read(&mut file).map_err(|error| failure(&name, &error))?;
+                let luks = Self::of_luks2(path, &header)?;
+                if detached.is_none() {
+                    let end = 2 * header.size + header.metadata.keyslots_bytes();
+                    if luks.data_offset < end {
+                        return Err(Failure::new(
+                            Code::File,
+                            format!(
+                                "{name}: its data begins at byte {}, and its header ends at {end}",
+                                luks.data_offset
+                            ),
+                            "Restore the header from a backup, or name the header with --header if it is detached.",
+                        ));
+                    }
+                }
+                for (copy, state) in ["first", "second"].iter().zip(&header.copies) {
+                    match state {
+                        CopyState::Good => {}
+                        CopyState::Older => note(format_args!(
+                            "{name}: the {copy} copy of its header is an older one; inlinecrypt luks repair makes both the same"
+                        )),
+                        CopyState::Bad(why) => note(format_args!(
+                            "{name}: the {copy} copy of its header is damaged ({why}); inlinecrypt luks repair makes it anew"
+                        )),
+                    }
+                }
+                Ok(Some(luks))
+            }
+        }
+    }
+
+    fn of_luks1(path: &Path, header: &luks1::Header) -> Result<Self, inlinecrypt_luks::Error> {
+        let mode = header.mode()?;
+        Ok(Self {
+            header: path.to_owned(),
+            version: 1,
+            layout: LayoutPlan { mode, data_unit: DataUnitSize::MIN_SERVED, block: None, iv_offset: 0 },
+            data_offset: header.data_offset,
+            data_bytes: None,
+            wrapped: None,
+        })
+    }
+
+    fn of_luks2(path: &Path, header: &luks2::Header) -> Result<Self, Failure> {
+        let name = path.display();
+        let metadata = &header.metadata;
+        let (number, segment) = metadata.data().map_err(|error| failure(&name, &error))?;
+        let wrapped = WrappedKey::find(metadata).map_err(|failure| failure.within(&name))?;
+        // How long a key is stands with the LUKS keyslots that hold it.
+        let key_bytes = metadata
+            .digest_of(number)
+            .and_then(|(_, digest)| digest.keyslots.iter().find_map(|slot| metadata.keyslots().get(slot)))
+            .map(|slot| slot.key_bytes);
+        let mode = match (&wrapped, key_bytes) {
+            (Some(wrapped), _) => encryption::mode(&segment.encryption, wrapped.mode.info().key_bytes)
+                .map_err(|error| failure(&name, &error))?,
+            (None, Some(key_bytes)) => {
+                encryption::mode(&segment.encryption, key_bytes).map_err(|error| failure(&name, &error))?
+            }
+            (None, None) => {
+                return Err(Failure::new(
+                    Code::Refused,
+                    format!("{name} has no LUKS keyslot, so nothing opens it"),
+                    "If it was erased, restore the header from a backup: inlinecrypt luks header-restore",
+                ));
+            }
+        };
+        let data_unit = DataUnitSize::from_bytes(segment.sector_bytes).unwrap_or(DataUnitSize::MIN_SERVED);
+        Ok(Self {
+            header: path.to_owned(),
+            version: 2,
+            layout: LayoutPlan { mode, data_unit, block: None, iv_offset: segment.iv_tweak },
+            data_offset: segment.offset,
+            data_bytes: segment.size,
+            wrapped,
+        })
+    }
+
+    /// How many bytes of data there are in a file of `len_bytes`.
+    pub(crate) fn data_len(&self, len_bytes: u64, label: &str) -> Result<u64, Failure> {
+        let Self { data_offset, data_bytes, .. } = *self;
+        let there = len_bytes.saturating_sub(data_offset);
+        match data_bytes {
+            Some(bytes) if bytes > there => Err(Failure::new(
+                Code::File,
+                format!(
+                    "{label} has lost its end: its header says {} of data, and {} are there",
+                    Size(bytes),
+                    Size(there)
+                ),
+                "Bring the missing part back from a copy.",
+            )),
+            Some(bytes) => Ok(bytes),
+            None if there == 0 => Err(Failure::new(
+                Code::File,
+                format!("{label} has no data: it ends before byte {data_offset}, where its data would begin"),
+                "If this is a detached header, name the data and give this one with --header.",
+            )),
+            None => Ok(there),
+        }
+    }
+}
