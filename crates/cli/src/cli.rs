@@ -1,6 +1,7 @@
 //! The one definition of the command line: parsing, help, manual pages and completions all come from it.
 
 use crate::ask::HELPER;
+use crate::cli_luks::LuksCommand;
 use crate::engine_process::EngineHome;
 use crate::keyfile::KeySource;
 use crate::luks::unlock::HELPER as LUKS_HELPER;
@@ -55,6 +56,12 @@ pub(crate) enum Command {
     /// Make volumes and look at them
     #[command(subcommand)]
     Volume(VolumeCommand),
+    /// Make LUKS2 containers, and change their passphrases
+    ///
+    /// They are cryptsetup's, which opens and changes what is made here, and the other way round. What serves them is
+    /// `inlinecrypt serve`.
+    #[command(subcommand)]
+    Luks(LuksCommand),
     /// Make keys, wrap them, and look at them
     #[command(subcommand)]
     Key(KeyCommand),
@@ -746,6 +753,14 @@ fn parse_block(text: &str) -> Result<u32, String> {
         .ok()
         .filter(|bytes| bytes.is_power_of_two() && (512..=65_536).contains(bytes))
         .ok_or_else(|| format!("{bytes} bytes are no logical block: it is a power of two from 512 to 65536"))
+}
+
+/// A sector size of LUKS2.
+pub(crate) fn parse_sector(text: &str) -> Result<u32, String> {
+    match text.parse::<Size>()?.0 {
+        bytes @ (512 | 1024 | 2048 | 4096) => Ok(u32::try_from(bytes).expect("at most 4096")),
+        other => Err(format!("{other} bytes are no sector size: it is 512, 1024, 2048 or 4096")),
+    }
 }
 
 fn parse_workers(text: &str) -> Result<usize, String> {

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   cli          what can be written on the command line: the one definition for parsing, help, man pages, completions
+//!   cli_luks     the same for what stands behind `inlinecrypt luks`
 //!   cmd/VERB     one file per verb
 //!     config     TOML files: configs, and the descriptions that lie beside volumes
 //!     plan       command line + config + descriptions -> what is to be served; every problem found is reported
@@ -21,6 +22,7 @@
 
 mod ask;
 mod cli;
+mod cli_luks;
 mod cmd;
 mod config;
 mod control;

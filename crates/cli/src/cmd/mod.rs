@@ -6,6 +6,7 @@ mod completions;
 mod engine;
 mod engine_serve;
 mod key;
+mod luks;
 mod man;
 mod root;
 mod serve;
@@ -21,6 +22,7 @@ pub(crate) fn run(command: Command) -> Result<(), Failures> {
         Command::Serve(args) => serve::run(*args),
         Command::Volume(command) => volume::run(command),
         Command::Key(command) => Ok(key::run(command)?),
+        Command::Luks(command) => Ok(luks::run(command)?),
         Command::Engine(command) => Ok(engine::run(command)?),
         Command::Root(command) => Ok(root::run(command)?),
         Command::RootHelper => Ok(root::helper()?),

@@ -6,6 +6,7 @@ use crate::area::AreaCipher;
 use crate::encryption;
 use crate::kdf::Kdf;
 use crate::{Error, ErrorKind, Hash, Random, Storage, VolumeKey, af};
+use base64ct::{Base64, Encoding as _};
 use inlinecrypt_cipher::Mode;
 use serde_json::{Map, Value, json};
 use std::fmt;
@@ -51,6 +52,16 @@ impl<S: Storage> Container<S> {
     /// Its header.
     pub fn header(&self) -> &Header {
         &self.header
+    }
+
+    /// What it lies on.
+    pub fn storage(&self) -> &S {
+        &self.storage
+    }
+
+    /// The same, for what is not the header's.
+    pub fn storage_mut(&mut self) -> &mut S {
+        &mut self.storage
     }
 
     /// What it lies on.
@@ -125,15 +136,6 @@ impl<S: Storage> Container<S> {
         AreaCipher::new(mode, &area_key)?.decrypt(&mut area);
         let key = af::merge(&area[..len], slot.key_bytes, slot.stripes, hash);
         Ok(digest.matches(&key)?.then_some((*digest_number, key)))
-    }
-
-    /// Whether `key` is the one of segment `segment`; `None` if there is no digest to tell.
-    ///
-    /// # Errors
-    ///
-    /// [`Unsupported`](ErrorKind::Unsupported) for a digest that is not known here.
-    pub fn is_key_of(&self, segment: u32, key: &[u8]) -> Result<Option<bool>, Error> {
-        self.metadata().digest_of(segment).map(|(_, digest)| digest.matches(key)).transpose()
     }
 
     /// Makes both copies of the header the same, if they are not. Says whether anything was written.
@@ -318,6 +320,29 @@ impl<S: Storage> Container<S> {
         Ok(())
     }
 
+    /// Removes all LUKS keyslots and all tokens of type `token`, in one change; then all areas are overwritten, also what earlier
+    /// ones may have left.
+    ///
+    /// # Errors
+    ///
+    /// [`Io`](ErrorKind::Io): all are removed or none.
+    pub fn erase(&mut self, token: &str, random: &mut Random<'_>) -> Result<(), Error> {
+        self.repair(random)?;
+        self.change(random, |json| {
+            object(json, "keyslots").clear();
+            object(json, "tokens")
+                .retain(|_, value| value.get("type").and_then(Value::as_str) != Some(token));
+            for what in ["digests", "tokens"] {
+                for value in object(json, what).values_mut() {
+                    if let Some(list) = value.get_mut("keyslots").and_then(Value::as_array_mut) {
+                        list.clear();
+                    }
+                }
+            }
+        })?;
+        self.wipe(2 * self.header.size, self.metadata().keyslots_bytes(), random)
+    }
+
     /// Overwrites an area that no header names any more.
     fn wipe(&mut self, offset: u64, bytes: u64, random: &mut Random<'_>) -> Result<(), Error> {
         let mut noise = vec![0; 64 << 10];
@@ -452,24 +477,26 @@ impl Digest {
         Ok(bool::from(value.ct_eq(&self.value)))
     }
 
-    /// The JSON of a digest of `key`.
-    pub(super) fn make(
-        key: &[u8],
-        keyslots: &[u32],
-        segments: &[u32],
-        iterations: u32,
-        random: &mut Random<'_>,
-    ) -> Result<Value, Error> {
-        use base64ct::{Base64, Encoding as _};
+    /// The JSON of a digest of `key` for segment 0, made with so many iterations; without a key, of one that nobody has.
+    pub(super) fn make(key: Option<(&[u8], u32)>, random: &mut Random<'_>) -> Result<Value, Error> {
         let hash = Hash::Sha256;
         let mut salt = [0; SALT_BYTES];
         random(&mut salt).map_err(Error::io)?;
-        let value = Kdf::Pbkdf2 { hash, iterations }.derive(key, &salt, hash.bytes())?;
-        let names = |numbers: &[u32]| numbers.iter().map(u32::to_string).collect::<Vec<_>>();
+        let mut value = Zeroizing::new(vec![0; hash.bytes()]);
+        let iterations = match key {
+            Some((key, iterations)) => {
+                value = Kdf::Pbkdf2 { hash, iterations }.derive(key, &salt, hash.bytes())?;
+                iterations
+            }
+            None => {
+                random(&mut value).map_err(Error::io)?;
+                1000
+            }
+        };
         Ok(json!({
             "type": "pbkdf2",
-            "keyslots": names(keyslots),
-            "segments": names(segments),
+            "keyslots": [],
+            "segments": ["0"],
             "hash": hash.name(),
             "iterations": iterations,
             "salt": Base64::encode_string(&salt),

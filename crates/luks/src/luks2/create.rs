@@ -29,7 +29,8 @@ pub struct NewContainer<'a> {
     pub label: &'a str,
     /// Another.
     pub subsystem: &'a str,
-    /// The key of its data and the iterations of the digest that tells it; `None` if nobody knows the key.
+    /// The key of its data and the iterations of the digest that tells it. If nobody knows the key, `None`: then the digest is
+    /// random and tells every key to be wrong, since cryptsetup takes no segment without a digest.
     pub key: Option<(&'a [u8], u32)>,
     /// Tokens to begin with.
     pub tokens: Vec<Value>,
@@ -57,10 +58,7 @@ impl NewContainer<'_> {
             ));
         };
         debug_assert!(HEADER_SIZES.contains(&SIZE));
-        let digests = match key {
-            Some((key, iterations)) => json!({ "0": Digest::make(key, &[], &[0], *iterations, random)? }),
-            None => json!({}),
-        };
+        let digest = Digest::make(*key, random)?;
         let tokens: serde_json::Map<String, Value> =
             tokens.iter().enumerate().map(|(number, token)| (number.to_string(), token.clone())).collect();
         let json = json!({
@@ -74,7 +72,7 @@ impl NewContainer<'_> {
                 "encryption": encryption::name(*mode),
                 "sector_size": sector_bytes,
             } },
-            "digests": digests,
+            "digests": { "0": digest },
             "config": {
                 "json_size": (SIZE - super::header::BINARY_BYTES as u64).to_string(),
                 "keyslots_size": keyslots_bytes.to_string(),
