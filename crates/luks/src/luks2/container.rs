@@ -250,21 +250,14 @@ impl<S: Storage> Container<S> {
     }
 
     fn free_area(&self, bytes: u64) -> Result<u64, Error> {
-        let mut offset = 2 * self.header.size;
-        let end = offset + self.metadata().keyslots_bytes();
-        for (taken, len, _) in self.metadata().areas()? {
-            if taken.saturating_sub(offset) >= bytes {
-                break;
-            }
-            offset = (taken + len).next_multiple_of(ALIGN_BYTES);
-        }
-        if offset + bytes <= end {
-            return Ok(offset);
-        }
-        Err(Error::invalid(
-            "there is no room for the area of another LUKS keyslot",
-            "Remove one first: inlinecrypt luks remove-key",
-        ))
+        let begin = 2 * self.header.size;
+        let taken = self.metadata().areas()?.into_iter().map(|(offset, len, _)| (offset, len)).collect();
+        gap(taken, begin, begin + self.metadata().keyslots_bytes(), bytes).ok_or_else(|| {
+            Error::invalid(
+                "there is no room for the area of another LUKS keyslot",
+                "Remove one first: inlinecrypt luks remove-key",
+            )
+        })
     }
 
     /// Gives the key of LUKS keyslot `number` another passphrase. Until the header names the new area, the old one opens.
@@ -434,12 +427,13 @@ impl<S: Storage> Container<S> {
 
     /// Puts a backup back: areas first, then the copies of the header one after the other.
     ///
-    /// Where the areas of the backup lie over those that the present header names, the present one cannot be kept whole: a crash
-    /// leaves a header whose LUKS keyslots do not open, and the backup can be put back again.
+    /// An area of the backup that would lie over one of the present header is put elsewhere, so that the present one stays whole
+    /// until it is replaced. Where there is no room for that, a crash may leave the present header without its LUKS keyslots; the
+    /// backup can be put back again then.
     ///
     /// # Errors
     ///
-    /// [`Io`](ErrorKind::Io).
+    /// [`Invalid`](ErrorKind::Invalid) if it does not fit, [`Io`](ErrorKind::Io); and those of [`Header::read`] for the backup.
     pub fn restore(mut storage: S, mut backup: Vec<u8>, random: &mut Random<'_>) -> Result<Self, Error> {
         let mut header = Header::read(&mut backup)?;
         let begin = 2 * header.size;
@@ -447,26 +441,79 @@ impl<S: Storage> Container<S> {
         if backup.len_bytes() < end || storage.len_bytes() < end {
             return Err(Error::invalid(
                 format!(
-                    "a header of {end} bytes, and the backup has {}, the container {}",
-                    backup.len(),
+                    "its header has {end} bytes, the backup {}, and where it belongs {}",
+                    backup.len_bytes(),
                     storage.len_bytes()
                 ),
-                "Give the backup of this container.",
+                "Give the whole backup of this container.",
             ));
         }
-        let range = usize::try_from(begin).map_err(|_long| too_long(begin))?
-            ..usize::try_from(end).map_err(|_long| too_long(end))?;
-        storage.write(begin, &backup[range]).and_then(|()| storage.flush()).map_err(Error::io)?;
-        // Above what is there, so that it counts from its first copy on.
-        if let Ok(present) = Header::read(&mut storage) {
-            header.sequence_id = header.sequence_id.max(present.sequence_id);
-            if present.size == header.size {
-                header.copies = present.copies;
+        let present = Header::read(&mut storage).ok().filter(|present| present.size == header.size);
+        let taken: Vec<(u64, u64)> = match &present {
+            Some(present) => {
+                present.metadata.areas()?.into_iter().map(|(offset, len, _)| (offset, len)).collect()
             }
+            None => Vec::new(),
+        };
+        let mut kept: Vec<(u64, u64)> = Vec::new();
+        let mut moved = Vec::new();
+        let areas = header.metadata.areas()?;
+        for &(offset, len, ref name) in &areas {
+            let bytes = usize::try_from(len).map_err(|_long| too_long(len))?;
+            let (mut new, mut old) = (vec![0; bytes], vec![0; bytes]);
+            backup.read(offset, &mut new).map_err(Error::io)?;
+            storage.read(offset, &mut old).map_err(Error::io)?;
+            let overlaps =
+                |&(other, other_len): &(u64, u64)| offset < other + other_len && other < offset + len;
+            let place = if new == old || !taken.iter().any(overlaps) {
+                offset
+            } else {
+                let theirs = areas.iter().map(|(offset, len, _)| (*offset, *len));
+                let all = taken.iter().chain(&kept).copied().chain(theirs).collect();
+                gap(all, begin, end, len).unwrap_or(offset)
+            };
+            if new != old || place != offset {
+                storage.write(place, &new).map_err(Error::io)?;
+            }
+            if place != offset {
+                moved.push((name.trim_start_matches("LUKS keyslot ").to_owned(), place));
+            }
+            kept.push((place, len));
+        }
+        storage.flush().map_err(Error::io)?;
+        header.metadata.change(header.size, |json| {
+            for (number, place) in &moved {
+                object(json, "keyslots")[number]["area"]["offset"] = place.to_string().into();
+            }
+        })?;
+        // Above what is there, so that it counts from its first copy on.
+        if let Some(present) = present {
+            header.sequence_id = header.sequence_id.max(present.sequence_id);
+            header.copies = present.copies;
         }
         header.write(&mut storage, random)?;
-        Ok(Self { storage, header })
+        let mut restored = Self { storage, header };
+        let covered = |&(offset, len): &(u64, u64)| {
+            kept.iter().any(|&(other, other_len)| offset < other + other_len && other < offset + len)
+        };
+        for (offset, len) in taken.into_iter().filter(|area| !covered(area)) {
+            restored.wipe(offset, len, random)?;
+        }
+        Ok(restored)
     }
+}
+
+/// Where `bytes` are free between `begin` and `end`, beside what is taken.
+fn gap(mut taken: Vec<(u64, u64)>, begin: u64, end: u64, bytes: u64) -> Option<u64> {
+    taken.sort_unstable();
+    let mut free = begin;
+    for (offset, len) in taken {
+        if offset.saturating_sub(free) >= bytes {
+            break;
+        }
+        free = free.max((offset + len).next_multiple_of(ALIGN_BYTES));
+    }
+    (free.checked_add(bytes)? <= end).then_some(free)
 }
 
 impl Digest {
