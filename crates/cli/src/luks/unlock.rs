@@ -205,7 +205,10 @@ fn open(header: &Path, passphrase: &[u8]) -> Result<VolumeKey, Failure> {
             .map(|opened| opened.key),
         Err(error) => Err(error),
     };
-    opened.map_err(|error| super::failure(header.display(), &error))
+    // Whoever asked says whose it is.
+    opened.map_err(|error| match super::failure("", &error) {
+        Failure { code, what, advice } => Failure::new(code, what.trim_start_matches(": "), advice),
+    })
 }
 
 fn send(to: &mut impl Write, field: &[u8]) -> io::Result<()> {
