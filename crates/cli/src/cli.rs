@@ -11,6 +11,7 @@ use crate::size::Size;
 use clap::builder::{OsStringValueParser, TypedValueParser as _};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use inlinecrypt_core::config::{DataUnitSize, KeyType, Mode};
+use inlinecrypt_core::volume::{IvLayout, SECTOR_BYTES};
 use inlinecrypt_engine::{EngineSpec, RootSpec, Sample};
 use inlinecrypt_io::listen::Listen;
 use std::path::{Path, PathBuf};
@@ -86,6 +87,8 @@ pub(crate) enum Command {
     Status(Status),
     /// Check a config: whether all of it can be served. Changes nothing
     Check(Check),
+    /// Show what this machine's kernel and block devices can do of inline encryption
+    Probe(Probe),
     /// Measure ciphers and engines on this machine
     Bench(Bench),
     /// Print completions for a shell
@@ -148,7 +151,7 @@ pub(crate) enum SandboxArg {
 #[derive(Args, Clone, Debug, Default)]
 #[command(next_help_heading = "Layout of the volume")]
 pub(crate) struct LayoutArgs {
-    /// Crypto mode: AES-256-XTS, AES-128-CBC-ESSIV, Adiantum or SM4-XTS [default: AES-256-XTS]
+    /// Crypto mode: AES-256-XTS, AES-128-CBC-ESSIV, Adiantum, SM4-XTS or AES-128-XTS [default: AES-256-XTS]
     #[arg(long, value_name = "MODE", value_parser = parse_mode)]
     pub(crate) mode: Option<Mode>,
     /// Size of a data unit, in bytes: a power of two from 512 to 65536 [default: 4096]
@@ -161,6 +164,14 @@ pub(crate) struct LayoutArgs {
     /// What is added to the sector number before it becomes a data unit number, in sectors of 512 bytes [default: 0]
     #[arg(long, value_name = "SECTORS")]
     pub(crate) iv_offset: Option<u64>,
+    /// Which data unit number each data unit has: data-units, its own (dm-crypt with iv_large_sectors); sectors, that of its
+    /// first sector (dm-crypt without); upper-half, its own in the upper half of the IV (SPDK and ubiblk, whose data units
+    /// are their blocks) [default: data-units]
+    #[arg(long, value_name = "LAYOUT", value_parser = parse_iv)]
+    pub(crate) iv: Option<IvLayout>,
+    /// Where the volume begins in its file or device, in bytes (units k, M, G, ...): a multiple of 512 [default: 0]
+    #[arg(long, value_name = "BYTES", value_parser = parse_offset)]
+    pub(crate) offset: Option<u64>,
 }
 
 /// Engine and root.
@@ -250,6 +261,8 @@ Examples:
       what dm-crypt wrote with aes-xts-plain64
   inlinecrypt serve --passphrase-file pass disk.luks
       a LUKS container, by cryptsetup or by `inlinecrypt luks create`; without --passphrase-file the passphrase is asked for
+  dmsetup table --showkeys secret | inlinecrypt serve --dm-table-file -
+      a volume of dm-crypt's, by the line of its table; docs/dm-crypt.md
   inlinecrypt serve --nbd tcp:0.0.0.0:10809 --tls-cert server.pem --tls-key server.key demo.img
   inlinecrypt serve --config servers.toml
   inlinecrypt serve --control demo.control --take-over demo.control demo.img
@@ -271,7 +284,8 @@ A config:
   path = \"db1.img\"
   key = \"db1.img.key\"             # or \"raw:FILE\"; default: PATH.key
   engine = \"e0\"                   # default: the first
-  # key_id, mode, data_unit, block, iv_offset, read_only, fallback, discard, direct
+  # key_id, mode, data_unit, block, iv_offset, iv, offset, length, read_only, fallback, discard, direct
+  # dm_table = \"0 2048 crypt aes-xts-plain64 - 0 db1.img 0\" says mode, data unit, IVs, place and length as dm-crypt does
   # size = BYTES refuses a file that has become shorter; `volume create` writes it into the description
   # for LUKS containers: header, passphrase_file, key_file, recover
   # priority = \"low\", \"normal\" or \"high\"; pin = true keeps the key in its keyslot; preprogram = true puts it there
@@ -297,6 +311,13 @@ pub(crate) struct Serve {
     /// Key of the volume: FILE for a wrapped key, raw:FILE for a raw one, - for standard input [default: VOLUME.key]
     #[arg(long, value_name = "FILE", value_parser = key_parser())]
     pub(crate) key: Option<KeySource>,
+    /// Serve what a line of dm-crypt's or dm-inlinecrypt's table says: START LENGTH crypt CIPHER - IV_OFFSET DEVICE START
+    /// [NUMBER OPTION...]. With - for the key, which --key names
+    #[arg(long, value_name = "LINE", conflicts_with_all = ["volumes", "config", "create", "dm_table_file"])]
+    pub(crate) dm_table: Option<String>,
+    /// The same from FILE, or - for standard input, where the line may have its key as dmsetup table --showkeys prints it
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["volumes", "config", "create"])]
+    pub(crate) dm_table_file: Option<PathBuf>,
     /// Where to listen: unix:PATH or tcp:HOST:PORT; may be repeated [default: unix:VOLUME.sock]
     #[arg(long, value_name = "PLACE", value_parser = parse_core::<Listen>)]
     pub(crate) nbd: Vec<Listen>,
@@ -424,7 +445,9 @@ Examples:
     #[command(after_help = "\
 Examples:
   inlinecrypt volume info demo.img
-  inlinecrypt volume info --json demo.img")]
+  inlinecrypt volume info --json demo.img
+  inlinecrypt volume info --dm-table demo.img
+      the line with which Linux's dm-crypt opens it, without its key")]
     Info(VolumeInfo),
 }
 
@@ -453,8 +476,14 @@ pub(crate) struct VolumeInfo {
     #[arg(value_name = "VOLUME")]
     pub(crate) volume: PathBuf,
     /// As JSON
-    #[arg(long)]
+    #[arg(long, conflicts_with = "dm_table")]
     pub(crate) json: bool,
+    /// Print the line of a table with which Linux's dm-crypt opens the volume, with - for its key
+    #[arg(long)]
+    pub(crate) dm_table: bool,
+    /// With --dm-table: print the key, too, if it is a raw one
+    #[arg(long, requires = "dm_table")]
+    pub(crate) show_key: bool,
 }
 
 /// The key ladder.
@@ -464,21 +493,26 @@ pub(crate) enum KeyCommand {
     #[command(after_help = "\
 Examples:
   inlinecrypt key generate --out volume.key
-  inlinecrypt key generate --root /etc/inlinecrypt/root.key > volume.key")]
+  inlinecrypt key generate --root /etc/inlinecrypt/root.key > volume.key
+  inlinecrypt key generate --device /dev/sda --out disk.key
+      by the hardware of a disk, through the kernel")]
     Generate(KeyGenerate),
     /// Wrap a raw key of 32 bytes for storage
     #[command(after_help = "\
 Examples:
   inlinecrypt key import --in raw.key --out volume.key
-  head -c 32 /dev/urandom | inlinecrypt key import > volume.key")]
+  head -c 32 /dev/urandom | inlinecrypt key import > volume.key
+  inlinecrypt key import --device /dev/sda --in raw.key --out disk.key")]
     Import(KeyTransform),
     /// Turn a stored key into one for this start of an engine
     ///
     /// What comes out is of use only to the engine that made it, until it stops. The software engine stops with this
-    /// command, so with it this shows that a key can be prepared, and what the result looks like.
+    /// command, so with it this shows that a key can be prepared, and what the result looks like. With --device, it is what
+    /// the kernel takes for this boot: fscrypt, dm-inlinecrypt.
     #[command(after_help = "\
 Examples:
-  inlinecrypt key prepare --in volume.key --out volume.ephemeral")]
+  inlinecrypt key prepare --in volume.key --out volume.ephemeral
+  inlinecrypt key prepare --device /dev/sda --in disk.key --out disk.ephemeral")]
     Prepare(KeyTransform),
     /// Show what a wrapped key says about itself, and whether the root opens it
     #[command(after_help = "\
@@ -494,6 +528,9 @@ pub(crate) struct KeyGenerate {
     /// New file for the wrapped key [default: standard output]
     #[arg(long, value_name = "FILE")]
     pub(crate) out: Option<PathBuf>,
+    /// Ask the hardware of this block device, through the kernel, and no engine of ours
+    #[arg(long, value_name = "DEVICE", conflicts_with_all = ["engine", "root", "passphrase_file", "passphrase_fd", "key_type"])]
+    pub(crate) device: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) engine: EngineArgs,
 }
@@ -507,6 +544,9 @@ pub(crate) struct KeyTransform {
     /// New file for the result [default: standard output]
     #[arg(long, value_name = "FILE")]
     pub(crate) out: Option<PathBuf>,
+    /// Ask the hardware of this block device, through the kernel, and no engine of ours
+    #[arg(long, value_name = "DEVICE", conflicts_with_all = ["engine", "root", "passphrase_file", "passphrase_fd", "key_type"])]
+    pub(crate) device: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) engine: EngineArgs,
 }
@@ -692,6 +732,30 @@ pub(crate) struct Check {
     pub(crate) passphrase: PassphraseArgs,
 }
 
+/// Look at hardware.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  inlinecrypt probe
+  inlinecrypt probe --json
+  inlinecrypt probe --sysfs board/sys --kernel-config board/config
+      another machine's, copied here")]
+pub(crate) struct Probe {
+    /// Look at devices in DIR, a sysfs or a copy of one [default: /sys]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) sysfs: Option<PathBuf>,
+    /// Look at the kernel in DIR, a procfs or a copy of one [default: /proc; none with --sysfs]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) proc: Option<PathBuf>,
+    /// The kernel's configuration, gzipped or not [default: /proc/config.gz, else where distributions put it; none with
+    /// --sysfs]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) kernel_config: Option<PathBuf>,
+    /// As JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
 /// Print completions.
 #[derive(Args, Debug)]
 #[command(after_help = "\
@@ -745,6 +809,26 @@ pub(crate) fn data_unit(bytes: u64) -> Result<DataUnitSize, String> {
         .and_then(DataUnitSize::from_bytes)
         .filter(|size| (DataUnitSize::MIN_SERVED..=DataUnitSize::MAX_SERVED).contains(size))
         .ok_or_else(|| format!("{bytes} bytes are no data unit: it is a power of two from 512 to 65536"))
+}
+
+pub(crate) fn parse_iv(text: &str) -> Result<IvLayout, String> {
+    IvLayout::from_name(text).ok_or_else(|| {
+        let known = IvLayout::ALL.map(IvLayout::name);
+        format!("no IV layout {text:?}; there are: {}", known.join(", "))
+    })
+}
+
+fn parse_offset(text: &str) -> Result<u64, String> {
+    offset(text.parse::<Size>()?.0)
+}
+
+/// Where a volume may begin.
+pub(crate) fn offset(bytes: u64) -> Result<u64, String> {
+    if bytes.is_multiple_of(SECTOR_BYTES.into()) {
+        Ok(bytes)
+    } else {
+        Err(format!("{bytes} bytes are not a multiple of {SECTOR_BYTES}"))
+    }
 }
 
 fn parse_block(text: &str) -> Result<u32, String> {
@@ -817,7 +901,11 @@ mod tests {
     #[test]
     fn the_config_in_the_help_is_one() {
         let (_, config) = SERVE_EXAMPLES.split_once("A config:\n").expect("it is there");
-        let text = config.replace("# key_id, mode,", "").replace("# tls,", "").replace("# control,", "");
+        let text = config
+            .replace("# key_id, mode,", "")
+            .replace("# dm_table", "# # dm_table")
+            .replace("# tls,", "")
+            .replace("# control,", "");
         let text: String = text
             .lines()
             .filter(|line| line.contains(['[', '=']) && !line.trim_start().starts_with('#'))

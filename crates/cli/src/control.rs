@@ -82,6 +82,10 @@ pub(crate) struct VolumeReport {
     pub(crate) data_unit_bytes: u32,
     pub(crate) block_bytes: u32,
     pub(crate) iv_offset_sectors: u64,
+    /// The IV layout, as --iv names it.
+    pub(crate) iv: &'static str,
+    /// Where it begins in its file.
+    pub(crate) offset_bytes: u64,
     pub(crate) read_only: bool,
     pub(crate) key_type: &'static str,
     pub(crate) key_id: String,

@@ -11,11 +11,11 @@ use crate::host::{self, HostEngine};
 use crate::identifier::Identifier;
 use crate::keyfile::{KeySource, LoadedKey, Wanted};
 use crate::places::{beside, directory_of};
-use crate::plan::{Description, EnginePlan, Settings, SlotsPlan};
+use crate::plan::{Description, EnginePlan, LayoutPlan, Settings, SlotsPlan};
 use crate::report::{Code, Failure, Failures, note};
 use crate::size::Size;
 use inlinecrypt_core::error::Error;
-use inlinecrypt_core::volume::Layout;
+use inlinecrypt_core::volume::{IvLayout, Layout};
 use inlinecrypt_engine::Root;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -50,7 +50,7 @@ pub(crate) struct Made {
 
 impl NewVolume<'_> {
     pub(crate) fn make(&self, asker: &mut Asker) -> Result<Made, Failures> {
-        let Self { path, size, settings, fallback, engine, .. } = self;
+        let Self { path, settings, fallback, engine, .. } = self;
         let label = path.display().to_string();
         self.check_names()?;
         let layout = self.layout(&label)?;
@@ -98,7 +98,7 @@ impl NewVolume<'_> {
             files::write_new(&description_path, "description", text.as_bytes())?;
         }
         let staged = Staged::beside(path);
-        inlinecrypt_io::backing::create_file(staged.temporary(), size.0)
+        inlinecrypt_io::backing::create_file(staged.temporary(), self.file_bytes()?)
             .map_err(|error| Failure::of_file(format!("cannot make {label}"), &error))?;
         staged.publish("volume")?;
         Ok(Made { layout, identifier, key: source, description: description_path })
@@ -165,7 +165,19 @@ impl NewVolume<'_> {
                 near,
             ));
         }
-        host::layout(&plan, size, label)
+        host::layout(&plan, self.file_bytes()?, label)
+    }
+
+    /// Length of the file: the volume's, and what lies before it.
+    fn file_bytes(&self) -> Result<u64, Failure> {
+        let offset = self.settings.layout().offset;
+        self.size.0.checked_add(offset).ok_or_else(|| {
+            Failure::new(
+                Code::Wrong,
+                format!("{} bytes behind {offset} are more than 2^64", self.size.0),
+                "Choose a smaller offset.",
+            )
+        })
     }
 
     /// Whether the description that may be there already is the one that would be written.
@@ -186,11 +198,15 @@ impl NewVolume<'_> {
                 return Err(other(why));
             }
         };
-        let described = (found.layout().mode, found.layout().data_unit, found.layout().iv_offset);
-        if described != (layout.mode(), layout.data_unit_size(), layout.iv_offset_sectors()) {
+        let asked = self.settings.layout();
+        let is_same = |found: LayoutPlan| {
+            (found.mode, found.data_unit, found.iv_offset) == (asked.mode, asked.data_unit, asked.iv_offset)
+                && (found.iv, found.offset) == (layout.iv(), asked.offset)
+        };
+        if !is_same(found.layout()) {
             return Err(other("its layout differs".to_owned()));
         }
-        if let Some(size) = found.size.filter(|&size| size != layout.size_bytes()) {
+        if let Some(size) = found.size.filter(|&size| size != asked.offset + layout.size_bytes()) {
             return Err(other(format!("its size is {}", Size(size))));
         }
         if found.key_id != Some(identifier) {
@@ -228,11 +244,17 @@ impl NewVolume<'_> {
             text,
             "key_id = \"{identifier}\"\nmode = {}\nsize = {}\ndata_unit = {}\nblock = {}\niv_offset = {}\n",
             string(layout.mode().info().name),
-            layout.size_bytes(),
+            self.settings.layout().offset + layout.size_bytes(),
             layout.data_unit_size(),
             layout.logical_block_bytes(),
             layout.iv_offset_sectors(),
         );
+        if layout.iv() != IvLayout::default() {
+            let _ = writeln!(text, "iv = {}", string(layout.iv().name()));
+        }
+        if self.settings.layout().offset != 0 {
+            let _ = writeln!(text, "offset = {}", self.settings.layout().offset);
+        }
         text
     }
 }

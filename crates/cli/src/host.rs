@@ -251,7 +251,8 @@ fn is_softwares(volume: &VolumePlan, engine: &Capabilities) -> bool {
         FallbackArg::Off => false,
         FallbackArg::Allowed => {
             let LayoutPlan { mode, data_unit, .. } = volume.layout;
-            let layout = Medium::look(&volume.path).and_then(|medium| layout_of(volume, medium.len_bytes));
+            let layout = Medium::look(&volume.path)
+                .and_then(|medium| layout(&volume.layout, medium.len_bytes, &volume.label));
             let is_beyond = !engine.units[mode.index()].contains(data_unit)
                 || layout.is_ok_and(|layout| layout.dun_bytes() > engine.dun_bytes_max);
             is_beyond && volume.key.wanted == Wanted::Raw
@@ -270,7 +271,7 @@ pub(crate) fn relabel(failure: Failure, path: &Path, label: &str) -> Failure {
 fn admit(volume: &VolumePlan, medium: &Medium, engine: &HostEngine) -> Result<Ready, Failure> {
     let label = &volume.label;
     check_size(volume.size, &volume.said_by, medium, label)?;
-    let layout = layout_of(volume, medium.len_bytes)?;
+    let layout = layout(&volume.layout, medium.len_bytes, label)?;
     let key = volume.key.load().map_err(|failure| failure.within(label))?;
     let (admission, identifier) =
         admit_key(&key, &volume.key, &layout, volume.fallback, volume.slots, engine, label)
@@ -286,7 +287,7 @@ fn admit(volume: &VolumePlan, medium: &Medium, engine: &HostEngine) -> Result<Re
              noise and writes destroy data.",
         ));
     }
-    let unused_bytes = data_len(volume, medium.len_bytes)? - layout.size_bytes();
+    let unused_bytes = volume.layout.unused(&layout, medium.len_bytes);
     Ok(Ready { plan: volume.clone(), layout, admission, identifier, unused_bytes })
 }
 
@@ -313,7 +314,7 @@ fn missing(failure: Failure, volume: &VolumePlan, plan: &Plan) -> Failure {
     if files::exists(&volume.path) {
         return failure;
     }
-    let LayoutPlan { mode, data_unit, block, iv_offset } = volume.layout;
+    let LayoutPlan { mode, data_unit, block, iv_offset, iv, offset, length: _ } = volume.layout;
     let mut options = String::new();
     let mut option = |name: &str, value: String| {
         let _ = write!(options, " --{name} {}", quoted(&value));
@@ -334,6 +335,12 @@ fn missing(failure: Failure, volume: &VolumePlan, plan: &Plan) -> Failure {
     }
     if iv_offset != 0 {
         option("iv-offset", iv_offset.to_string());
+    }
+    if iv != IvLayout::default() {
+        option("iv", iv.to_string());
+    }
+    if offset != 0 {
+        option("offset", offset.to_string());
     }
     let EnginePlan { spec, root, .. } = &plan.engines[volume.engine];
     let derives_as_usual = match spec {
@@ -395,28 +402,38 @@ pub(crate) fn check_size(
     Ok(())
 }
 
-/// The layout of a volume in a file of `file_bytes`.
-fn layout_of(volume: &VolumePlan, file_bytes: u64) -> Result<Layout, Failure> {
-    let VolumePlan { label, luks, .. } = volume;
-    let layout = layout(&volume.layout, data_len(volume, file_bytes)?, label)?;
-    match luks {
-        // dm-crypt's numbers without iv_large_sectors: LUKS has no flag for it.
-        Some(_) => layout.with_iv(IvLayout::Sectors).map_err(|error| Failure::of(label, &error)),
-        None => Ok(layout),
-    }
-}
-
-/// How many bytes of a file of `file_bytes` are the volume's.
-fn data_len(volume: &VolumePlan, file_bytes: u64) -> Result<u64, Failure> {
-    match &volume.luks {
-        Some(luks) => luks.data_len(file_bytes, &volume.label),
-        None => Ok(file_bytes),
-    }
-}
-
 /// The layout of a volume on a backing of `backing_bytes`.
 pub(crate) fn layout(plan: &LayoutPlan, backing_bytes: u64, label: &str) -> Result<Layout, Failure> {
-    let LayoutPlan { mode, data_unit, block, iv_offset } = *plan;
+    let LayoutPlan { mode, data_unit, block, iv_offset, iv, offset, length } = *plan;
+    let Some(room) = backing_bytes.checked_sub(offset) else {
+        return Err(Failure::new(
+            Code::File,
+            format!("{label} has {}, and the volume begins at {}", Size(backing_bytes), Size(offset)),
+            "Check that it is the right file, and its offset.",
+        ));
+    };
+    if let Some(length) = length.filter(|&length| length > room) {
+        return Err(Failure::new(
+            Code::File,
+            format!(
+                "{label} has {}, and the volume is to have {} from {} on",
+                Size(backing_bytes),
+                Size(length),
+                Size(offset)
+            ),
+            "Check that it is the right file and that nothing of it is missing, and the volume's length.",
+        ));
+    }
+    if let Some(length) = length.filter(|length| !length.is_multiple_of(data_unit.bytes().into())) {
+        return Err(Failure::new(
+            Code::Wrong,
+            format!(
+                "{label}: a length of {length} bytes is not a multiple of the data unit, {data_unit} bytes"
+            ),
+            "Correct the length, or leave it out.",
+        ));
+    }
+    let backing_bytes = length.unwrap_or(room);
     if backing_bytes < u64::from(data_unit.bytes()) {
         return Err(Failure::new(
             Code::File,
@@ -424,7 +441,19 @@ pub(crate) fn layout(plan: &LayoutPlan, backing_bytes: u64, label: &str) -> Resu
             "Check that it is the right file. An empty one can be removed and made anew with --create SIZE.",
         ));
     }
-    Layout::new(mode, data_unit, block, iv_offset, backing_bytes).map_err(|error| Failure::of(label, &error))
+    Layout::new(mode, data_unit, block, iv_offset, backing_bytes)
+        .and_then(|layout| layout.with_iv(iv))
+        .map_err(|error| Failure::of(label, &error))
+}
+
+impl LayoutPlan {
+    /// Bytes behind the last whole data unit that nothing says are not the volume's.
+    pub(crate) fn unused(&self, layout: &Layout, backing_bytes: u64) -> u64 {
+        match self.length {
+            Some(_) => 0,
+            None => backing_bytes - self.offset - layout.size_bytes(),
+        }
+    }
 }
 
 /// Admits a key for a layout: from here on it is served, or refused with its reason.

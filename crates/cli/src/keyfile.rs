@@ -47,6 +47,8 @@ enum Place {
     Luks(LuksKey),
     /// A wrapped key in the header at this path.
     Token(PathBuf, Arc<Zeroizing<Vec<u8>>>),
+    /// In the line of a dm table in this file.
+    Table(PathBuf),
 }
 
 impl KeySource {
@@ -77,10 +79,20 @@ impl KeySource {
     /// Whether a raw key can be read again without asking anybody.
     fn can_be_had_again(&self) -> bool {
         match &self.place {
-            Place::File(_) => true,
+            Place::File(_) | Place::Table(_) => true,
             Place::Luks(key) => key.can_be_had_again(),
             Place::Stdin | Place::Given(_) | Place::Token(..) => false,
         }
+    }
+
+    /// The raw key in the line of a dm table, in a file.
+    pub(crate) fn in_table(path: PathBuf) -> Self {
+        Self { wanted: Wanted::Raw, place: Place::Table(path) }
+    }
+
+    /// A raw key that standard input gave.
+    pub(crate) fn given_raw(key: Zeroizing<Vec<u8>>) -> Self {
+        Self { wanted: Wanted::Raw, place: Place::Given(Arc::new(key)) }
     }
 
     /// What is written on a command line or in a config, where paths are relative to `base`.
@@ -117,6 +129,7 @@ impl KeySource {
             Place::File(path) => path.display().to_string(),
             Place::Stdin | Place::Given(_) => "-".to_owned(),
             Place::Luks(LuksKey { header, .. }) | Place::Token(header, _) => header.display().to_string(),
+            Place::Table(path) => return format!("FILE, as in {}", path.display()),
         };
         match self.wanted {
             Wanted::Wrapped => place,
@@ -128,7 +141,7 @@ impl KeySource {
     pub(crate) fn path(&self) -> Option<&Path> {
         match &self.place {
             Place::File(path) => Some(path),
-            Place::Stdin | Place::Given(_) | Place::Luks(_) | Place::Token(..) => None,
+            Place::Stdin | Place::Given(_) | Place::Luks(_) | Place::Token(..) | Place::Table(_) => None,
         }
     }
 
@@ -151,6 +164,7 @@ impl KeySource {
             Place::Stdin => Arc::new(files::read_stdin("key", KEY_FILE_BYTES_MAX)?),
             Place::Given(bytes) | Place::Token(_, bytes) => bytes.clone(),
             Place::Luks(key) => return key.open().map(LoadedKey::Raw),
+            Place::Table(path) => Arc::new(crate::table::key_in(path)?),
         };
         let refused =
             |what: String, advice: String| Failure::new(Code::Refused, format!("{self} {what}"), advice);
@@ -222,6 +236,7 @@ impl fmt::Display for KeySource {
             Place::Stdin | Place::Given(_) => f.write_str("the key on standard input"),
             Place::Luks(key) => write!(f, "the volume key of {}", key.header.display()),
             Place::Token(header, _) => write!(f, "the wrapped key in {}", header.display()),
+            Place::Table(path) => write!(f, "the key in table {}", path.display()),
         }
     }
 }
@@ -283,6 +298,14 @@ impl LoadedKey {
                 };
                 Failure::of(format!("{name} is refused"), &error).advise(advice)
             }),
+        }
+    }
+
+    /// Length of a raw key, in bytes.
+    pub(crate) fn raw_len(&self) -> Option<usize> {
+        match self {
+            Self::Raw(key) => Some(key.expose().len()),
+            Self::Wrapped(_) => None,
         }
     }
 

@@ -6,6 +6,7 @@
 //!   cmd/VERB     one file per verb
 //!     config     TOML files: configs, and the descriptions that lie beside volumes
 //!     plan       command line + config + descriptions -> what is to be served; every problem found is reported
+//!     table      volumes as dm-crypt's tables give them
 //!     host       plan -> engines, keys, admissions, volumes
 //!     engine_process   where engines run
 //!     create     new volumes: key, description and image, in an order that a crash cannot spoil
@@ -13,6 +14,7 @@
 //!     take_over   live upgrade: one server takes over from another
 //!   luks/        LUKS containers: what they say about their data, and the process that opens them
 //!   ask          passphrases and PINs, and the process that talks to TPMs and tokens
+//!   probe        what hardware and kernel can do
 //!   report       messages and exit codes
 //!   engine-process   not for people: this program as the process in which engines run (`inlinecrypt_engine::isolated`)
 //! ```
@@ -36,8 +38,10 @@ mod luks;
 mod orders;
 mod places;
 mod plan;
+mod probe;
 mod report;
 mod size;
+mod table;
 mod take_over;
 mod watch;
 

@@ -17,11 +17,12 @@ use crate::luks::look::Luks;
 use crate::luks::unlock::{LuksKey, Passphrase, PassphraseFile};
 use crate::places::{self, beside, directory_of, relative_to};
 use crate::report::{Code, Failure};
+use crate::table::{self, TableTerms};
 use inlinecrypt_core::admission::Hold;
 use inlinecrypt_core::backing::Access;
 use inlinecrypt_core::config::{DataUnitSize, Mode};
 use inlinecrypt_core::keyslot::{Policy, Priority};
-use inlinecrypt_core::volume::Discard;
+use inlinecrypt_core::volume::{Discard, IvLayout};
 use inlinecrypt_engine::isolated::client::DEATHS_MAX;
 use inlinecrypt_engine::{EngineSpec, RootSpec, Sample};
 use inlinecrypt_io::backing::Caching;
@@ -95,13 +96,18 @@ pub(crate) struct SlotsPlan {
     pub(crate) spill_after_ns: Option<u64>,
 }
 
-/// How a volume lies on its backing, but for its size.
+/// How a volume lies on its backing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct LayoutPlan {
     pub(crate) mode: Mode,
     pub(crate) data_unit: DataUnitSize,
     pub(crate) block: Option<u32>,
     pub(crate) iv_offset: u64,
+    pub(crate) iv: IvLayout,
+    /// Where it begins, in bytes.
+    pub(crate) offset: u64,
+    /// Its length in bytes; to the end, if nothing says it.
+    pub(crate) length: Option<u64>,
 }
 
 /// Where clients come in.
@@ -163,6 +169,11 @@ pub(crate) struct Settings {
     pub(crate) data_unit: Option<DataUnitSize>,
     pub(crate) block: Option<u32>,
     pub(crate) iv_offset: Option<u64>,
+    pub(crate) iv: Option<IvLayout>,
+    pub(crate) offset: Option<u64>,
+    pub(crate) length: Option<u64>,
+    /// What the line of a dm table says of its key, if one was given.
+    pub(crate) table: Option<TableTerms>,
     pub(crate) read_only: Option<bool>,
     pub(crate) fallback: Option<FallbackArg>,
     pub(crate) discard: Option<DiscardArg>,
@@ -208,8 +219,8 @@ impl LuksSettings {
 
 impl Settings {
     pub(crate) fn with_layout(layout: &LayoutArgs) -> Self {
-        let LayoutArgs { mode, data_unit, block, iv_offset } = *layout;
-        Self { mode, data_unit, block, iv_offset, ..Self::default() }
+        let LayoutArgs { mode, data_unit, block, iv_offset, iv, offset } = *layout;
+        Self { mode, data_unit, block, iv_offset, iv, offset, ..Self::default() }
     }
 
     fn from_table(table: &VolumeTable, base: &Path) -> Result<Self, String> {
@@ -220,7 +231,7 @@ impl Settings {
             let fits = bytes.is_power_of_two() && (512..=65_536).contains(&bytes);
             if fits { Ok(bytes) } else { Err(format!("{bytes} is no power of two from 512 to 65536")) }
         });
-        Ok(Self {
+        let asked = Self {
             name: table.name.clone(),
             key: parsed("key", table.key.as_ref().map(|key| KeySource::parse(key.as_ref(), base)))?,
             key_id: parsed("key_id", table.key_id.as_ref().map(|id| id.parse()))?,
@@ -229,6 +240,10 @@ impl Settings {
             data_unit: parsed("data_unit", table.data_unit.map(|bytes| crate::cli::data_unit(bytes.into())))?,
             block: parsed("block", block)?,
             iv_offset: table.iv_offset,
+            iv: parsed("iv", table.iv.as_deref().map(crate::cli::parse_iv))?,
+            offset: parsed("offset", table.offset.map(crate::cli::offset))?,
+            length: table.length,
+            table: None,
             read_only: table.read_only,
             fallback: parsed("fallback", table.fallback.as_deref().map(choice))?,
             discard: parsed("discard", table.discard.as_deref().map(choice))?,
@@ -238,7 +253,24 @@ impl Settings {
             preprogram: table.preprogram,
             spill_after_us: table.spill_after_us,
             luks: LuksSettings::from_table(table, base)?,
-        })
+        };
+        match &table.dm_table {
+            None => Ok(asked),
+            Some(line) => {
+                let found = table::in_config(line, base)?;
+                asked.over(&found.settings).map_err(|conflict| format!("dm_table says {conflict}"))
+            }
+        }
+    }
+
+    /// Decides what the mode is, where a table's cipher may be several: the key's length tells.
+    fn settle_mode(&mut self, key: &KeySource) -> Result<(), Failure> {
+        match (&self.table, self.mode) {
+            (None, _) => {}
+            (Some(terms), Some(mode)) => terms.check_mode(mode)?,
+            (Some(terms), None) => self.mode = terms.mode_by(key)?,
+        }
+        Ok(())
     }
 
     /// These, and what they leave open from the description. `Err` names what both say, and differently.
@@ -257,6 +289,9 @@ impl Settings {
         conflict("mode", text(self.mode), text(described.mode));
         conflict("data_unit", text(self.data_unit), text(described.data_unit));
         conflict("iv_offset", text(self.iv_offset), text(described.iv_offset));
+        conflict("iv", text(self.iv), text(described.iv));
+        conflict("offset", text(self.offset), text(described.offset));
+        conflict("length", text(self.length), text(described.length));
         conflict("key_id", text(self.key_id), text(described.key_id));
         conflict("size", text(self.size), text(described.size));
         if !conflicts.is_empty() {
@@ -271,6 +306,10 @@ impl Settings {
             data_unit: self.data_unit.or(described.data_unit),
             block: self.block.or(described.block),
             iv_offset: self.iv_offset.or(described.iv_offset),
+            iv: self.iv.or(described.iv),
+            offset: self.offset.or(described.offset),
+            length: self.length.or(described.length),
+            table: self.table.or_else(|| described.table.clone()),
             read_only: self.read_only.or(described.read_only),
             fallback: self.fallback.or(described.fallback),
             discard: self.discard.or(described.discard),
@@ -302,6 +341,9 @@ impl Settings {
             data_unit: self.data_unit.unwrap_or(DataUnitSize::DEFAULT),
             block: self.block,
             iv_offset: self.iv_offset.unwrap_or(0),
+            iv: self.iv.unwrap_or_default(),
+            offset: self.offset.unwrap_or(0),
+            length: self.length,
         }
     }
 }
@@ -339,8 +381,9 @@ impl Description {
         }
         let file = ConfigFile::read(&path)?;
         let name = volume.file_name();
+        let base = directory_of(&path);
         let describes =
-            |table: &VolumeTable| table.path.as_ref().is_some_and(|path| Path::new(path).file_name() == name);
+            |table: &VolumeTable| volume_path(table, base).is_ok_and(|path| path.file_name() == name);
         let [table] = &file.config.volume[..] else {
             return Err(vec![Self::strange(&path, volume, "it has not exactly one [[volume]]")]);
         };
@@ -348,9 +391,13 @@ impl Description {
             return Err(vec![Self::strange(&path, volume, "its path is that of another volume")]);
         }
         let place = file.place(table);
-        let base = directory_of(&path);
-        let settings =
+        let mut settings =
             Settings::from_table(table.get_ref(), base).map_err(|why| vec![wrong(&place, &why)])?;
+        if settings.mode.is_some() && settings.data_unit.is_some() && settings.iv_offset.is_some() {
+            // It says all about the layout, so what it leaves out is as usual and cannot be overruled either.
+            settings.iv.get_or_insert_default();
+            settings.offset.get_or_insert_default();
+        }
         let mut failures = Vec::new();
         let engine = match &file.config.engine[..] {
             [] => None,
@@ -365,6 +412,15 @@ impl Description {
             format!("{} is not the description of {}: {why}", path.display(), volume.display()),
             "Correct it, or move it away and say everything with options.",
         )
+    }
+}
+
+/// Where the volume of a `[[volume]]` is: as its `path` says, else its `dm_table`.
+fn volume_path(table: &VolumeTable, base: &Path) -> Result<PathBuf, String> {
+    match (&table.path, &table.dm_table) {
+        (Some(path), _) => Ok(relative_to(base, Path::new(path))),
+        (None, Some(line)) => Ok(table::in_config(line, base)?.path),
+        (None, None) => Err("[[volume]] has no path".to_owned()),
     }
 }
 
@@ -516,7 +572,7 @@ impl Builder {
             Some(description) => description.path.display().to_string(),
             None => "the config".to_owned(),
         };
-        let settings = match &description {
+        let mut settings = match &description {
             None => asked,
             Some(description) => match asked.over(&description.settings) {
                 Ok(settings) => settings,
@@ -578,6 +634,12 @@ impl Builder {
                 return;
             }
         };
+        if let Err(failure) = settings.settle_mode(&key) {
+            return self.failures.push(failure.within(&label));
+        }
+        if let Some(failure) = settings.table.as_ref().and_then(|terms| terms.refuse_key(&key)) {
+            return self.failures.push(failure.within(&label));
+        }
         // A header says what a description would.
         let (said_by, layout, key_id) = match &luks {
             Some(Luks { header, layout, wrapped, .. }) => {
@@ -649,6 +711,10 @@ fn find_luks(
     is_described: bool,
     label: &str,
 ) -> Result<Option<Luks>, Failure> {
+    if settings.table.is_some() || settings.offset.is_some_and(|offset| offset > 0) {
+        // Somebody says where in it the data lies, as for a container that dm-crypt has open.
+        return Ok(None);
+    }
     // What has lost its first header is not taken for LUKS where somebody says that it is something else.
     let surely = !is_described && settings.key.is_none();
     let detached = settings.luks.header.as_deref();
@@ -668,6 +734,8 @@ fn find_luks(
         ("mode", settings.mode.is_some_and(|mode| mode != luks.layout.mode)),
         ("data unit", settings.data_unit.is_some_and(|unit| unit != luks.layout.data_unit)),
         ("IV offset", settings.iv_offset.is_some_and(|offset| offset != luks.layout.iv_offset)),
+        ("IV layout", settings.iv.is_some_and(|iv| iv != luks.layout.iv)),
+        ("length", settings.length.is_some() && settings.length != luks.layout.length),
     ];
     if let Some((what, _)) = said.iter().find(|(_, said)| *said) {
         return Err(Failure::new(
@@ -797,10 +865,14 @@ impl Plan {
             recover,
             ..
         } = args;
-        let Some(first) = volumes.first() else {
+        let named = match table::for_serve(args).map_err(|failure| vec![failure])? {
+            Some(found) => vec![(found.path, found.settings)],
+            None => volumes.iter().map(|path| (path.clone(), Settings::default())).collect(),
+        };
+        let Some((first, _)) = named.first().cloned() else {
             return Err(vec![Failure::new(
                 Code::Wrong,
-                "nothing to serve: neither VOLUME nor --config is given",
+                "nothing to serve: neither VOLUME nor --config nor --dm-table is given",
                 "Name a volume, or make one: inlinecrypt serve --create 1GiB demo.img",
             )]);
         };
@@ -816,13 +888,13 @@ impl Plan {
             }
         }
         let mut builder = Builder::default();
-        let named = engine.engine.is_some() || engine.root.is_some() || engine.key_type.is_some();
-        let chosen = if named {
+        let has_engine = engine.engine.is_some() || engine.root.is_some() || engine.key_type.is_some();
+        let chosen = if has_engine {
             Some(builder.engine(engine_from(engine).map_err(|failure| vec![failure])?))
         } else {
             None
         };
-        for path in volumes {
+        for (path, found) in named {
             let asked = Settings {
                 name: name.clone(),
                 key: key.clone(),
@@ -835,9 +907,17 @@ impl Plan {
                 luks: LuksSettings { header: header.clone(), passphrase: None, recover: *recover },
                 ..Settings::with_layout(layout)
             };
-            builder.volume(path.display().to_string(), path, asked, chosen);
+            let label = path.display().to_string();
+            match asked.over(&found) {
+                Ok(asked) => builder.volume(label, &path, asked, chosen),
+                Err(conflict) => builder.failures.push(Failure::new(
+                    Code::Wrong,
+                    format!("{label}: the line of the table says {conflict}"),
+                    "Leave that option out, or correct the line.",
+                )),
+            }
         }
-        let listen = ListenPlan::new(&ListenTable::default(), first, Path::new(""), &mut builder.failures);
+        let listen = ListenPlan::new(&ListenTable::default(), &first, Path::new(""), &mut builder.failures);
         Self::finish(builder, listen, ServerPlan::default())
     }
 
@@ -861,11 +941,13 @@ impl Plan {
         for table in &file.config.volume {
             let place = file.place(table);
             let table = table.get_ref();
-            let Some(path) = &table.path else {
-                builder.failures.push(wrong(&place, "[[volume]] has no path"));
-                continue;
+            let path = match volume_path(table, &base) {
+                Ok(path) => path,
+                Err(why) => {
+                    builder.failures.push(wrong(&place, &why));
+                    continue;
+                }
             };
-            let path = relative_to(&base, Path::new(path));
             first.get_or_insert_with(|| path.clone());
             let engine = match &table.engine {
                 None => (declared > 0).then_some(0),

@@ -22,7 +22,7 @@ use crate::plan::ControlPlan;
 use crate::report::{Code, Failure};
 use inlinecrypt_core::backing::Access;
 use inlinecrypt_core::disk::Disk as _;
-use inlinecrypt_core::volume::Volume;
+use inlinecrypt_core::volume::{IvLayout, Volume};
 use inlinecrypt_io::export::nbd::Handed;
 use inlinecrypt_io::listen::{Claim, Listener, NamedAt};
 use rustix::io::retry_on_intr;
@@ -90,6 +90,11 @@ pub(crate) struct VolumeFacts {
     mode: String,
     data_unit_bytes: u32,
     iv_offset_sectors: u64,
+    /// Left out by servers that know one IV layout alone, and by those that serve that, so that both understand.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    iv: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    offset_bytes: Option<u64>,
     size_bytes: u64,
     block_bytes: u32,
     read_only: bool,
@@ -97,7 +102,7 @@ pub(crate) struct VolumeFacts {
 }
 
 impl VolumeFacts {
-    pub(crate) fn of(name: &str, key_id: String, volume: &Volume) -> Self {
+    pub(crate) fn of(name: &str, key_id: String, volume: &Volume, offset_bytes: u64) -> Self {
         let (layout, geometry) = (volume.layout(), volume.geometry());
         Self {
             name: name.to_owned(),
@@ -105,6 +110,8 @@ impl VolumeFacts {
             mode: layout.mode().info().name.to_owned(),
             data_unit_bytes: layout.data_unit_size().bytes(),
             iv_offset_sectors: layout.iv_offset_sectors(),
+            iv: (layout.iv() != IvLayout::default()).then(|| layout.iv().to_string()),
+            offset_bytes: (offset_bytes != 0).then_some(offset_bytes),
             size_bytes: geometry.size_bytes,
             block_bytes: geometry.logical_block_bytes,
             read_only: geometry.access == Access::ReadOnly,
@@ -119,6 +126,8 @@ impl VolumeFacts {
             ("the mode", self.mode == other.mode),
             ("the data unit", self.data_unit_bytes == other.data_unit_bytes),
             ("the IV offset", self.iv_offset_sectors == other.iv_offset_sectors),
+            ("the IV layout", self.iv == other.iv),
+            ("where it begins", self.offset_bytes == other.offset_bytes),
             ("the size", self.size_bytes == other.size_bytes),
             ("the logical block", self.block_bytes == other.block_bytes),
             ("whether it can be written", self.read_only == other.read_only),

@@ -23,6 +23,7 @@ pub mod caps;
 pub mod config;
 pub mod context;
 pub mod disk;
+pub mod dm;
 pub mod engine;
 pub mod env;
 pub mod error;

@@ -52,7 +52,7 @@ pub enum IvLayout {
     /// The number of its first 512-byte sector: 0, 8, 16 for data units of 4096 bytes. dm-crypt's `plain64` without
     /// `iv_large_sectors`.
     Sectors,
-    /// Its number in the upper half of an IV of 16 bytes: 0, 2^64, 2 * 2^64. What SPDK writes by default in software
+    /// Its number in the upper half of an IV of 16 bytes: 0, 2^64, 2 * 2^64. What SPDK writes in software
     /// (`lib/accel/accel_sw.c`), and ubiblk, both with data units of a logical block.
     UpperHalf,
 }

@@ -2,6 +2,7 @@
 #![deny(unsafe_code)]
 
 pub mod backing;
+pub mod blk_crypto;
 pub mod export;
 pub mod listen;
 mod sys;

@@ -7,6 +7,7 @@ use crate::plan::{self, Plan};
 use crate::report::{Failures, print};
 use crate::size::Size;
 use inlinecrypt_core::admission::ServedBy;
+use inlinecrypt_core::volume::IvLayout;
 use std::fmt::Write as _;
 
 pub(super) fn run(args: &Check) -> Result<(), Failures> {
@@ -44,6 +45,12 @@ pub(super) fn run(args: &Check) -> Result<(), Failures> {
             volume.layout.data_unit_size(),
             volume.identifier,
         );
+        if volume.layout.iv() != IvLayout::default() {
+            let _ = writeln!(text, "    IV layout {}", volume.layout.iv());
+        }
+        if volume.plan.layout.offset != 0 {
+            let _ = writeln!(text, "    from {} on", Size(volume.plan.layout.offset));
+        }
     }
     print(&text)?;
     Ok(())

@@ -1,5 +1,6 @@
 //! `key generate | import | prepare | info`: the ladder, with keys on files and standard input and output only.
 
+use super::key_device;
 use crate::ask::Asker;
 use crate::cli::{EngineArgs, KeyCommand, KeyInfo, KeyTransform};
 use crate::files::{self, Secrecy};
@@ -22,6 +23,9 @@ pub(super) fn run(command: KeyCommand) -> Result<(), Failure> {
     match command {
         KeyCommand::Generate(args) => {
             check_out(args.out.as_deref())?;
+            if let Some(device) = &args.device {
+                return key_device::generate(device, args.out.as_deref());
+            }
             let engine = open(&args.engine, Roots::MakeIfMissing)?;
             let blob = engine.profile.generate().map_err(|error| Failure::of("cannot make a key", &error))?;
             finish_long_term(&blob, &engine, args.out.as_deref())
@@ -33,9 +37,12 @@ pub(super) fn run(command: KeyCommand) -> Result<(), Failure> {
 }
 
 fn import(args: &KeyTransform) -> Result<(), Failure> {
-    let KeyTransform { r#in, out, engine } = args;
+    let KeyTransform { r#in, out, device, engine } = args;
     check_out(out.as_deref())?;
     let bytes = read(r#in.as_deref(), "raw key", Secrecy::Secret)?;
+    if let Some(device) = device {
+        return key_device::import(device, &bytes, out.as_deref());
+    }
     if let Some(form) = looks_like_wrapped_key(&bytes) {
         return Err(Failure::new(
             Code::Refused,
@@ -63,9 +70,12 @@ fn import(args: &KeyTransform) -> Result<(), Failure> {
 }
 
 fn prepare(args: &KeyTransform) -> Result<(), Failure> {
-    let KeyTransform { r#in, out, engine } = args;
+    let KeyTransform { r#in, out, device, engine } = args;
     check_out(out.as_deref())?;
     let bytes = read(r#in.as_deref(), "wrapped key", Secrecy::Public)?;
+    if let Some(device) = device {
+        return key_device::prepare(device, &bytes, out.as_deref());
+    }
     let engine = open(engine, Roots::Existing)?;
     let blob = engine
         .profile
@@ -206,7 +216,7 @@ fn read(from: Option<&Path>, what: &str, secrecy: Secrecy) -> Result<Zeroizing<V
     }
 }
 
-fn write(blob: &[u8], out: Option<&Path>) -> Result<(), Failure> {
+pub(super) fn write(blob: &[u8], out: Option<&Path>) -> Result<(), Failure> {
     match out {
         Some(path) => files::write_new(path, "key", blob),
         None => print_bytes(blob),

@@ -6,8 +6,10 @@ mod completions;
 mod engine;
 mod engine_serve;
 mod key;
+mod key_device;
 mod luks;
 mod man;
+mod probe;
 mod root;
 mod serve;
 mod status;
@@ -29,6 +31,7 @@ pub(crate) fn run(command: Command) -> Result<(), Failures> {
         Command::LuksHelper => Ok(crate::luks::unlock::helper()?),
         Command::Status(args) => status::run(&args),
         Command::Check(args) => check::run(&args),
+        Command::Probe(args) => Ok(probe::run(&args)?),
         Command::Bench(args) => Ok(bench::run(&args)?),
         Command::Completions(args) => Ok(completions::run(&args)?),
         Command::Man(args) => Ok(man::run(&args)?),

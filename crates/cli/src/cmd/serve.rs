@@ -203,6 +203,8 @@ fn refuse_with_config(args: &Serve) -> Result<(), Failure> {
         ("--data-unit", layout.data_unit.is_some()),
         ("--block", layout.block.is_some()),
         ("--iv-offset", layout.iv_offset.is_some()),
+        ("--iv", layout.iv.is_some()),
+        ("--offset", layout.offset.is_some()),
         ("--fallback", args.fallback.is_some()),
         ("--discard", args.discard.is_some()),
         ("--read-only", args.read_only),
@@ -353,6 +355,8 @@ struct Served {
     path: PathBuf,
     engine: usize,
     identifier: Identifier,
+    /// Where it begins in its file.
+    offset_bytes: u64,
 }
 
 /// A server at work.
@@ -633,6 +637,8 @@ impl Running {
                         data_unit_bytes: layout.data_unit_size().bytes(),
                         block_bytes: layout.logical_block_bytes(),
                         iv_offset_sectors: layout.iv_offset_sectors(),
+                        iv: layout.iv().name(),
+                        offset_bytes: served.offset_bytes,
                         read_only: export.read_only,
                         key_type: match admission.key().config().key_type() {
                             KeyType::Raw => "raw",
@@ -780,15 +786,17 @@ impl Served {
         let align_bytes = file.facts().align_bytes;
         let backing = Arc::new(Watched::new(file.clone()));
         let unit_bytes = layout.data_unit_size().bytes();
-        let data: Arc<dyn Backing> = match &plan.luks {
-            Some(luks) => Arc::new(
-                Window::new(backing.clone(), luks.data_offset, layout.size_bytes())
-                    .map_err(|error| Failure::of(&plan.label, &error))?,
-            ),
-            None => backing.clone(),
+        let offset_bytes = plan.layout.offset;
+        let lies_on: Result<Arc<dyn Backing>, _> = match offset_bytes {
+            0 => Ok(backing.clone()),
+            start => Window::new(backing.clone(), start).map(|window| Arc::new(window) as _),
         };
+        let lies_on = lies_on.map_err(|error| {
+            Failure::of_file(&plan.label, &error)
+                .advise("Leave --direct (direct = true) out, or correct where the volume begins.")
+        })?;
         let volume =
-            Volume::new(layout, admission, data, plan.access, plan.discard).map_err(|error| {
+            Volume::new(layout, admission, lies_on, plan.access, plan.discard).map_err(|error| {
                 let failure = Failure::of(&plan.label, &error);
                 if plan.caching == Caching::Direct && align_bytes > unit_bytes {
                     failure.advise(format!(
@@ -807,13 +815,14 @@ impl Served {
             path: std::path::absolute(&plan.path).unwrap_or(plan.path),
             engine: plan.engine,
             identifier,
+            offset_bytes,
         })
     }
 }
 
 impl Served {
     fn facts(&self) -> VolumeFacts {
-        VolumeFacts::of(&self.name, self.identifier.to_string(), &self.volume)
+        VolumeFacts::of(&self.name, self.identifier.to_string(), &self.volume, self.offset_bytes)
     }
 }
 

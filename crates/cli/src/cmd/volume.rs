@@ -1,17 +1,21 @@
 //! `volume create | info`
 
 use crate::ask::Asker;
-use crate::cli::{FallbackArg, VolumeCommand, VolumeCreate, VolumeInfo};
+use crate::cli::{DiscardArg, FallbackArg, VolumeCommand, VolumeCreate, VolumeInfo};
 use crate::create::NewVolume;
 use crate::files::{self, Medium, Secrecy, shell_word};
 use crate::host;
-use crate::keyfile::{KeySource, Wanted};
+use crate::keyfile::{KeySource, LoadedKey, Wanted};
 use crate::places::beside;
 use crate::plan::{self, Description, Settings};
-use crate::report::{Failures, print, print_json};
+use crate::report::{Code, Failure, Failures, note, print, print_json};
 use crate::size::Size;
+use inlinecrypt_core::dm::{Table, TableKey};
+use inlinecrypt_core::volume::{IvLayout, Layout};
 use inlinecrypt_engine::inspect;
 use serde::Serialize;
+use std::path::Path;
+use zeroize::Zeroizing;
 
 pub(super) fn run(command: VolumeCommand) -> Result<(), Failures> {
     match command {
@@ -64,6 +68,10 @@ struct Info {
     data_unit_bytes: Option<u32>,
     block_bytes: Option<u32>,
     iv_offset_sectors: Option<u64>,
+    /// The IV layout, as --iv names it.
+    iv: Option<&'static str>,
+    /// Where it begins in its file.
+    offset_bytes: Option<u64>,
     key_id: Option<String>,
     key_type: Option<&'static str>,
     key_file: Option<String>,
@@ -72,7 +80,7 @@ struct Info {
 }
 
 fn info(args: &VolumeInfo) -> Result<(), Failures> {
-    let VolumeInfo { volume, json } = args;
+    let VolumeInfo { volume, json, dm_table, show_key } = args;
     let medium = Medium::look(volume)?;
     let description = match Description::find(volume) {
         Ok(description) => description,
@@ -91,6 +99,8 @@ fn info(args: &VolumeInfo) -> Result<(), Failures> {
         data_unit_bytes: None,
         block_bytes: None,
         iv_offset_sectors: None,
+        iv: None,
+        offset_bytes: None,
         key_id: None,
         key_type: None,
         key_file: None,
@@ -98,17 +108,24 @@ fn info(args: &VolumeInfo) -> Result<(), Failures> {
     };
     let sibling = beside(volume, ".key");
     let mut key = files::exists(&sibling).then(|| KeySource::wrapped(sibling));
+    let mut found = None;
     if let Some(Description { path, settings, .. }) = &description {
         host::check_size(settings.size, &path.display().to_string(), &medium, &volume.display().to_string())?;
         let layout = host::layout(&settings.layout(), medium.len_bytes, &volume.display().to_string())?;
         info.volume_bytes = Some(layout.size_bytes());
-        info.unused_bytes = Some(medium.len_bytes - layout.size_bytes());
+        info.unused_bytes = Some(settings.layout().unused(&layout, medium.len_bytes));
+        info.iv = Some(layout.iv().name());
+        info.offset_bytes = Some(settings.layout().offset);
         info.mode = Some(layout.mode().info().name);
         info.data_unit_bytes = Some(layout.data_unit_size().bytes());
         info.block_bytes = Some(layout.logical_block_bytes());
         info.iv_offset_sectors = Some(layout.iv_offset_sectors());
         info.key_id = settings.key_id.map(|id| id.to_string());
         key = settings.key.clone().or(key);
+        found = Some((layout, settings));
+    }
+    if *dm_table {
+        return Ok(print_table(volume, found, key.as_ref(), *show_key)?);
     }
     if let Some(key) = &key {
         info.key_file = key.path().map(|path| path.display().to_string());
@@ -130,6 +147,67 @@ fn info(args: &VolumeInfo) -> Result<(), Failures> {
     Ok(())
 }
 
+/// The line of a table with which Linux opens the volume.
+fn print_table(
+    volume: &Path,
+    described: Option<(Layout, &Settings)>,
+    key: Option<&KeySource>,
+    show_key: bool,
+) -> Result<(), Failure> {
+    let name = volume.display();
+    let Some((layout, settings)) = described else {
+        return Err(Failure::new(
+            Code::File,
+            format!("{name} has no description, and the format has no header: its layout cannot be known"),
+            "Write it down beside it, in the form that `inlinecrypt serve --help` shows.",
+        ));
+    };
+    let path = std::path::absolute(volume).unwrap_or_else(|_| volume.to_owned());
+    let Some(device) = path.to_str() else {
+        return Err(Failure::new(Code::Wrong, format!("{name} is no UTF-8"), "Give it another name."));
+    };
+    let mut table = Table::of(&layout, device, settings.layout().offset).map_err(|why| {
+        Failure::new(
+            Code::Wrong,
+            format!("Linux cannot open {name}: it has {why}"),
+            "It can be read through us: inlinecrypt serve, and a copy from there to a volume of another layout.",
+        )
+    })?;
+    table.allow_discards = settings.discard == Some(DiscardArg::Pass);
+    let wanted = key.map(|key| key.wanted);
+    match (show_key, key, wanted) {
+        (true, Some(source), Some(Wanted::Raw)) => {
+            let key = source.load()?;
+            key.check_length(layout.mode(), source)?;
+            if let LoadedKey::Raw(key) = key {
+                table.key = TableKey::Bytes(Zeroizing::new(key.expose().to_vec()));
+            }
+        }
+        (true, ..) => {
+            return Err(Failure::new(
+                Code::Refused,
+                match wanted {
+                    Some(_) => {
+                        format!("{name} has a hardware-wrapped key: what encrypts never leaves the engine")
+                    }
+                    None => format!("{name} has no key that is known here"),
+                },
+                "Leave --show-key out. Volumes that dm-crypt is to open, too, are made with --key raw:FILE.",
+            ));
+        }
+        (false, _, Some(Wanted::Wrapped)) => note(
+            "the key is hardware-wrapped and never leaves its engine: with this line alone dm-crypt cannot open the volume",
+        ),
+        (false, ..) => note("- stands for the key; --show-key prints a raw one"),
+    }
+    if path.is_file() {
+        note("device-mapper needs a block device: give the file one (losetup) and write that into the line");
+    }
+    let mut line = table.with_key();
+    line.push('\n');
+    print(&line)
+}
+
 fn describe(info: &Info) -> String {
     let mut rows = vec![("volume", info.path.clone()), ("file", Size(info.len_bytes).to_string())];
     if let Some(bytes) = info.allocated_bytes {
@@ -143,6 +221,12 @@ fn describe(info: &Info) -> String {
             rows.push(("data unit", format!("{} bytes", info.data_unit_bytes.unwrap_or(0))));
             rows.push(("logical block", format!("{} bytes", info.block_bytes.unwrap_or(0))));
             rows.push(("IV offset", format!("{} sectors", info.iv_offset_sectors.unwrap_or(0))));
+            if let Some(iv) = info.iv.filter(|iv| *iv != IvLayout::default().name()) {
+                rows.push(("IV layout", iv.to_owned()));
+            }
+            if let Some(offset) = info.offset_bytes.filter(|&offset| offset != 0) {
+                rows.push(("begins at", Size(offset).to_string()));
+            }
             let unknown = || "not described".to_owned();
             rows.push(("key", info.key_id.clone().unwrap_or_else(unknown)));
             rows.push(("description", description.clone()));

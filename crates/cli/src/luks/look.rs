@@ -5,8 +5,8 @@ use super::file::HeaderFile;
 use super::token::WrappedKey;
 use crate::plan::LayoutPlan;
 use crate::report::{Code, Failure, note};
-use crate::size::Size;
 use inlinecrypt_core::config::DataUnitSize;
+use inlinecrypt_core::volume::IvLayout;
 use inlinecrypt_luks::luks2::CopyState;
 use inlinecrypt_luks::{Kind, detect, encryption, luks1, luks2};
 use std::path::{Path, PathBuf};
@@ -19,10 +19,6 @@ pub(crate) struct Luks {
     /// 1 or 2.
     pub(crate) version: u8,
     pub(crate) layout: LayoutPlan,
-    /// Where the data begins, in bytes.
-    pub(crate) data_offset: u64,
-    /// Its length, if the header says it; else it goes to the end.
-    pub(crate) data_bytes: Option<u64>,
     /// The wrapped key in it, if there is one.
     pub(crate) wrapped: Option<WrappedKey>,
 }
@@ -62,12 +58,12 @@ impl Luks {
                 let luks = Self::of_luks2(path, &header)?;
                 if detached.is_none() {
                     let end = 2 * header.size + header.metadata.keyslots_bytes();
-                    if luks.data_offset < end {
+                    if luks.layout.offset < end {
                         return Err(Failure::new(
                             Code::File,
                             format!(
                                 "{name}: its data begins at byte {}, and its header ends at {end}",
-                                luks.data_offset
+                                luks.layout.offset
                             ),
                             "Restore the header from a backup, or name the header with --header if it is detached.",
                         ));
@@ -94,9 +90,15 @@ impl Luks {
         Ok(Self {
             header: path.to_owned(),
             version: 1,
-            layout: LayoutPlan { mode, data_unit: DataUnitSize::MIN_SERVED, block: None, iv_offset: 0 },
-            data_offset: header.data_offset,
-            data_bytes: None,
+            layout: LayoutPlan {
+                mode,
+                data_unit: DataUnitSize::MIN_SERVED,
+                block: None,
+                iv_offset: 0,
+                iv: IvLayout::Sectors,
+                offset: header.data_offset,
+                length: None,
+            },
             wrapped: None,
         })
     }
@@ -129,34 +131,17 @@ impl Luks {
         Ok(Self {
             header: path.to_owned(),
             version: 2,
-            layout: LayoutPlan { mode, data_unit, block: None, iv_offset: segment.iv_tweak },
-            data_offset: segment.offset,
-            data_bytes: segment.size,
+            layout: LayoutPlan {
+                mode,
+                data_unit,
+                block: None,
+                iv_offset: segment.iv_tweak,
+                // LUKS has no flag for iv_large_sectors, so nobody has it.
+                iv: IvLayout::Sectors,
+                offset: segment.offset,
+                length: segment.size,
+            },
             wrapped,
         })
-    }
-
-    /// How many bytes of data there are in a file of `len_bytes`.
-    pub(crate) fn data_len(&self, len_bytes: u64, label: &str) -> Result<u64, Failure> {
-        let Self { data_offset, data_bytes, .. } = *self;
-        let there = len_bytes.saturating_sub(data_offset);
-        match data_bytes {
-            Some(bytes) if bytes > there => Err(Failure::new(
-                Code::File,
-                format!(
-                    "{label} has lost its end: its header says {} of data, and {} are there",
-                    Size(bytes),
-                    Size(there)
-                ),
-                "Bring the missing part back from a copy.",
-            )),
-            Some(bytes) => Ok(bytes),
-            None if there == 0 => Err(Failure::new(
-                Code::File,
-                format!("{label} has no data: it ends before byte {data_offset}, where its data would begin"),
-                "If this is a detached header, name the data and give this one with --header.",
-            )),
-            None => Ok(there),
-        }
     }
 }

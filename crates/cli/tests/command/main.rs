@@ -4,11 +4,14 @@
 //!   main_job      one command, and the next
 //!   volumes       bad sizes, files, layouts; descriptions
 //!   keys          bad keys and roots; the ladder
+//!   key_devices   keys by the hardware of disks
 //!   roots         roots of every kind
 //!   configs       configs, and `check`
+//!   tables        lines of dm tables, IV layouts, offsets
 //!   control       `status`
 //!   stopping      signals, sockets, service managers
 //!   pages         help, manual pages, completions
+//!   probe         what the machine can do, from copies of sysfs
 //!     place       a home of its own for each test, and the command in it
 //! ```
 //!
@@ -17,10 +20,13 @@
 mod configs;
 mod control;
 mod engines;
+mod key_devices;
 mod keys;
 mod main_job;
 mod pages;
 mod place;
+mod probe;
 mod roots;
 mod stopping;
+mod tables;
 mod volumes;

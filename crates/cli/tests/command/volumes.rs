@@ -360,7 +360,7 @@ fn one_name_or_file_twice_is_refused() {
 }
 
 /// The command as somebody who is not root, for what root may do anyway.
-fn as_nobody(place: &Place, arguments: &[&str]) -> Option<Command> {
+pub(crate) fn as_nobody(place: &Place, arguments: &[&str]) -> Option<Command> {
     let mut command = place.command();
     command.args(arguments);
     if rustix::process::geteuid().is_root() {

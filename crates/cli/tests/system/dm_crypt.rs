@@ -13,34 +13,36 @@ struct Manifest {
 }
 
 #[derive(Deserialize)]
-struct Image {
-    name: String,
+pub(crate) struct Image {
+    pub(crate) name: String,
     image: String,
+    /// The line by which the kernel wrote it.
+    pub(crate) table: String,
     cipher: String,
-    key: String,
+    pub(crate) key: String,
     iv_offset: u64,
     sector_size: u32,
-    data_byte_offset: usize,
-    data_len: usize,
+    pub(crate) data_byte_offset: usize,
+    pub(crate) data_len: usize,
     plaintext_rule: String,
 }
 
 impl Image {
-    /// What dm-crypt has on the disk behind its offset.
-    fn data_area(&self) -> Vec<u8> {
+    /// The whole image.
+    pub(crate) fn whole(&self) -> Vec<u8> {
         let file = fs::File::open(vectors().join(format!("{}.zst", self.image))).unwrap();
         let mut image = Vec::new();
         ruzstd::decoding::StreamingDecoder::new(file).unwrap().read_to_end(&mut image).unwrap();
-        image[self.data_byte_offset..][..self.data_len].to_vec()
+        image
     }
 
-    fn plaintext(&self) -> Vec<u8> {
-        let rule = self.plaintext_rule.strip_prefix("SHAKE-256(\"").unwrap().strip_suffix("\")").unwrap();
-        let mut hasher = shake::Shake256::default();
-        hasher.update(rule.as_bytes());
-        let mut plaintext = vec![0; self.data_len];
-        hasher.finalize_xof().read(&mut plaintext);
-        plaintext
+    /// What dm-crypt has on the disk behind its offset.
+    fn data_area(&self) -> Vec<u8> {
+        self.whole()[self.data_byte_offset..][..self.data_len].to_vec()
+    }
+
+    pub(crate) fn plaintext(&self) -> Vec<u8> {
+        plaintext_by(&self.plaintext_rule, self.data_len)
     }
 
     /// What `serve` calls the cipher.
@@ -63,11 +65,21 @@ impl Image {
     }
 }
 
-fn vectors() -> PathBuf {
+/// The plaintext of a rule `SHAKE-256("text")`.
+pub(crate) fn plaintext_by(rule: &str, len: usize) -> Vec<u8> {
+    let text = rule.strip_prefix("SHAKE-256(\"").unwrap().strip_suffix("\")").unwrap();
+    let mut hasher = shake::Shake256::default();
+    hasher.update(text.as_bytes());
+    let mut plaintext = vec![0; len];
+    hasher.finalize_xof().read(&mut plaintext);
+    plaintext
+}
+
+pub(crate) fn vectors() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../cipher/vectors")
 }
 
-fn images() -> Vec<Image> {
+pub(crate) fn images() -> Vec<Image> {
     let text = fs::read_to_string(vectors().join("dm-crypt.json")).unwrap();
     let Manifest { images } = serde_json::from_str(&text).unwrap();
     assert_eq!(images.len(), 4);

@@ -6,6 +6,7 @@
 //!   dm_crypt      volumes that Linux wrote
 //!   luks          containers of cryptsetup, and ours in cryptsetup, qemu and nbdkit
 //!   many_volumes  more keys than keyslots, all at once
+//!   dm_tables     volumes given as lines of dm tables, other IV layouts, offsets
 //!   kill          kill -9 during writes
 //!   engine_service   engine processes for several servers
 //!   trouble       full, shortened and read-only disks; signals; rude clients; service managers
@@ -22,6 +23,7 @@
 
 mod clients;
 mod dm_crypt;
+mod dm_tables;
 mod engine_death;
 mod engine_service;
 mod filesystem;

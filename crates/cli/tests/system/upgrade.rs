@@ -107,10 +107,12 @@ fn a_server_that_cannot_take_over_changes_nothing() {
     let mut server = place.serve(["--key", "raw:a.raw", "v.img"]);
     let mut client = server.client("v");
     client.write(0, &[7; 4096]).unwrap();
-    let cases: [(&[&str], &str); 6] = [
+    let cases: [(&[&str], &str); 8] = [
         (&["--key", "raw:b.raw", "v.img"], "the key of \"v\" is not that of the running server"),
         (&["--key", "raw:a.raw", "--data-unit", "512", "v.img"], "the data unit of \"v\""),
         (&["--key", "raw:a.raw", "--iv-offset", "8", "v.img"], "the IV offset of \"v\""),
+        (&["--key", "raw:a.raw", "--iv", "sectors", "v.img"], "the IV layout of \"v\""),
+        (&["--key", "raw:a.raw", "--offset", "512", "v.img"], "where it begins of \"v\""),
         (&["--key", "raw:a.raw", "--read-only", "v.img"], "in another way"),
         (&["--key", "raw:a.raw", "--name", "v", "w.img"], "another file of that name"),
         (&["--key", "raw:a.raw", "w.img"], "it serves \"v\", and this one would not"),

@@ -6,7 +6,7 @@
 //!                       stable.rs what was lost stays lost: failed flushes are never forgotten
 //!                       lock.rs   one writer at a time, and who it is
 //!                       create.rs new files, whole or not at all
-//!       (a part)        window.rs what lies behind a header
+//!                       window.rs a part of another backing
 //!                       testing/  memory, injected faults, power cuts, and the conformance suite
 //! ```
 //!

@@ -174,6 +174,39 @@ fn a_faultless_faulty_disk_keeps_the_bargain() {
 }
 
 #[test]
+fn a_part_of_a_disk_keeps_the_bargain_and_touches_nothing_else() {
+    const START: u64 = 1 << 20;
+    let disks = std::cell::RefCell::new(Vec::new());
+    conformance::run(|| {
+        let disk = Arc::new(MemBacking::new(4 * MIB));
+        disk.write(0, &[0x77; 1 << 20], Durability::Cached).unwrap();
+        disks.borrow_mut().push(disk.clone());
+        Arc::new(StrictBacking::new(Window::new(disk, START).unwrap()))
+    });
+    for disk in disks.into_inner() {
+        let mut before = vec![0; 1 << 20];
+        disk.read(0, &mut before).unwrap();
+        assert!(before.iter().all(|&byte| byte == 0x77));
+    }
+    // Places of the whole are another's places here.
+    let disk = Arc::new(MemBacking::new(4 * MIB));
+    let window = Window::new(disk.clone(), START).unwrap();
+    assert_eq!(window.facts().len_bytes, 3 * MIB);
+    window.write(512, b"here", Durability::Cached).unwrap();
+    let mut found = [0; 4];
+    disk.read(START + 512, &mut found).unwrap();
+    assert_eq!(&found, b"here");
+    for start in [4 * MIB + 1, u64::MAX] {
+        let error = Window::new(disk.clone(), start).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid);
+    }
+    let coarse = MemBacking::new(4 * MIB);
+    let facts = BackingFacts { align_bytes: 4096, ..coarse.facts() };
+    let error = Window::new(Arc::new(coarse.with_facts(facts)), 512).unwrap_err();
+    assert!(error.to_string().contains("blocks of 4096"), "{error}");
+}
+
+#[test]
 fn a_block_device_keeps_the_bargain() {
     let directory = directory();
     for (caching, sector_bytes) in [(Caching::PageCache, "512"), (Caching::Direct, "4096")] {

@@ -1,40 +1,40 @@
-//! A part of a backing: what lies behind a header.
+//! A part of another backing: where a volume lies that does not begin at byte 0.
 
 use inlinecrypt_core::backing::{Backing, BackingFacts, Durability, Extent};
 use inlinecrypt_core::error::{Error, ErrorKind, Op};
 use std::sync::Arc;
 
-/// The bytes `offset..offset + len` of another backing, as one of its own. Nothing outside of them is ever touched.
+/// The bytes of another backing from a certain one on. Errors name places of the whole.
 #[derive(Debug)]
 pub struct Window {
-    inner: Arc<dyn Backing>,
-    offset: u64,
+    whole: Arc<dyn Backing>,
+    start: u64,
     facts: BackingFacts,
 }
 
 impl Window {
-    /// The window of `len_bytes` that begins at `offset`.
+    /// What `whole` has from byte `start` on.
     ///
     /// # Errors
     ///
-    /// [`Invalid`](ErrorKind::Invalid) if it is empty, ends behind the end of `inner`, or does not begin and end where `inner` can
-    /// be addressed.
-    pub fn new(inner: Arc<dyn Backing>, offset: u64, len_bytes: u64) -> Result<Self, Error> {
-        let facts = inner.facts();
-        let invalid = |detail: String| Err(Error::new(ErrorKind::Invalid, Op::Open).detail(detail));
-        if len_bytes == 0 || offset.checked_add(len_bytes).is_none_or(|end| end > facts.len_bytes) {
-            return invalid(format!(
-                "the data has {len_bytes} bytes from byte {offset} on, and the file {}",
+    /// [`ErrorKind::Invalid`] if it ends before `start`, or cannot be addressed there: `start` must be a multiple of its
+    /// `align_bytes`.
+    pub fn new(whole: Arc<dyn Backing>, start: u64) -> Result<Self, Error> {
+        let invalid = |detail: String| Error::new(ErrorKind::Invalid, Op::Open).detail(detail);
+        let facts = whole.facts();
+        let Some(len_bytes) = facts.len_bytes.checked_sub(start) else {
+            return Err(invalid(format!(
+                "it has {} bytes and is to be used from {start} on",
                 facts.len_bytes
-            ));
+            )));
+        };
+        if !start.is_multiple_of(facts.align_bytes.into()) {
+            return Err(invalid(format!(
+                "it is addressed in blocks of {} bytes and is to be used from {start} on",
+                facts.align_bytes
+            )));
         }
-        let align_bytes = u64::from(facts.align_bytes);
-        if offset % align_bytes != 0 || len_bytes % align_bytes != 0 {
-            return invalid(format!(
-                "the data has {len_bytes} bytes from byte {offset} on, and is addressed in blocks of {align_bytes}"
-            ));
-        }
-        Ok(Self { inner, offset, facts: BackingFacts { len_bytes, ..facts } })
+        Ok(Self { whole, start, facts: BackingFacts { len_bytes, ..facts } })
     }
 }
 
@@ -44,58 +44,30 @@ impl Backing for Window {
     }
 
     fn read(&self, offset: u64, data: &mut [u8]) -> Result<(), Error> {
-        self.inner.read(self.offset + offset, data)
+        self.whole.read(self.start + offset, data)
     }
 
     fn write(&self, offset: u64, data: &[u8], durability: Durability) -> Result<(), Error> {
-        self.inner.write(self.offset + offset, data, durability)
+        self.whole.write(self.start + offset, data, durability)
     }
 
     fn flush(&self) -> Result<(), Error> {
-        self.inner.flush()
+        self.whole.flush()
     }
 
     fn discard(&self, offset: u64, len: u64) -> Result<(), Error> {
-        self.inner.discard(self.offset + offset, len)
+        self.whole.discard(self.start + offset, len)
     }
 
     fn extents(&self, offset: u64, len: u64, extents_max: usize) -> Result<Vec<Extent>, Error> {
-        let extents = self.inner.extents(self.offset + offset, len, extents_max)?;
-        Ok(extents
-            .into_iter()
-            .map(|extent| Extent { offset: extent.offset - self.offset, ..extent })
-            .collect())
+        let mut extents = self.whole.extents(self.start + offset, len, extents_max)?;
+        for extent in &mut extents {
+            extent.offset -= self.start;
+        }
+        Ok(extents)
     }
 
     fn prefetch(&self, offset: u64, len: u64) {
-        self.inner.prefetch(self.offset + offset, len);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::backing::testing::{MemBacking, conformance};
-
-    #[test]
-    fn a_window_is_a_backing_and_touches_nothing_else() {
-        conformance::run(|| {
-            let inner = Arc::new(MemBacking::new(4 << 20));
-            Arc::new(Window::new(inner, 1 << 20, 2 << 20).unwrap())
-        });
-        let inner = Arc::new(MemBacking::new(16 << 10));
-        let window = Window::new(inner.clone(), 4096, 8192).unwrap();
-        window.write(0, &[1; 8192], Durability::Cached).unwrap();
-        let content = inner.snapshot(0, 16 << 10);
-        assert!(content[4096..12288].iter().all(|&byte| byte == 1));
-        assert!(content[..4096].iter().chain(&content[12288..]).all(|&byte| byte == 0));
-    }
-
-    #[test]
-    fn a_window_that_is_not_there_is_refused() {
-        for (offset, len) in [(0, 0), (0, 8193), (8192, 1), (u64::MAX, 2), (4096, u64::MAX)] {
-            let error = Window::new(Arc::new(MemBacking::new(8192)), offset, len).unwrap_err();
-            assert_eq!(error.kind(), ErrorKind::Invalid, "{offset} {len}");
-        }
+        self.whole.prefetch(self.start + offset, len);
     }
 }

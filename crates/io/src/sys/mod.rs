@@ -1,6 +1,8 @@
 //! The few system calls that no library wraps safely. The only place of this crate with `unsafe`.
 #![allow(unsafe_code)]
 
+pub(crate) mod blk_crypto;
+
 use rustix::io::Errno;
 use std::io;
 use std::num::NonZeroU32;

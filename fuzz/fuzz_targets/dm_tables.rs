@@ -1,0 +1,28 @@
+//! Lines of dm tables, as people and dmsetup write them, and the ciphers in them.
+#![no_main]
+
+use inlinecrypt_core::dm::{CipherSpec, Table};
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|text: &str| {
+    if let Ok(spec) = CipherSpec::parse(text) {
+        assert_eq!(CipherSpec::parse(&spec.to_string()), Ok(spec));
+    }
+    match Table::parse(text) {
+        Ok(table) => {
+            // A line feed behind a backslash is part of no name that the line could be printed with.
+            if !table.device.contains('\n') {
+                assert_eq!(Table::parse(&table.with_key()).expect("what is printed is a line"), table);
+            }
+            let _ = table.iv_fits();
+            let _ = format!("{table:?}");
+        }
+        Err(error) => {
+            assert!(text.get(error.at.clone()).is_some(), "{error} points outside");
+            let said = error.to_string();
+            // Nothing as long as a key is repeated.
+            let digits = said.split(|c: char| !c.is_ascii_hexdigit()).map(str::len).max();
+            assert!(digits.unwrap_or(0) < 32, "{said}");
+        }
+    }
+});
