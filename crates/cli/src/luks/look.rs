@@ -3,7 +3,8 @@
 use super::failure;
 use super::file::HeaderFile;
 use super::token::WrappedKey;
-use crate::plan::LayoutPlan;
+use crate::keyfile::KeySource;
+use crate::plan::{LayoutPlan, Settings};
 use crate::report::{Code, Failure, note};
 use inlinecrypt_core::config::DataUnitSize;
 use inlinecrypt_core::volume::IvLayout;
@@ -82,6 +83,24 @@ impl Luks {
                 }
                 Ok(Some(luks))
             }
+        }
+    }
+
+    /// What a description would say of it.
+    pub(crate) fn settings(&self) -> Settings {
+        let Self { header, layout, wrapped, .. } = self;
+        let LayoutPlan { mode, data_unit, block, iv_offset, iv, offset, length } = *layout;
+        Settings {
+            mode: Some(mode),
+            data_unit: Some(data_unit),
+            block,
+            iv_offset: Some(iv_offset),
+            iv: Some(iv),
+            offset: Some(offset),
+            length,
+            key_id: wrapped.as_ref().map(|wrapped| wrapped.key_id),
+            key: wrapped.as_ref().map(|wrapped| KeySource::token(header.clone(), wrapped)),
+            ..Settings::default()
         }
     }
 
