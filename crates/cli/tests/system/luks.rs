@@ -241,9 +241,9 @@ fn offset(place: &Place, name: &str) -> usize {
     let text = run(&mut cryptsetup(place, &["luksDump", name]));
     let after =
         |mark: &str| Some(text.split(mark).nth(1)?.split_whitespace().next()?.parse::<usize>().unwrap());
-    after("offset:")
-        .or_else(|| after("Payload offset:").map(|sectors| sectors * 512))
-        .unwrap_or_else(|| panic!("{text}"))
+    // Of LUKS1 in sectors.
+    let payload = after("Payload offset:").map(|sectors| sectors * 512);
+    payload.or_else(|| after("offset:")).unwrap_or_else(|| panic!("{text}"))
 }
 
 #[test]
