@@ -185,7 +185,7 @@ impl Header {
 impl Keyslot {
     /// Whole sectors.
     fn area_bytes(&self, key_bytes: usize) -> usize {
-        (key_bytes * self.stripes as usize).next_multiple_of(SECTOR_BYTES as usize)
+        (key_bytes * self.stripes as usize).next_multiple_of(512)
     }
 }
 

@@ -206,8 +206,9 @@ fn open(header: &Path, passphrase: &[u8]) -> Result<VolumeKey, Failure> {
         Err(error) => Err(error),
     };
     // Whoever asked says whose it is.
-    opened.map_err(|error| match super::failure("", &error) {
-        Failure { code, what, advice } => Failure::new(code, what.trim_start_matches(": "), advice),
+    opened.map_err(|error| {
+        let Failure { code, what, advice } = super::failure("", &error);
+        Failure::new(code, what.trim_start_matches(": "), advice)
     })
 }
 

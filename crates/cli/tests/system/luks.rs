@@ -582,7 +582,7 @@ fn a_command_that_is_killed_leaves_the_old_header_or_the_new_one() {
 
 /// Now and then cryptsetup has a look, too.
 fn cryptsetup_knows(place: &Place, round: u64) -> bool {
-    round % 20 == 0 && cryptsetup(place, &["--version"]).output().is_ok_and(|output| output.status.success())
+    round.is_multiple_of(20) && cryptsetup(place, &["--version"]).output().is_ok_and(|output| output.status.success())
 }
 
 #[test]

@@ -205,7 +205,7 @@ impl Metadata {
                 size - BINARY_BYTES as u64
             )));
         }
-        if config.keyslots_size % ALIGN_BYTES != 0 || config.keyslots_size > KEYSLOTS_BYTES_MAX {
+        if !config.keyslots_size.is_multiple_of(ALIGN_BYTES) || config.keyslots_size > KEYSLOTS_BYTES_MAX {
             return Err(Error::damaged(format!(
                 "its areas of LUKS keyslots have {} bytes, which none have",
                 config.keyslots_size
@@ -524,7 +524,7 @@ impl Segment {
         if !matches!(sector_bytes, 512 | 1024 | 2048 | 4096) {
             return Err(wrong(format!("sectors of {sector_bytes} bytes")));
         }
-        if json.offset % 512 != 0 || size.is_some_and(|size| size == 0 || size % u64::from(sector_bytes) != 0)
+        if !json.offset.is_multiple_of(512) || size.is_some_and(|size| size == 0 || size % u64::from(sector_bytes) != 0)
         {
             return Err(wrong(format!(
                 "offset {} and size {} are not whole sectors",

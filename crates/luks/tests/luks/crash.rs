@@ -51,7 +51,7 @@ impl Storage for &mut Disk {
 
     fn write(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
         // The write itself is on its way when the power goes.
-        assert!(offset % 512 == 0 && data.len() % 512 == 0, "{offset} {}", data.len());
+        assert!(offset.is_multiple_of(512) && data.len().is_multiple_of(512), "{offset} {}", data.len());
         let first = offset as usize / 512;
         let sectors = data.chunks(512).enumerate().map(|(at, data)| (first + at, data.try_into().unwrap()));
         self.cached.extend(sectors);
