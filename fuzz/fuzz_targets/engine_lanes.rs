@@ -25,7 +25,14 @@ fuzz_target!(|data: &[u8]| {
         let count = u32::try_from(pieces.len()).unwrap_or(u32::MAX);
         // A lane has room for so many; more can only be claimed.
         let room = pieces.len().min(64);
-        lane_order(second & 3, second & 4 != 0, second & 8 != 0, u32::from(second >> 4), count, &pieces[..room])
+        lane_order(
+            second & 3,
+            second & 4 != 0,
+            second & 8 != 0,
+            u32::from(second >> 4),
+            count,
+            &pieces[..room],
+        )
     };
     PROCESS.with_borrow_mut(|process| process.lane(&order));
 });

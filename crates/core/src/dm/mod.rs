@@ -371,10 +371,11 @@ impl Word<'_> {
 
     fn wrong(&self, field: Field, why: Why) -> TableError {
         // A key may stand in the wrong place, too.
+        let plain = self.plain();
         let shown = match field {
             Field::Key => None,
-            _ if may_hold_key(self.text) => None,
-            _ => Some(self.plain().into_owned()),
+            _ if may_hold_key(&plain) => None,
+            _ => Some(plain.into_owned()),
         };
         TableError { field, at: self.at.clone(), why, shown }
     }

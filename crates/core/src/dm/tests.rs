@@ -132,6 +132,9 @@ fn keys_do_not_show() {
         }
         words.remove(at);
     }
+    let slashed = format!("{}\\{}", &XTS_KEY[..31], &XTS_KEY[31..62]);
+    let error = Table::parse(&format!("0 8 {slashed} aes-xts-plain64 - 0 d 0")).unwrap_err();
+    assert!(!format!("{error:?}{error}").contains("0102"), "{error}");
     let error = Table::parse(&format!("0 8 crypt aes-{XTS_KEY}-plain64 - 0 d 0")).unwrap_err();
     assert!(!format!("{error:?}{error}").contains("0102"), "{error}");
 }
