@@ -225,14 +225,11 @@ impl<S: Storage> Container<S> {
         let mut salt = vec![0; SALT_BYTES];
         random(&mut salt).map_err(Error::io)?;
         let area_key = kdf.derive(passphrase, &salt, mode.info().key_bytes)?;
-        let mut area = af::split(key, STRIPES, hash, random).map_err(Error::io)?;
-        let mut area = {
-            // Room for all at once, so that no copy stays behind.
-            let mut whole = Zeroizing::new(vec![0; area.len().next_multiple_of(512)]);
-            whole[..area.len()].copy_from_slice(&area);
-            area.fill(0);
-            whole
-        };
+        let material = af::split(key, STRIPES, hash, random).map_err(Error::io)?;
+        // Whole sectors, and room for all at once: growing would leave copies behind.
+        let mut area = Zeroizing::new(vec![0; material.len().next_multiple_of(512)]);
+        area[..material.len()].copy_from_slice(&material);
+        drop(material);
         AreaCipher::new(mode, &area_key)?.encrypt(&mut area);
         self.storage.write(area_offset, &area).and_then(|()| self.storage.flush()).map_err(Error::io)?;
         Ok(Keyslot {
