@@ -10,7 +10,7 @@ use inlinecrypt_testkit::{pattern, require_tool};
 use rustix::process::{Pid, Signal, kill_process};
 use serde::Deserialize;
 use std::fs;
-use std::io::Read as _;
+use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
@@ -582,7 +582,8 @@ fn a_command_that_is_killed_leaves_the_old_header_or_the_new_one() {
 
 /// Now and then cryptsetup has a look, too.
 fn cryptsetup_knows(place: &Place, round: u64) -> bool {
-    round.is_multiple_of(20) && cryptsetup(place, &["--version"]).output().is_ok_and(|output| output.status.success())
+    round.is_multiple_of(20)
+        && cryptsetup(place, &["--version"]).output().is_ok_and(|output| output.status.success())
 }
 
 #[test]
@@ -645,4 +646,50 @@ fn an_engine_that_dies_gets_the_key_again_from_a_file_and_only_from_there() {
     let volume = server.status(&place)["servers"][0]["volumes"][0].clone();
     assert_eq!(volume["state"], "no_key", "{volume}");
     server.stop();
+}
+
+/// At a terminal, which shows all that is written to it, and would show what is typed.
+#[test]
+fn a_passphrase_is_typed_without_being_seen() {
+    let Some(script) = require_tool("script") else { return };
+    let place = place();
+    place.run_ok(
+        [&["luks", "create", "--size", "1MiB", "--passphrase-file", "zero"], &CHEAP[..], &["disk"]].concat(),
+    );
+    let type_in = |arguments: &str, typed: &str| {
+        let mut command = Command::new(&script);
+        place.prepare(&mut command);
+        let program = format!("{} {arguments}", env!("CARGO_BIN_EXE_inlinecrypt"));
+        command.args(["-q", "-e", "-c", &program, "/dev/null"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let (mut keyboard, mut screen) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+        let mut seen = Vec::new();
+        for line in typed.lines() {
+            // One answer for each question, and none before it.
+            while !seen.ends_with(b": ") {
+                let mut byte = [0];
+                assert_eq!(screen.read(&mut byte).unwrap(), 1, "{}", String::from_utf8_lossy(&seen));
+                seen.push(byte[0]);
+            }
+            seen.push(b'\n');
+            keyboard.write_all(format!("{line}\n").as_bytes()).unwrap();
+        }
+        screen.read_to_end(&mut seen).unwrap();
+        let seen = String::from_utf8_lossy(&seen).into_owned();
+        assert!(typed.lines().all(|line| !seen.contains(line)), "{seen}");
+        (child.wait().unwrap().code(), seen)
+    };
+    let (code, seen) = type_in("luks test disk", "passphrase zero");
+    assert!(
+        code == Some(0) && seen.contains("passphrase of disk: ") && seen.contains("LUKS keyslot 0 opens"),
+        "{seen}"
+    );
+    let (code, seen) = type_in("luks test disk", "something else");
+    assert!(code == Some(2) && seen.contains("no LUKS keyslot opens"), "{seen}");
+    let change = format!("luks change-key {} disk", CHEAP.join(" "));
+    let (code, seen) = type_in(&change, "passphrase zero\nnext one\nother one");
+    assert!(code == Some(2) && seen.contains("something else was typed"), "{seen}");
+    let (code, seen) = type_in(&change, "passphrase zero\nnext one\nnext one");
+    assert!(code == Some(0), "{seen}");
+    assert_eq!(we_open(&place, "disk", "zero"), None);
 }

@@ -524,7 +524,8 @@ impl Segment {
         if !matches!(sector_bytes, 512 | 1024 | 2048 | 4096) {
             return Err(wrong(format!("sectors of {sector_bytes} bytes")));
         }
-        if !json.offset.is_multiple_of(512) || size.is_some_and(|size| size == 0 || size % u64::from(sector_bytes) != 0)
+        if !json.offset.is_multiple_of(512)
+            || size.is_some_and(|size| size == 0 || size % u64::from(sector_bytes) != 0)
         {
             return Err(wrong(format!(
                 "offset {} and size {} are not whole sectors",
