@@ -124,6 +124,14 @@ impl Header {
         })
     }
 
+    /// Where header and areas end, in bytes.
+    #[must_use]
+    pub fn end(&self) -> u64 {
+        let areas =
+            self.keyslots.iter().map(|slot| slot.area_offset + slot.area_bytes(self.key_bytes) as u64);
+        areas.fold(HEADER_BYTES as u64, u64::max)
+    }
+
     /// The LUKS keyslots that are in use.
     #[must_use]
     pub fn keyslots(&self) -> &[Keyslot] {

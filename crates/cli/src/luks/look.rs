@@ -52,24 +52,17 @@ impl Luks {
             Some(Kind::Luks2SecondOnly) if detached.is_none() && !surely => Ok(None),
             Some(Kind::Luks1) => {
                 let header = luks1::Header::read(&mut file).map_err(|error| failure(&name, &error))?;
-                Self::of_luks1(path, &header).map(Some).map_err(|error| failure(&name, &error))
+                {
+                    let luks = Self::of_luks1(path, &header).map_err(|error| failure(&name, &error))?;
+                    luks.check_place(detached, header.end())?;
+                    Ok(Some(luks))
+                }
             }
             Some(Kind::Luks2 | Kind::Luks2SecondOnly) => {
                 let header = luks2::Header::read(&mut file).map_err(|error| failure(&name, &error))?;
                 let luks = Self::of_luks2(path, &header)?;
-                if detached.is_none() {
-                    let end = 2 * header.size + header.metadata.keyslots_bytes();
-                    if luks.layout.offset < end {
-                        return Err(Failure::new(
-                            Code::File,
-                            format!(
-                                "{name}: its data begins at byte {}, and its header ends at {end}",
-                                luks.layout.offset
-                            ),
-                            "Restore the header from a backup, or name the header with --header if it is detached.",
-                        ));
-                    }
-                }
+                let end = 2 * header.size + header.metadata.keyslots_bytes();
+                luks.check_place(detached, end)?;
                 for (copy, state) in ["first", "second"].iter().zip(&header.copies) {
                     match state {
                         CopyState::Good => {}
@@ -84,6 +77,22 @@ impl Luks {
                 Ok(Some(luks))
             }
         }
+    }
+
+    /// Refuses data that would lie over the header.
+    fn check_place(&self, detached: Option<&Path>, end: u64) -> Result<(), Failure> {
+        let begin = self.layout.offset;
+        if detached.is_some() || begin >= end {
+            return Ok(());
+        }
+        Err(Failure::new(
+            Code::File,
+            format!(
+                "{}: its data begins at byte {begin}, and its header ends at {end}",
+                self.header.display()
+            ),
+            "If it is a detached header, name the data and give this one with --header; else restore it from a backup.",
+        ))
     }
 
     /// What a description would say of it.

@@ -262,6 +262,16 @@ fn a_container_with_a_detached_header_or_without_its_first_one_is_served() {
     let disk = fs::read(place.path("data")).unwrap();
     assert!(decrypted(Mode::Aes256Xts, &key, if sector { 4096 } else { 512 }, disk) == data);
 
+    // The header alone is no volume, nor is LUKS1's; its data would lie over it.
+    run(cryptsetup(&place, &["luksFormat", "-q", "--type", "luks1", "--header", "head1"])
+        .args(CHEAP_PBKDF2)
+        .args(["data", "zero"]));
+    for head in ["head", "head1"] {
+        let alone = place.run(["serve", "--passphrase-file", "zero", head]);
+        assert!(alone.status.code() == Some(4) && said(&alone).contains("--header"), "{}", said(&alone));
+    }
+    fill(&place, &["--passphrase-file", "zero", "--header", "head1", "data"], "data", 1 << 20);
+
     format(&place, "disk", 20 * MIB, &[&["--type", "luks2"], &CHEAP[..]].concat());
     let written = fill(&place, &["--passphrase-file", "zero", "disk"], "disk", 4 << 20);
     let mut bytes = fs::read(place.path("disk")).unwrap();

@@ -180,9 +180,11 @@ fn base64<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<u8>, D::Error> {
     Base64::decode_vec(&text).map_err(|_why| D::Error::custom("what should be base64 is not"))
 }
 
-/// Digits alone.
+/// Digits alone, and no zero before others: a number is written in one way.
 fn number<T: std::str::FromStr>(text: &str) -> Option<T> {
-    text.parse().ok().filter(|_| text.bytes().all(|byte| byte.is_ascii_digit()))
+    let is_usual =
+        text.bytes().all(|byte| byte.is_ascii_digit()) && (text.len() == 1 || !text.starts_with('0'));
+    text.parse().ok().filter(|_| is_usual)
 }
 
 impl Metadata {

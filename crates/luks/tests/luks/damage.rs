@@ -162,6 +162,7 @@ fn json_that_cannot_be_is_refused_though_the_checksum_is_right() {
         (|json| json["keyslots"]["0"]["kdf"]["salt"] = "!".into(), "base64"),
         (|json| json["keyslots"]["32"] = json["keyslots"]["0"].clone(), "\"32\""),
         (|json| json["keyslots"]["x"] = json!({}), "\"x\""),
+        (|json| json["keyslots"]["01"] = json["keyslots"]["1"].take(), "\"01\""),
         (|json| json["tokens"]["0"] = 7.into(), "among its tokens"),
         (|json| json["segments"]["0"]["offset"] = "7".into(), "whole sectors"),
         (|json| json["segments"]["0"]["size"] = "0".into(), "whole sectors"),
