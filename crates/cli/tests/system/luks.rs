@@ -682,6 +682,8 @@ fn a_passphrase_is_typed_without_being_seen() {
                 seen.push(byte[0]);
             }
             seen.push(b'\n');
+            // The question is asked a moment before the terminal stops showing what is typed. Nobody is that fast.
+            thread::sleep(Duration::from_millis(500));
             keyboard.write_all(format!("{line}\n").as_bytes()).unwrap();
         }
         screen.read_to_end(&mut seen).unwrap();
