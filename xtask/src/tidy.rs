@@ -10,6 +10,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("inlinecrypt-core", &["inlinecrypt-cipher"]),
     ("inlinecrypt-engine", &["inlinecrypt-cipher", "inlinecrypt-core"]),
     ("inlinecrypt-io", &["inlinecrypt-core"]),
+    ("inlinecrypt-luks", &["inlinecrypt-cipher"]),
     ("inlinecrypt-roots", &["inlinecrypt-core", "inlinecrypt-engine"]),
     (
         "inlinecrypt",
@@ -18,6 +19,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "inlinecrypt-core",
             "inlinecrypt-engine",
             "inlinecrypt-io",
+            "inlinecrypt-luks",
             "inlinecrypt-roots",
         ],
     ),

@@ -2,6 +2,7 @@
 
 use crate::cli::PassphraseArgs;
 use crate::files::{self, Secrecy};
+use crate::luks::unlock::{Passphrase, PassphraseFile};
 use crate::plan::EnginePlan;
 use crate::report::{Code, Failure};
 use inlinecrypt_core::error::{Error, ErrorKind, Op};
@@ -11,8 +12,9 @@ use std::collections::HashMap;
 use std::fmt;
 use std::io;
 use std::os::unix::process::CommandExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 use zeroize::Zeroizing;
 
 /// The subcommand that talks to TPMs and tokens.
@@ -24,6 +26,8 @@ pub(crate) struct Asker {
     source: Source,
     /// What the config says about the engine whose root is asked for.
     of_engine: Option<PathBuf>,
+    /// A key file for LUKS containers.
+    key_file: Option<PathBuf>,
     given: HashMap<PathBuf, Zeroizing<Vec<u8>>>,
 }
 
@@ -45,7 +49,67 @@ impl Asker {
             (None, Some(number)) => Source::Descriptor(format!("/dev/fd/{number}").into(), None),
             (None, None) => Source::Terminal,
         };
-        Self { source, of_engine: None, given: HashMap::new() }
+        Self { source, of_engine: None, key_file: None, given: HashMap::new() }
+    }
+
+    /// The same, with a key file for LUKS containers.
+    pub(crate) fn with_key_file(self, key_file: Option<PathBuf>) -> Self {
+        Self { key_file, ..self }
+    }
+
+    /// The passphrase of the LUKS container with this header; `of_volume` is what a config names for it.
+    pub(crate) fn luks(
+        &mut self,
+        header: &Path,
+        of_volume: Option<&PassphraseFile>,
+    ) -> Result<Passphrase, Failure> {
+        let given = |bytes| Ok(Passphrase::Given(Arc::new(bytes)));
+        if let Some(file) = of_volume {
+            return Ok(Passphrase::File(file.clone()));
+        }
+        if let Some(path) = &self.key_file {
+            return Ok(Passphrase::File(PassphraseFile { path: path.clone(), whole: true }));
+        }
+        let own = |bytes: &Zeroizing<Vec<u8>>| Zeroizing::new(bytes.to_vec());
+        match &mut self.source {
+            Source::File(path) => Ok(Passphrase::File(PassphraseFile { path: path.clone(), whole: false })),
+            Source::Nobody => Err(no_terminal(header)),
+            Source::Descriptor(_, Some(bytes)) => given(own(bytes)),
+            Source::Descriptor(path, kept) => {
+                let bytes = PassphraseFile { path: path.clone(), whole: false }.read()?;
+                given(own(kept.insert(bytes)))
+            }
+            Source::Terminal => {
+                let question = format!("passphrase of {}: ", header.display());
+                let typed = rpassword::prompt_password(question).map_err(|_why| no_terminal(header))?;
+                given(Zeroizing::new(typed.into_bytes()))
+            }
+        }
+    }
+
+    /// A new passphrase for that container, typed twice if it is typed.
+    pub(crate) fn new_luks(&mut self, header: &Path) -> Result<Zeroizing<Vec<u8>>, Failure> {
+        if self.key_file.is_some() || !matches!(self.source, Source::Terminal) {
+            return match self.luks(header, None)? {
+                Passphrase::File(file) => file.read(),
+                Passphrase::Given(given) => Ok(Zeroizing::new(given.to_vec())),
+                Passphrase::NotAsked(_) => Err(no_terminal(header)),
+            };
+        }
+        let mut typed = ["", ", again"].into_iter().map(|again| {
+            rpassword::prompt_password(format!("new passphrase of {}{again}: ", header.display()))
+                .map(|typed| Zeroizing::new(typed.into_bytes()))
+                .map_err(|_why| no_terminal(header))
+        });
+        let (first, second) = (typed.next().expect("two")?, typed.next().expect("two")?);
+        if first != second {
+            return Err(Failure::new(
+                Code::Refused,
+                format!("{}: both times something else was typed", header.display()),
+                "Try again.",
+            ));
+        }
+        Ok(first)
     }
 
     /// One for later, when nobody is there to be asked: it knows files, and nothing that was typed.
@@ -54,7 +118,7 @@ impl Asker {
             Source::File(path) => Source::File(path.clone()),
             Source::Terminal | Source::Descriptor(..) | Source::Nobody => Source::Nobody,
         };
-        Self { source, of_engine: engine.passphrase_file.clone(), given: HashMap::new() }
+        Self { source, of_engine: engine.passphrase_file.clone(), key_file: None, given: HashMap::new() }
     }
 
     /// The same, for the root of `engine`: its config may name a file.
@@ -120,6 +184,14 @@ fn read(path: PathBuf) -> Result<Zeroizing<Vec<u8>>, Error> {
     )?;
     strip_line_feed(&mut bytes);
     Ok(bytes)
+}
+
+fn no_terminal(header: &Path) -> Failure {
+    Failure::new(
+        Code::Refused,
+        format!("{} asks for a passphrase, and there is no terminal to type it in", header.display()),
+        "Give it with --passphrase-file FILE, --passphrase-fd N or --key-file FILE.",
+    )
 }
 
 fn type_in(question: &Question<'_>) -> Result<Zeroizing<Vec<u8>>, Error> {

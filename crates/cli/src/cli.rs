@@ -1,8 +1,10 @@
 //! The one definition of the command line: parsing, help, manual pages and completions all come from it.
 
 use crate::ask::HELPER;
+use crate::cli_luks::LuksCommand;
 use crate::engine_process::EngineHome;
 use crate::keyfile::KeySource;
+use crate::luks::unlock::HELPER as LUKS_HELPER;
 use crate::plan::EnginePlan;
 use crate::report::EXIT_CODES;
 use crate::size::Size;
@@ -55,6 +57,12 @@ pub(crate) enum Command {
     /// Make volumes and look at them
     #[command(subcommand)]
     Volume(VolumeCommand),
+    /// Make LUKS2 containers, and change their passphrases
+    ///
+    /// They are cryptsetup's, which opens and changes what is made here, and the other way round. What serves them is
+    /// `inlinecrypt serve`.
+    #[command(subcommand)]
+    Luks(LuksCommand),
     /// Make keys, wrap them, and look at them
     #[command(subcommand)]
     Key(KeyCommand),
@@ -69,6 +77,9 @@ pub(crate) enum Command {
     /// Talk to a TPM or token; started by other commands
     #[command(name = HELPER, hide = true)]
     RootHelper,
+    /// Open a LUKS container; started by other commands
+    #[command(name = LUKS_HELPER, hide = true)]
+    LuksHelper,
     /// Look at engines
     #[command(subcommand)]
     Engine(EngineCommand),
@@ -181,10 +192,10 @@ pub(crate) struct EngineArgs {
     pub(crate) key_type: Option<KeyTypeArg>,
 }
 
-/// Where passphrases and PINs of roots come from.
+/// Where passphrases and PINs of roots come from, and those of LUKS containers.
 #[derive(Args, Clone, Debug, Default)]
 pub(crate) struct PassphraseArgs {
-    /// Read the root's passphrase or PIN from FILE, for its owner alone; a line feed at the end does not count [default:
+    /// Read the passphrase or PIN (of the root, or of a LUKS container) from FILE, for its owner alone; a line feed at the end does not count [default:
     /// asked for at the terminal]
     #[arg(long, value_name = "FILE", conflicts_with = "passphrase_fd")]
     pub(crate) passphrase_file: Option<PathBuf>,
@@ -248,6 +259,8 @@ Examples:
       two volumes, as exports \"a\" and \"b\"
   inlinecrypt serve --key raw:volume.key --data-unit 512 --read-only /dev/sdx
       what dm-crypt wrote with aes-xts-plain64
+  inlinecrypt serve --passphrase-file pass disk.luks
+      a LUKS container, by cryptsetup or by `inlinecrypt luks create`; without --passphrase-file the passphrase is asked for
   dmsetup table --showkeys secret | inlinecrypt serve --dm-table-file -
       a volume of dm-crypt's, by the line of its table; docs/dm-crypt.md
   inlinecrypt serve --nbd tcp:0.0.0.0:10809 --tls-cert server.pem --tls-key server.key demo.img
@@ -274,6 +287,7 @@ A config:
   # key_id, mode, data_unit, block, iv_offset, iv, offset, length, read_only, fallback, discard, direct
   # dm_table = \"0 2048 crypt aes-xts-plain64 - 0 db1.img 0\" says mode, data unit, IVs, place and length as dm-crypt does
   # size = BYTES refuses a file that has become shorter; `volume create` writes it into the description
+  # for LUKS containers: header, passphrase_file, key_file, recover
   # priority = \"low\", \"normal\" or \"high\"; pin = true keeps the key in its keyslot; preprogram = true puts it there
   # at once; spill_after_us = N sends a raw key's requests to software that would wait longer for a keyslot
 
@@ -339,6 +353,15 @@ pub(crate) struct Serve {
     /// Let nobody write
     #[arg(long)]
     pub(crate) read_only: bool,
+    /// Header of the LUKS container, if it is not with the data
+    #[arg(long, value_name = "FILE", help_heading = "LUKS", conflicts_with = "create")]
+    pub(crate) header: Option<PathBuf>,
+    /// Open LUKS containers with the content of FILE, every byte of it, as cryptsetup's --key-file does
+    #[arg(long, value_name = "FILE", help_heading = "LUKS", conflicts_with_all = ["passphrase_file", "passphrase_fd"])]
+    pub(crate) key_file: Option<PathBuf>,
+    /// Open the LUKS container by a passphrase, though there is a wrapped key in its header
+    #[arg(long, help_heading = "LUKS", conflicts_with = "create")]
+    pub(crate) recover: bool,
     /// Bypass the page cache (O_DIRECT)
     #[arg(long)]
     pub(crate) direct: bool,
@@ -814,6 +837,14 @@ fn parse_block(text: &str) -> Result<u32, String> {
         .ok()
         .filter(|bytes| bytes.is_power_of_two() && (512..=65_536).contains(bytes))
         .ok_or_else(|| format!("{bytes} bytes are no logical block: it is a power of two from 512 to 65536"))
+}
+
+/// A sector size of LUKS2.
+pub(crate) fn parse_sector(text: &str) -> Result<u32, String> {
+    match text.parse::<Size>()?.0 {
+        bytes @ (512 | 1024 | 2048 | 4096) => Ok(u32::try_from(bytes).expect("at most 4096")),
+        other => Err(format!("{other} bytes are no sector size: it is 512, 1024, 2048 or 4096")),
+    }
 }
 
 fn parse_workers(text: &str) -> Result<usize, String> {

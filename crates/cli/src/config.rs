@@ -66,6 +66,10 @@ pub(crate) struct VolumeTable {
     pub(crate) pin: Option<bool>,
     pub(crate) preprogram: Option<bool>,
     pub(crate) spill_after_us: Option<u64>,
+    pub(crate) header: Option<String>,
+    pub(crate) passphrase_file: Option<String>,
+    pub(crate) key_file: Option<String>,
+    pub(crate) recover: Option<bool>,
 }
 
 /// `[listen]`
@@ -133,6 +137,10 @@ const KEYS: &[(&str, &[&str])] = &[
             "pin",
             "preprogram",
             "spill_after_us",
+            "header",
+            "passphrase_file",
+            "key_file",
+            "recover",
         ],
     ),
     ("listen", &["nbd", "tls", "tls_cert", "tls_key", "tls_client_ca", "tls_verify_client"]),

@@ -167,7 +167,8 @@ impl Host {
                 continue;
             }
             let Some(engine) = &host.engines[volume.engine] else { continue };
-            match admit(volume, &medium, engine) {
+            let asked = volume.key.asked(asker).map(|key| VolumePlan { key, ..volume.clone() });
+            match asked.and_then(|volume| admit(&volume, &medium, engine)) {
                 Ok(ready) => host.volumes.push(ready),
                 Err(failure) => failures.push(failure),
             }
@@ -217,7 +218,7 @@ impl Host {
     /// Says what cannot be known or will not be used, and is no failure.
     pub(crate) fn tell_notes(&self) {
         for (i, Ready { plan, layout, identifier, unused_bytes, .. }) in self.volumes.iter().enumerate() {
-            if plan.key_id.is_none() {
+            if plan.key_id.is_none() && plan.luks.is_none() {
                 note(format_args!(
                     "{} has no description, and the format has no header: whether key and layout are the right ones \
                      cannot be known. With wrong ones, reads give noise and writes destroy data.",

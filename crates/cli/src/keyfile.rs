@@ -1,6 +1,9 @@
 //! Keys as people name and store them: wrapped blobs, which may lie anywhere, and raw keys, which may not.
 
+use crate::ask::Asker;
 use crate::files::{self, Secrecy};
+use crate::luks::token::WrappedKey;
+use crate::luks::unlock::LuksKey;
 use crate::report::{Code, Failure};
 use inlinecrypt_core::config::Mode;
 use inlinecrypt_core::engine::RawKeySource;
@@ -40,6 +43,10 @@ enum Place {
     Stdin,
     /// What standard input gave.
     Given(Arc<Zeroizing<Vec<u8>>>),
+    /// In a LUKS container, for whoever has the passphrase.
+    Luks(LuksKey),
+    /// A wrapped key in the header at this path.
+    Token(PathBuf, Arc<Zeroizing<Vec<u8>>>),
     /// In the line of a dm table in this file.
     Table(PathBuf),
 }
@@ -48,6 +55,34 @@ impl KeySource {
     /// The long-term wrapped key in a file.
     pub(crate) fn wrapped(path: PathBuf) -> Self {
         Self { wanted: Wanted::Wrapped, place: Place::File(path) }
+    }
+
+    /// The volume key of a LUKS container.
+    pub(crate) fn luks(key: LuksKey) -> Self {
+        Self { wanted: Wanted::Raw, place: Place::Luks(key) }
+    }
+
+    /// The wrapped key in a LUKS header.
+    pub(crate) fn token(header: PathBuf, key: &WrappedKey) -> Self {
+        let blob = Arc::new(Zeroizing::new(key.blob.clone()));
+        Self { wanted: Wanted::Wrapped, place: Place::Token(header, blob) }
+    }
+
+    /// The same, with the passphrase that it takes, if it takes one.
+    pub(crate) fn asked(&self, asker: &mut Asker) -> Result<Self, Failure> {
+        match &self.place {
+            Place::Luks(key) => Ok(Self::luks(key.asked(asker)?)),
+            _ => Ok(self.clone()),
+        }
+    }
+
+    /// Whether a raw key can be read again without asking anybody.
+    fn can_be_had_again(&self) -> bool {
+        match &self.place {
+            Place::File(_) | Place::Table(_) => true,
+            Place::Luks(key) => key.can_be_had_again(),
+            Place::Stdin | Place::Given(_) | Place::Token(..) => false,
+        }
     }
 
     /// The raw key in the line of a dm table, in a file.
@@ -93,6 +128,7 @@ impl KeySource {
         let place = match &self.place {
             Place::File(path) => path.display().to_string(),
             Place::Stdin | Place::Given(_) => "-".to_owned(),
+            Place::Luks(LuksKey { header, .. }) | Place::Token(header, _) => header.display().to_string(),
             Place::Table(path) => return format!("FILE, as in {}", path.display()),
         };
         match self.wanted {
@@ -105,7 +141,7 @@ impl KeySource {
     pub(crate) fn path(&self) -> Option<&Path> {
         match &self.place {
             Place::File(path) => Some(path),
-            Place::Stdin | Place::Given(_) | Place::Table(_) => None,
+            Place::Stdin | Place::Given(_) | Place::Luks(_) | Place::Token(..) | Place::Table(_) => None,
         }
     }
 
@@ -126,7 +162,8 @@ impl KeySource {
         let bytes = match &self.place {
             Place::File(path) => Arc::new(files::read(path, "key file", secrecy, KEY_FILE_BYTES_MAX)?),
             Place::Stdin => Arc::new(files::read_stdin("key", KEY_FILE_BYTES_MAX)?),
-            Place::Given(bytes) => bytes.clone(),
+            Place::Given(bytes) | Place::Token(_, bytes) => bytes.clone(),
+            Place::Luks(key) => return key.open().map(LoadedKey::Raw),
             Place::Table(path) => Arc::new(crate::table::key_in(path)?),
         };
         let refused =
@@ -197,6 +234,8 @@ impl fmt::Display for KeySource {
         match &self.place {
             Place::File(path) => write!(f, "key file {}", path.display()),
             Place::Stdin | Place::Given(_) => f.write_str("the key on standard input"),
+            Place::Luks(key) => write!(f, "the volume key of {}", key.header.display()),
+            Place::Token(header, _) => write!(f, "the wrapped key in {}", header.display()),
             Place::Table(path) => write!(f, "the key in table {}", path.display()),
         }
     }
@@ -236,8 +275,7 @@ impl LoadedKey {
     pub(crate) fn form(&self, profile: &CryptoProfile, name: &KeySource) -> Result<KeyForm, Failure> {
         match self {
             Self::Raw(key) => {
-                let again = matches!(name.place, Place::File(_) | Place::Table(_))
-                    .then(|| Arc::new(name.clone()) as _);
+                let again = name.can_be_had_again().then(|| Arc::new(name.clone()) as _);
                 profile
                     .deposit(RawKey::new(key.expose()), again)
                     .map_err(|error| Failure::of(format!("{name} is refused"), &error))

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   cli          what can be written on the command line: the one definition for parsing, help, man pages, completions
+//!   cli_luks     the same for what stands behind `inlinecrypt luks`
 //!   cmd/VERB     one file per verb
 //!     config     TOML files: configs, and the descriptions that lie beside volumes
 //!     plan       command line + config + descriptions -> what is to be served; every problem found is reported
@@ -11,6 +12,7 @@
 //!     create     new volumes: key, description and image, in an order that a crash cannot spoil
 //!     control    the socket by which `status` asks a running server
 //!     take_over   live upgrade: one server takes over from another
+//!   luks/        LUKS containers: what they say about their data, and the process that opens them
 //!   ask          passphrases and PINs, and the process that talks to TPMs and tokens
 //!   probe        what hardware and kernel can do
 //!   report       messages and exit codes
@@ -22,6 +24,7 @@
 
 mod ask;
 mod cli;
+mod cli_luks;
 mod cmd;
 mod config;
 mod control;
@@ -31,6 +34,7 @@ mod files;
 mod host;
 mod identifier;
 mod keyfile;
+mod luks;
 mod orders;
 mod places;
 mod plan;

@@ -13,6 +13,8 @@ use crate::files::{self, Medium};
 use crate::host;
 use crate::identifier::Identifier;
 use crate::keyfile::KeySource;
+use crate::luks::look::Luks;
+use crate::luks::unlock::{LuksKey, Passphrase, PassphraseFile};
 use crate::places::{self, beside, directory_of, relative_to};
 use crate::report::{Code, Failure};
 use crate::table::{self, TableTerms};
@@ -76,6 +78,8 @@ pub(crate) struct VolumePlan {
     /// Index in [`Plan::engines`].
     pub(crate) engine: usize,
     pub(crate) layout: LayoutPlan,
+    /// The container that it is the data of, if it is one.
+    pub(crate) luks: Option<Luks>,
     pub(crate) access: Access,
     pub(crate) fallback: FallbackArg,
     pub(crate) slots: SlotsPlan,
@@ -178,6 +182,39 @@ pub(crate) struct Settings {
     pub(crate) pin: Option<bool>,
     pub(crate) preprogram: Option<bool>,
     pub(crate) spill_after_us: Option<u64>,
+    pub(crate) luks: LuksSettings,
+}
+
+/// What somebody said about a LUKS container.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct LuksSettings {
+    /// Where its header is, if not with its data.
+    pub(crate) header: Option<PathBuf>,
+    /// What its passphrase is read from.
+    pub(crate) passphrase: Option<PassphraseFile>,
+    /// Whether to open it by a passphrase though there is a wrapped key in it.
+    pub(crate) recover: bool,
+}
+
+impl LuksSettings {
+    fn from_table(table: &VolumeTable, base: &Path) -> Result<Self, String> {
+        let path = |text: &Option<String>| text.as_ref().map(|text| relative_to(base, Path::new(text)));
+        let passphrase = match (path(&table.passphrase_file), path(&table.key_file)) {
+            (Some(_), Some(_)) => return Err("passphrase_file and key_file: only one of them".to_owned()),
+            (Some(path), None) => Some(PassphraseFile { path, whole: false }),
+            (None, Some(path)) => Some(PassphraseFile { path, whole: true }),
+            (None, None) => None,
+        };
+        Ok(Self { header: path(&table.header), passphrase, recover: table.recover == Some(true) })
+    }
+
+    fn over(self, described: &Self) -> Self {
+        Self {
+            header: self.header.or_else(|| described.header.clone()),
+            passphrase: self.passphrase.or_else(|| described.passphrase.clone()),
+            recover: self.recover || described.recover,
+        }
+    }
 }
 
 impl Settings {
@@ -215,6 +252,7 @@ impl Settings {
             pin: table.pin,
             preprogram: table.preprogram,
             spill_after_us: table.spill_after_us,
+            luks: LuksSettings::from_table(table, base)?,
         };
         match &table.dm_table {
             None => Ok(asked),
@@ -280,6 +318,7 @@ impl Settings {
             pin: self.pin.or(described.pin),
             preprogram: self.preprogram.or(described.preprogram),
             spill_after_us: self.spill_after_us.or(described.spill_after_us),
+            luks: self.luks.over(&described.luks),
         })
     }
 
@@ -548,6 +587,10 @@ impl Builder {
                 }
             },
         };
+        let luks = match find_luks(path, &settings, description.is_some(), &label) {
+            Ok(luks) => luks,
+            Err(failure) => return self.failures.push(failure),
+        };
         let engine = match (engine, description.as_ref().and_then(|description| description.engine.clone())) {
             (Some(engine), _) => engine,
             (None, Some(described)) => self.engine(described),
@@ -558,6 +601,16 @@ impl Builder {
         };
         let sibling = beside(path, ".key");
         let key = match &settings.key {
+            _ if luks.is_some() => {
+                let Luks { header, wrapped, .. } = luks.as_ref().expect("it is one");
+                match wrapped {
+                    Some(wrapped) if !settings.luks.recover => KeySource::token(header.clone(), wrapped),
+                    _ => KeySource::luks(LuksKey {
+                        header: header.clone(),
+                        passphrase: Passphrase::NotAsked(settings.luks.passphrase.clone()),
+                    }),
+                }
+            }
             Some(key) => key.clone(),
             None if files::exists(&sibling) => KeySource::wrapped(sibling),
             // That the volume itself is missing is the more useful message.
@@ -587,16 +640,27 @@ impl Builder {
         if let Some(failure) = settings.table.as_ref().and_then(|terms| terms.refuse_key(&key)) {
             return self.failures.push(failure.within(&label));
         }
+        // A header says what a description would.
+        let (said_by, layout, key_id) = match &luks {
+            Some(Luks { header, layout, wrapped, .. }) => {
+                let wrapped = wrapped.as_ref().filter(|_| !settings.luks.recover);
+                let block = settings.block.or(layout.block);
+                let key_id = wrapped.map(|wrapped| wrapped.key_id).or(settings.key_id);
+                (header.display().to_string(), LayoutPlan { block, ..*layout }, key_id)
+            }
+            None => (said_by, settings.layout(), settings.key_id),
+        };
         let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         self.volumes.push(VolumePlan {
             name: settings.name.clone().unwrap_or(stem),
             path: path.to_owned(),
             key,
-            key_id: settings.key_id,
+            key_id,
             size: settings.size,
             said_by,
             engine,
-            layout: settings.layout(),
+            layout,
+            luks,
             access: if settings.read_only == Some(true) { Access::ReadOnly } else { Access::ReadWrite },
             fallback: settings.fallback.unwrap_or(FallbackArg::Off),
             slots: settings.slots(),
@@ -638,6 +702,49 @@ impl Builder {
             }
         }
     }
+}
+
+/// The LUKS container at `path`, if it is one.
+fn find_luks(
+    path: &Path,
+    settings: &Settings,
+    is_described: bool,
+    label: &str,
+) -> Result<Option<Luks>, Failure> {
+    if settings.table.is_some() || settings.offset.is_some_and(|offset| offset > 0) {
+        // Somebody says where in it the data lies, as for a container that dm-crypt has open.
+        return Ok(None);
+    }
+    // What has lost its first header is not taken for LUKS where somebody says that it is something else.
+    let surely = !is_described && settings.key.is_none();
+    let detached = settings.luks.header.as_deref();
+    let found = Luks::look(path, detached, surely).map_err(|failure| host::relabel(failure, path, label))?;
+    let Some(luks) = found else {
+        if settings.luks.recover || settings.luks.passphrase.is_some() {
+            return Err(Failure::new(
+                Code::Wrong,
+                format!("{label} is no LUKS container, and what is said about it is for these"),
+                "Leave out recover, passphrase_file and key_file, or name the right file.",
+            ));
+        }
+        return Ok(None);
+    };
+    let said = [
+        ("key", settings.key.is_some()),
+        ("mode", settings.mode.is_some_and(|mode| mode != luks.layout.mode)),
+        ("data unit", settings.data_unit.is_some_and(|unit| unit != luks.layout.data_unit)),
+        ("IV offset", settings.iv_offset.is_some_and(|offset| offset != luks.layout.iv_offset)),
+        ("IV layout", settings.iv.is_some_and(|iv| iv != luks.layout.iv)),
+        ("length", settings.length.is_some() && settings.length != luks.layout.length),
+    ];
+    if let Some((what, _)) = said.iter().find(|(_, said)| *said) {
+        return Err(Failure::new(
+            Code::Wrong,
+            format!("{label} is a LUKS{} container, whose header says what its {what} is", luks.version),
+            "Leave that option out.",
+        ));
+    }
+    Ok(Some(luks))
 }
 
 /// Longest string of the NBD protocol in bytes, and so the longest name of an export.
@@ -754,6 +861,8 @@ impl Plan {
             discard,
             read_only,
             direct,
+            header,
+            recover,
             ..
         } = args;
         let named = match table::for_serve(args).map_err(|failure| vec![failure])? {
@@ -767,7 +876,9 @@ impl Plan {
                 "Name a volume, or make one: inlinecrypt serve --create 1GiB demo.img",
             )]);
         };
-        for (what, given) in [("--key", key.is_some()), ("--name", name.is_some())] {
+        for (what, given) in
+            [("--key", key.is_some()), ("--name", name.is_some()), ("--header", header.is_some())]
+        {
             if given && volumes.len() > 1 {
                 return Err(vec![Failure::new(
                     Code::Wrong,
@@ -793,6 +904,7 @@ impl Plan {
                 direct: direct.then_some(true),
                 priority: *priority,
                 pin: pin.then_some(true),
+                luks: LuksSettings { header: header.clone(), passphrase: None, recover: *recover },
                 ..Settings::with_layout(layout)
             };
             let label = path.display().to_string();

@@ -7,6 +7,7 @@ mod engine;
 mod engine_serve;
 mod key;
 mod key_device;
+mod luks;
 mod man;
 mod probe;
 mod root;
@@ -23,9 +24,11 @@ pub(crate) fn run(command: Command) -> Result<(), Failures> {
         Command::Serve(args) => serve::run(*args),
         Command::Volume(command) => volume::run(command),
         Command::Key(command) => Ok(key::run(command)?),
+        Command::Luks(command) => Ok(luks::run(command)?),
         Command::Engine(command) => Ok(engine::run(command)?),
         Command::Root(command) => Ok(root::run(command)?),
         Command::RootHelper => Ok(root::helper()?),
+        Command::LuksHelper => Ok(crate::luks::unlock::helper()?),
         Command::Status(args) => status::run(&args),
         Command::Check(args) => check::run(&args),
         Command::Probe(args) => Ok(probe::run(&args)?),

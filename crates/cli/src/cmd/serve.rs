@@ -59,7 +59,7 @@ pub(super) fn run(mut args: Serve) -> Result<(), Failures> {
     if let Some(key) = &mut args.key {
         key.take_stdin()?;
     }
-    let mut asker = Asker::new(&args.engine.passphrase);
+    let mut asker = Asker::new(&args.engine.passphrase).with_key_file(args.key_file.clone());
     if args.create.is_some() {
         if activated.is_empty() || !args.nbd.is_empty() {
             check_places(&args)?;
@@ -209,6 +209,8 @@ fn refuse_with_config(args: &Serve) -> Result<(), Failure> {
         ("--discard", args.discard.is_some()),
         ("--read-only", args.read_only),
         ("--direct", args.direct),
+        ("--header", args.header.is_some()),
+        ("--recover", args.recover),
     ];
     match given.iter().find(|(_, given)| *given) {
         None => Ok(()),

@@ -6,6 +6,7 @@ use crate::create::NewVolume;
 use crate::files::{self, Medium, Secrecy, shell_word};
 use crate::host;
 use crate::keyfile::{KeySource, LoadedKey, Wanted};
+use crate::luks::look::Luks;
 use crate::places::beside;
 use crate::plan::{self, Description, Settings};
 use crate::report::{Code, Failure, Failures, note, print, print_json};
@@ -62,6 +63,8 @@ struct Info {
     /// Whether there is a description; without, all that follows is `null`.
     described: bool,
     description: Option<String>,
+    /// 1 or 2 for a LUKS container, whose header says what a description would.
+    luks: Option<u8>,
     volume_bytes: Option<u64>,
     unused_bytes: Option<u64>,
     mode: Option<&'static str>,
@@ -86,6 +89,7 @@ fn info(args: &VolumeInfo) -> Result<(), Failures> {
         Ok(description) => description,
         Err(failures) => return Failures::check(failures),
     };
+    let luks = Luks::look(volume, None, description.is_none())?;
     let mut info = Info {
         version: 1,
         path: volume.display().to_string(),
@@ -93,6 +97,7 @@ fn info(args: &VolumeInfo) -> Result<(), Failures> {
         allocated_bytes: medium.allocated_bytes,
         described: description.is_some(),
         description: description.as_ref().map(|description| description.path.display().to_string()),
+        luks: luks.as_ref().map(|luks| luks.version),
         volume_bytes: None,
         unused_bytes: None,
         mode: None,
@@ -107,9 +112,14 @@ fn info(args: &VolumeInfo) -> Result<(), Failures> {
         root_id: None,
     };
     let sibling = beside(volume, ".key");
-    let mut key = files::exists(&sibling).then(|| KeySource::wrapped(sibling));
+    let mut key = (luks.is_none() && files::exists(&sibling)).then(|| KeySource::wrapped(sibling));
     let mut found = None;
-    if let Some(Description { path, settings, .. }) = &description {
+    let said = match (&luks, description) {
+        (Some(luks), _) => Some((luks.header.clone(), luks.settings())),
+        (None, Some(Description { path, settings, .. })) => Some((path, settings)),
+        (None, None) => None,
+    };
+    if let Some((path, settings)) = &said {
         host::check_size(settings.size, &path.display().to_string(), &medium, &volume.display().to_string())?;
         let layout = host::layout(&settings.layout(), medium.len_bytes, &volume.display().to_string())?;
         info.volume_bytes = Some(layout.size_bytes());
@@ -137,6 +147,9 @@ fn info(args: &VolumeInfo) -> Result<(), Failures> {
             // Only the header is looked at, and a key that is missing is no failure here.
             let blob = files::read(path, "key file", Secrecy::Public, 4096).ok();
             info.root_id = blob.and_then(|blob| inspect(&blob).ok()).map(|info| info.wrapped_by.to_string());
+        }
+        if let Some(wrapped) = luks.as_ref().and_then(|luks| luks.wrapped.as_ref()) {
+            info.root_id = inspect(&wrapped.blob).ok().map(|info| info.wrapped_by.to_string());
         }
     }
     if *json {
@@ -213,8 +226,11 @@ fn describe(info: &Info) -> String {
     if let Some(bytes) = info.allocated_bytes {
         rows.push(("allocated", Size(bytes).to_string()));
     }
-    match (&info.description, info.mode) {
-        (Some(description), Some(mode)) => {
+    if let Some(version) = info.luks {
+        rows.push(("format", format!("LUKS{version}; inlinecrypt luks dump shows its header")));
+    }
+    match info.mode {
+        Some(mode) => {
             rows.push(("size", Size(info.volume_bytes.unwrap_or(0)).to_string()));
             rows.push(("unused tail", Size(info.unused_bytes.unwrap_or(0)).to_string()));
             rows.push(("mode", mode.to_owned()));
@@ -227,9 +243,12 @@ fn describe(info: &Info) -> String {
             if let Some(offset) = info.offset_bytes.filter(|&offset| offset != 0) {
                 rows.push(("begins at", Size(offset).to_string()));
             }
-            let unknown = || "not described".to_owned();
+            let unknown = || match info.luks {
+                Some(_) => "its LUKS keyslots hold it".to_owned(),
+                None => "not described".to_owned(),
+            };
             rows.push(("key", info.key_id.clone().unwrap_or_else(unknown)));
-            rows.push(("description", description.clone()));
+            rows.extend(info.description.clone().map(|description| ("description", description)));
         }
         _ => rows.push((
             "description",

@@ -8,6 +8,7 @@
 //!   roots         roots of every kind
 //!   configs       configs, and `check`
 //!   tables        lines of dm tables, IV layouts, offsets
+//!   luks          LUKS containers
 //!   control       `status`
 //!   stopping      signals, sockets, service managers
 //!   pages         help, manual pages, completions
@@ -22,6 +23,7 @@ mod control;
 mod engines;
 mod key_devices;
 mod keys;
+mod luks;
 mod main_job;
 mod pages;
 mod place;

@@ -29,7 +29,7 @@ pub(crate) fn engine_pid(server: &Server, place: &Place) -> Option<u32> {
 }
 
 /// Whether we may read the memory of other processes; says so if not.
-fn may_read_memory() -> bool {
+pub(crate) fn may_read_memory() -> bool {
     let may = rustix::process::geteuid().is_root();
     if !may {
         skip("only root may read the memory of a process that forbids it");

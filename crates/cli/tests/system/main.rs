@@ -4,6 +4,7 @@
 //!   clients       qemu-img, nbdcopy, nbdinfo, fio, TLS
 //!   filesystem    ext4 over a loop device over nbdfuse over a served volume
 //!   dm_crypt      volumes that Linux wrote
+//!   luks          containers of cryptsetup, and ours in cryptsetup, qemu and nbdkit
 //!   many_volumes  more keys than keyslots, all at once
 //!   dm_tables     volumes given as lines of dm tables, other IV layouts, offsets
 //!   kill          kill -9 during writes
@@ -29,6 +30,7 @@ mod filesystem;
 mod isolation;
 mod kill;
 mod load;
+mod luks;
 mod many_volumes;
 mod others_bugs;
 mod rig;

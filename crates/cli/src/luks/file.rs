@@ -1,0 +1,113 @@
+//! A header in a file or on a disk.
+
+use crate::files::shell_word;
+use crate::report::{Code, Failure};
+use inlinecrypt_luks::Storage;
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
+use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
+use std::path::Path;
+
+/// A file or block device with a header on it.
+#[derive(Debug)]
+pub(crate) struct HeaderFile {
+    file: File,
+    len_bytes: u64,
+}
+
+impl HeaderFile {
+    /// For reading. Nobody is kept from changing it: of two copies one is always whole.
+    pub(crate) fn read_only(path: &Path) -> Result<Self, Failure> {
+        Self::open(path, OpenOptions::new().read(true))
+    }
+
+    /// For changing it: nobody else does so meanwhile. cryptsetup takes the same lock for its changes, and `serve` for as long as
+    /// it serves.
+    pub(crate) fn locked(path: &Path) -> Result<Self, Failure> {
+        let opened = Self::open(path, OpenOptions::new().read(true).write(true))?;
+        match flock(&opened.file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {
+                // Its length may have been another before it was ours.
+                let Self { file, .. } = opened;
+                let len_bytes = len(&file).map_err(|error| unusable(path, &error))?;
+                Ok(Self { file, len_bytes })
+            }
+            Err(Errno::WOULDBLOCK) => Err(Failure::new(
+                Code::Busy,
+                format!("{} is in use: it is served, or its header is being changed", path.display()),
+                "Stop the server first (inlinecrypt status shows it), or wait for the other command.",
+            )),
+            Err(errno) => Err(unusable(path, &errno.into())),
+        }
+    }
+
+    fn open(path: &Path, options: &mut OpenOptions) -> Result<Self, Failure> {
+        let failed = |error: &io::Error| unusable(path, error);
+        let file = options
+            .custom_flags(rustix::fs::OFlags::NONBLOCK.bits().cast_signed())
+            .open(path)
+            .map_err(|error| failed(&error))?;
+        let kind = file.metadata().map_err(|error| failed(&error))?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(Failure::new(
+                Code::File,
+                format!("{} is neither a file nor a block device", path.display()),
+                "Name the container, or its header.",
+            ));
+        }
+        let len_bytes = len(&file).map_err(|error| failed(&error))?;
+        Ok(Self { file, len_bytes })
+    }
+
+    /// Makes a regular file longer or shorter.
+    pub(crate) fn set_len(&mut self, len_bytes: u64) -> io::Result<()> {
+        self.file.set_len(len_bytes)?;
+        self.file.sync_all()?;
+        self.len_bytes = len_bytes;
+        Ok(())
+    }
+
+    /// Whether its length can be set.
+    pub(crate) fn is_regular(&self) -> bool {
+        self.file.metadata().is_ok_and(|metadata| metadata.is_file())
+    }
+}
+
+fn len(mut file: &File) -> io::Result<u64> {
+    file.seek(SeekFrom::End(0))
+}
+
+fn unusable(path: &Path, error: &io::Error) -> Failure {
+    let advice = match error.kind() {
+        io::ErrorKind::NotFound => {
+            format!("To make a container: inlinecrypt luks create --size 1GiB {}", shell_word(path))
+        }
+        _ => "Check the name, and who may use it.".to_owned(),
+    };
+    Failure::of_io(path.display(), error, advice)
+}
+
+impl Storage for HeaderFile {
+    fn len_bytes(&self) -> u64 {
+        self.len_bytes
+    }
+
+    fn read(&mut self, offset: u64, data: &mut [u8]) -> io::Result<()> {
+        self.file.seek(SeekFrom::Start(offset))?;
+        self.file.read_exact(data)
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
+        if offset.checked_add(data.len() as u64).is_none_or(|end| end > self.len_bytes) {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        self.file.seek(SeekFrom::Start(offset))?;
+        self.file.write_all(data)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+}

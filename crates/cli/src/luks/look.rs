@@ -1,0 +1,175 @@
+//! What a container says about its data.
+
+use super::failure;
+use super::file::HeaderFile;
+use super::token::WrappedKey;
+use crate::keyfile::KeySource;
+use crate::plan::{LayoutPlan, Settings};
+use crate::report::{Code, Failure, note};
+use inlinecrypt_core::config::DataUnitSize;
+use inlinecrypt_core::volume::IvLayout;
+use inlinecrypt_luks::luks2::CopyState;
+use inlinecrypt_luks::{Kind, detect, encryption, luks1, luks2};
+use std::path::{Path, PathBuf};
+
+/// A container, as its header describes it.
+#[derive(Clone, Debug)]
+pub(crate) struct Luks {
+    /// Where the header is: with the data, or detached.
+    pub(crate) header: PathBuf,
+    /// 1 or 2.
+    pub(crate) version: u8,
+    pub(crate) layout: LayoutPlan,
+    /// The wrapped key in it, if there is one.
+    pub(crate) wrapped: Option<WrappedKey>,
+}
+
+impl Luks {
+    /// Looks at the container `volume`, whose header may be in another file. `None` if it is none.
+    ///
+    /// Without `surely`, what has lost its first header is not looked for: then it may be anything.
+    pub(crate) fn look(
+        volume: &Path,
+        detached: Option<&Path>,
+        surely: bool,
+    ) -> Result<Option<Self>, Failure> {
+        let path = detached.unwrap_or(volume);
+        let mut file = match HeaderFile::read_only(path) {
+            Ok(file) => file,
+            // Whatever keeps it from being read, those who open it tell it better.
+            Err(_) if detached.is_none() => return Ok(None),
+            Err(failure) => return Err(failure),
+        };
+        let name = path.display();
+        let kind = detect(&mut file).map_err(|error| failure(name.to_string(), &error))?;
+        match kind {
+            None if detached.is_some() => Err(Failure::new(
+                Code::File,
+                format!("{name} is no LUKS header"),
+                "Name the file that was given to cryptsetup luksFormat with --header.",
+            )),
+            None => Ok(None),
+            Some(Kind::Luks2SecondOnly) if detached.is_none() && !surely => Ok(None),
+            Some(Kind::Luks1) => {
+                let header = luks1::Header::read(&mut file).map_err(|error| failure(&name, &error))?;
+                {
+                    let luks = Self::of_luks1(path, &header).map_err(|error| failure(&name, &error))?;
+                    luks.check_place(detached, header.end())?;
+                    Ok(Some(luks))
+                }
+            }
+            Some(Kind::Luks2 | Kind::Luks2SecondOnly) => {
+                let header = luks2::Header::read(&mut file).map_err(|error| failure(&name, &error))?;
+                let luks = Self::of_luks2(path, &header)?;
+                let end = 2 * header.size + header.metadata.keyslots_bytes();
+                luks.check_place(detached, end)?;
+                for (copy, state) in ["first", "second"].iter().zip(&header.copies) {
+                    match state {
+                        CopyState::Good => {}
+                        CopyState::Older => note(format_args!(
+                            "{name}: the {copy} copy of its header is an older one; inlinecrypt luks repair makes both the same"
+                        )),
+                        CopyState::Bad(why) => note(format_args!(
+                            "{name}: the {copy} copy of its header is damaged ({why}); inlinecrypt luks repair makes it anew"
+                        )),
+                    }
+                }
+                Ok(Some(luks))
+            }
+        }
+    }
+
+    /// Refuses data that would lie over the header.
+    fn check_place(&self, detached: Option<&Path>, end: u64) -> Result<(), Failure> {
+        let begin = self.layout.offset;
+        if detached.is_some() || begin >= end {
+            return Ok(());
+        }
+        Err(Failure::new(
+            Code::File,
+            format!(
+                "{}: its data begins at byte {begin}, and its header ends at {end}",
+                self.header.display()
+            ),
+            "If it is a detached header, name the data and give this one with --header; else restore it from a backup.",
+        ))
+    }
+
+    /// What a description would say of it.
+    pub(crate) fn settings(&self) -> Settings {
+        let Self { header, layout, wrapped, .. } = self;
+        let LayoutPlan { mode, data_unit, block, iv_offset, iv, offset, length } = *layout;
+        Settings {
+            mode: Some(mode),
+            data_unit: Some(data_unit),
+            block,
+            iv_offset: Some(iv_offset),
+            iv: Some(iv),
+            offset: Some(offset),
+            length,
+            key_id: wrapped.as_ref().map(|wrapped| wrapped.key_id),
+            key: wrapped.as_ref().map(|wrapped| KeySource::token(header.clone(), wrapped)),
+            ..Settings::default()
+        }
+    }
+
+    fn of_luks1(path: &Path, header: &luks1::Header) -> Result<Self, inlinecrypt_luks::Error> {
+        let mode = header.mode()?;
+        Ok(Self {
+            header: path.to_owned(),
+            version: 1,
+            layout: LayoutPlan {
+                mode,
+                data_unit: DataUnitSize::MIN_SERVED,
+                block: None,
+                iv_offset: 0,
+                iv: IvLayout::Sectors,
+                offset: header.data_offset,
+                length: None,
+            },
+            wrapped: None,
+        })
+    }
+
+    fn of_luks2(path: &Path, header: &luks2::Header) -> Result<Self, Failure> {
+        let name = path.display();
+        let metadata = &header.metadata;
+        let (number, segment) = metadata.data().map_err(|error| failure(&name, &error))?;
+        let wrapped = WrappedKey::find(metadata).map_err(|failure| failure.within(&name))?;
+        // How long a key is stands with the LUKS keyslots that hold it.
+        let key_bytes = metadata
+            .digest_of(number)
+            .and_then(|(_, digest)| digest.keyslots.iter().find_map(|slot| metadata.keyslots().get(slot)))
+            .map(|slot| slot.key_bytes);
+        let mode = match (&wrapped, key_bytes) {
+            (Some(wrapped), _) => encryption::mode(&segment.encryption, wrapped.mode.info().key_bytes)
+                .map_err(|error| failure(&name, &error))?,
+            (None, Some(key_bytes)) => {
+                encryption::mode(&segment.encryption, key_bytes).map_err(|error| failure(&name, &error))?
+            }
+            (None, None) => {
+                return Err(Failure::new(
+                    Code::Refused,
+                    format!("{name} has no LUKS keyslot, so nothing opens it"),
+                    "If it was erased, restore the header from a backup: inlinecrypt luks header-restore",
+                ));
+            }
+        };
+        let data_unit = DataUnitSize::from_bytes(segment.sector_bytes).unwrap_or(DataUnitSize::MIN_SERVED);
+        Ok(Self {
+            header: path.to_owned(),
+            version: 2,
+            layout: LayoutPlan {
+                mode,
+                data_unit,
+                block: None,
+                iv_offset: segment.iv_tweak,
+                // LUKS has no flag for iv_large_sectors, so nobody has it.
+                iv: IvLayout::Sectors,
+                offset: segment.offset,
+                length: segment.size,
+            },
+            wrapped,
+        })
+    }
+}

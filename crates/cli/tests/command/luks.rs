@@ -1,0 +1,163 @@
+//! `luks`: what it says, and how it refuses. With cryptsetup: `tests/system/luks.rs`.
+
+use crate::place::Place;
+use std::fs;
+
+const CHEAP: [&str; 4] = ["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"];
+
+/// A container `disk`, with the passphrase in `pass`; another one is in `other`.
+fn place() -> Place {
+    let place = Place::new();
+    place.write("pass", b"a passphrase\n");
+    place.write("other", b"another");
+    let create = ["luks", "create", "--size", "1MiB", "--header-size", "1MiB", "--passphrase-file", "pass"];
+    let said = place.run([&create[..], &CHEAP, &["--label", "some disk", "disk"]].concat());
+    said.done();
+    assert!(said.out.contains("inlinecrypt serve disk"), "{said}");
+    place
+}
+
+#[test]
+fn what_it_makes_is_shown() {
+    let place = place();
+    let said = place.run(["luks", "dump", "disk"]);
+    said.done();
+    for text in [
+        "some disk",
+        "aes-xts-plain64, sectors of 4096",
+        "pbkdf2 sha256, 1000 iterations",
+        "second copy      good",
+    ] {
+        assert!(said.out.contains(text), "{text}: {said}");
+    }
+    let json = place.run(["luks", "dump", "--json", "disk"]).json();
+    assert_eq!((&json["luks"], &json["label"]), (&2.into(), &"some disk".into()));
+    assert_eq!(json["metadata"]["segments"]["0"]["offset"], "1048576");
+    let info = place.run(["volume", "info", "--json", "disk"]).json();
+    assert_eq!(
+        (&info["luks"], &info["offset_bytes"], &info["volume_bytes"]),
+        (&2.into(), &(1 << 20).into(), &(1 << 20).into())
+    );
+    assert_eq!(info["iv"], "sectors");
+    let said = place.run(["volume", "info", "disk"]);
+    assert!(said.done().out.contains("LUKS2"), "{said}");
+    let line = place.run(["volume", "info", "--dm-table", "disk"]);
+    assert!(line.done().out.contains(" 2048 1 sector_size:4096"), "{line}");
+}
+
+#[test]
+fn a_wrong_passphrase_is_code_2_everywhere_and_changes_nothing() {
+    let place = place();
+    let before = fs::read(place.path("disk")).unwrap();
+    for verb in [
+        &["serve", "--passphrase-file", "other", "disk"][..],
+        &["serve", "--key-file", "pass", "disk"],
+        &["luks", "test", "--passphrase-file", "other", "disk"],
+        &["luks", "add-key", "--passphrase-file", "other", "--new-passphrase-file", "pass", "disk"],
+        &["luks", "change-key", "--passphrase-file", "other", "--new-passphrase-file", "pass", "disk"],
+        &["luks", "remove-key", "--passphrase-file", "other", "disk"],
+    ] {
+        place.run(verb).refused(2, &["disk: no LUKS keyslot opens with this passphrase"]);
+    }
+    place.run(["serve", "disk"]).refused(2, &["no terminal", "--passphrase-fd"]);
+    place.run(["serve", "--passphrase-file", "missing", "disk"]).refused(4, &["missing"]);
+    fs::write(place.path("config"), "[[volume]]\npath = \"disk\"\npassphrase_file = \"other\"\n").unwrap();
+    place.run(["check", "config"]).refused(2, &["config:1: disk", "no LUKS keyslot"]);
+    assert!(fs::read(place.path("disk")).unwrap() == before);
+    fs::write(place.path("config"), "[[volume]]\npath = \"disk\"\npassphrase_file = \"pass\"\n").unwrap();
+    assert!(place.run(["check", "config"]).done().out.contains("AES-256-XTS"));
+}
+
+#[test]
+fn a_header_says_what_options_may_not() {
+    let place = place();
+    place.raw_key("key", 64);
+    for option in
+        [&["--key", "raw:key"][..], &["--mode", "Adiantum"], &["--data-unit", "512"], &["--iv-offset", "8"]]
+    {
+        let arguments = [&["serve", "--passphrase-file", "pass"], option, &["disk"]].concat();
+        place.run(arguments).refused(1, &["disk is a LUKS2 container"]);
+    }
+    place.sparse("plain", 1 << 20);
+    place.run(["serve", "--recover", "plain"]).refused(1, &["plain is no LUKS container"]);
+    place.run(["serve", "--header", "plain", "disk"]).refused(4, &["plain is no LUKS header"]);
+    place.run(["luks", "dump", "plain"]).refused(4, &["there is no LUKS2 header"]);
+}
+
+#[test]
+fn the_last_passphrase_and_all_of_them_go_by_force_alone() {
+    let place = place();
+    place.run(["luks", "remove-key", "--slot", "0", "disk"]).refused(1, &["its only passphrase", "--force"]);
+    place.run(["luks", "remove-key", "--slot", "7", "disk"]).refused(1, &["no LUKS keyslot 7"]);
+    place.run(["luks", "erase", "disk"]).refused(1, &["1 LUKS keyslots would be erased", "--force"]);
+    place.run(["luks", "header-backup", "--out", "backup", "disk"]).done();
+    place.run(["luks", "header-backup", "--out", "backup", "disk"]).refused(5, &["backup exists already"]);
+    place.run(["luks", "erase", "--force", "disk"]).done();
+    place
+        .run(["serve", "--passphrase-file", "pass", "disk"])
+        .refused(2, &["no LUKS keyslot", "header-restore"]);
+    place.run(["luks", "header-restore", "--in", "backup", "disk"]).done();
+    place.run(["luks", "test", "--passphrase-file", "pass", "disk"]).done();
+}
+
+#[test]
+fn a_backup_goes_where_it_belongs() {
+    let place = place();
+    place.run(["luks", "header-backup", "--out", "backup", "disk"]).done();
+    let create = ["luks", "create", "--size", "1MiB", "--header-size", "1MiB", "--passphrase-file", "other"];
+    place.run([&create[..], &CHEAP, &["second"]].concat()).done();
+    place.run(["luks", "header-restore", "--in", "backup", "second"]).refused(1, &["UUID", "--force"]);
+    place.sparse("nothing", 2 << 20);
+    place
+        .run(["luks", "header-restore", "--in", "backup", "nothing"])
+        .refused(1, &["no LUKS header", "--force"]);
+    place.run(["luks", "header-restore", "--force", "--in", "backup", "nothing"]).done();
+    place.run(["luks", "test", "--passphrase-file", "pass", "nothing"]).done();
+    place.sparse("small", 4096);
+    place
+        .run(["luks", "header-restore", "--force", "--in", "backup", "small"])
+        .refused(1, &["1048576 bytes"]);
+    place.write("broken", &[b"LUKS\xba\xbe\x00\x02".as_slice(), &[0; 8192]].concat());
+    place.run(["luks", "header-restore", "--in", "broken", "disk"]).refused(4, &["neither copy"]);
+}
+
+#[test]
+fn what_cannot_be_made_is_refused_and_leaves_nothing() {
+    let place = place();
+    let create = |arguments: &[&str]| {
+        let all = [&["luks", "create", "--passphrase-file", "pass"], &CHEAP[..], arguments].concat();
+        place.run(all)
+    };
+    create(&["--size", "1MiB", "disk"]).refused(5, &["disk exists already"]);
+    create(&["new"]).refused(1, &["its size is not given"]);
+    create(&["--size", "1000", "new"]).refused(1, &["1000 bytes are not a multiple of the sector size"]);
+    create(&["--size", "1MiB", "--uuid", "x", "new"]).refused(1, &["\"x\" is no UUID"]);
+    create(&["--size", "1MiB", "--header-size", "1000", "new"]).refused(1, &["1000 bytes for the header"]);
+    create(&["--size", "1MiB", "--header-size", "64KiB", "new"]).refused(1, &["no room"]);
+    create(&["--size", "1MiB", "--label", &"x".repeat(48), "new"]).refused(1, &["48 bytes"]);
+    create(&["--size", "1MiB", "--hash", "md5", "new"]).refused(1, &["md5"]);
+    place.write("short", b"not 32 bytes");
+    create(&["--size", "1MiB", "--import", "short", "new"]).refused(2, &["12 bytes", "32"]);
+    let costly = ["--pbkdf", "argon2id", "--pbkdf-force-iterations", "4294967295"];
+    let all =
+        [&["luks", "create", "--size", "1MiB", "--passphrase-file", "pass"], &costly[..], &["new"]].concat();
+    place.run(all).refused(3, &["not sensible"]);
+    let left: Vec<_> =
+        fs::read_dir(place.folder()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert!(left.iter().all(|name| !name.to_string_lossy().contains("new")), "{left:?}");
+}
+
+#[test]
+fn a_wrapped_key_needs_its_root_and_says_so() {
+    let place = place();
+    place.run(["luks", "create", "--size", "1MiB", "--header-size", "1MiB", "--wrapped", "sealed"]).done();
+    let said = place.run(["luks", "dump", "sealed"]);
+    assert!(said.done().out.contains("inlinecrypt-wrapped-key, key "), "{said}");
+    let info = place.run(["volume", "info", "--json", "sealed"]).json();
+    assert_eq!(info["key_type"], "hardware-wrapped");
+    assert!(info["root_id"].is_string() && info["key_id"].is_string(), "{info}");
+    fs::rename(place.path("home"), place.path("elsewhere")).unwrap();
+    place.run(["serve", "sealed"]).refused(4, &["root"]);
+    place.run(["serve", "--recover", "--passphrase-file", "pass", "sealed"]).refused(2, &["no LUKS keyslot"]);
+    place.run(["luks", "erase", "sealed"]).refused(1, &["and its wrapped key"]);
+}
