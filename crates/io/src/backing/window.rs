@@ -1,6 +1,6 @@
 //! A part of another backing: where a volume lies that does not begin at byte 0.
 
-use inlinecrypt_core::backing::{Backing, BackingFacts, Durability, Extent};
+use inlinecrypt_core::backing::{Backing, BackingFacts, Durability, Extent, Part};
 use inlinecrypt_core::error::{Error, ErrorKind, Op};
 use std::sync::Arc;
 
@@ -49,6 +49,18 @@ impl Backing for Window {
 
     fn write(&self, offset: u64, data: &[u8], durability: Durability) -> Result<(), Error> {
         self.whole.write(self.start + offset, data, durability)
+    }
+
+    fn read_parts(&self, memory: &mut [u8], parts: &mut [Part]) {
+        parts.iter_mut().for_each(|part| part.offset += self.start);
+        self.whole.read_parts(memory, parts);
+        parts.iter_mut().for_each(|part| part.offset -= self.start);
+    }
+
+    fn write_parts(&self, memory: &[u8], parts: &mut [Part]) {
+        parts.iter_mut().for_each(|part| part.offset += self.start);
+        self.whole.write_parts(memory, parts);
+        parts.iter_mut().for_each(|part| part.offset -= self.start);
     }
 
     fn flush(&self) -> Result<(), Error> {
