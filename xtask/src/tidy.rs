@@ -9,6 +9,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("inlinecrypt-cipher", &[]),
     ("inlinecrypt-core", &["inlinecrypt-cipher"]),
     ("inlinecrypt-engine", &["inlinecrypt-cipher", "inlinecrypt-core"]),
+    ("inlinecrypt-fscrypt", &["inlinecrypt-cipher"]),
     ("inlinecrypt-io", &["inlinecrypt-core"]),
     ("inlinecrypt-roots", &["inlinecrypt-core", "inlinecrypt-engine"]),
     (
@@ -17,6 +18,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "inlinecrypt-cipher",
             "inlinecrypt-core",
             "inlinecrypt-engine",
+            "inlinecrypt-fscrypt",
             "inlinecrypt-io",
             "inlinecrypt-roots",
         ],
