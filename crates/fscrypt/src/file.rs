@@ -9,12 +9,13 @@
 //!
 //! Source: Linux `fs/crypto/crypto.c`, `fscrypt_generate_iv`, and `inode_hash` in `keysetup.c`.
 
-use crate::master::{DeriveError, MasterKey};
+use crate::master::{ContentsKey, DeriveError, EngineFailure, InlineEngine, MasterKey, Way};
 use crate::policy::{Context, Derivation};
 use inlinecrypt_cipher::{Dun, KeyError, UnitCipher};
 use siphasher::sip::SipHasher24;
 use std::fmt;
 use std::hash::Hasher as _;
+use std::sync::Arc;
 
 /// Where a file is: what keys and IVs depend on besides its context.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,9 +88,15 @@ pub(crate) fn siphash(key: &[u8; 16], message: &[u8]) -> u64 {
 
 /// What encrypts and decrypts the contents of one file.
 pub struct FileCipher {
-    cipher: Box<dyn UnitCipher>,
+    cipher: Cipher,
     duns: Duns,
     unit_bytes: u32,
+}
+
+#[derive(Debug)]
+enum Cipher {
+    Here(Box<dyn UnitCipher>),
+    Engine(Arc<dyn InlineEngine>),
 }
 
 impl FileCipher {
@@ -104,8 +111,12 @@ impl FileCipher {
         place: Place,
         block_bytes: u32,
     ) -> Result<Self, FileError> {
-        let bytes = key.contents_key(context, &place.uuid).map_err(FileError::Derive)?;
-        let cipher = context.policy.contents().mode().info().expand(&bytes).map_err(FileError::Key)?;
+        let cipher = match key.contents_key(context, &place.uuid).map_err(FileError::Derive)? {
+            ContentsKey::Engine(engine) => Cipher::Engine(engine),
+            ContentsKey::Bytes(bytes) => {
+                Cipher::Here(context.policy.contents().mode().info().expand(&bytes).map_err(FileError::Key)?)
+            }
+        };
         let unit_bytes = context.policy.data_unit_bytes(block_bytes);
         Ok(Self { cipher, duns: Duns::new(key, context, place), unit_bytes })
     }
@@ -124,31 +135,45 @@ impl FileCipher {
 
     /// Encrypts whole data units in place, the first being unit `index` of the file.
     ///
+    /// # Errors
+    ///
+    /// Those of the engine, if one has the key.
+    ///
     /// # Panics
     ///
     /// If `data` is not a whole number of data units.
-    pub fn encrypt(&self, index: u64, data: &mut [u8]) {
-        self.for_runs(index, data, |dun, unit, run| self.cipher.encrypt(dun, unit, run));
+    pub fn encrypt(&self, index: u64, data: &mut [u8]) -> Result<(), EngineFailure> {
+        self.crypt(Way::Encrypt, index, data)
     }
 
     /// Decrypts whole data units in place, the first being unit `index` of the file.
     ///
+    /// # Errors
+    ///
+    /// Those of the engine, if one has the key.
+    ///
     /// # Panics
     ///
     /// If `data` is not a whole number of data units.
-    pub fn decrypt(&self, index: u64, data: &mut [u8]) {
-        self.for_runs(index, data, |dun, unit, run| self.cipher.decrypt(dun, unit, run));
+    pub fn decrypt(&self, index: u64, data: &mut [u8]) -> Result<(), EngineFailure> {
+        self.crypt(Way::Decrypt, index, data)
     }
 
-    fn for_runs(&self, mut index: u64, mut data: &mut [u8], crypt: impl Fn(Dun, usize, &mut [u8])) {
+    fn crypt(&self, way: Way, mut index: u64, mut data: &mut [u8]) -> Result<(), EngineFailure> {
         let unit = self.unit_bytes as usize;
         while !data.is_empty() {
             let run_bytes = usize::try_from(self.duns.run(index)).unwrap_or(usize::MAX).saturating_mul(unit);
             let (run, rest) = data.split_at_mut(run_bytes.min(data.len()));
-            crypt(self.duns.of(index), unit, run);
+            let dun = self.duns.of(index);
+            match (&self.cipher, way) {
+                (Cipher::Here(cipher), Way::Encrypt) => cipher.encrypt(dun, unit, run),
+                (Cipher::Here(cipher), Way::Decrypt) => cipher.decrypt(dun, unit, run),
+                (Cipher::Engine(engine), _) => engine.crypt(way, dun, self.unit_bytes, run)?,
+            }
             index = index.wrapping_add((run.len() / unit) as u64);
             data = rest;
         }
+        Ok(())
     }
 }
 
@@ -210,13 +235,13 @@ mod tests {
         let duns: Vec<u64> = (0..4).map(|i| file.dun(first + i).limbs()[0]).collect();
         assert_eq!(duns, [0xffff_fffe, 0xffff_ffff, 0, 1]);
         let mut whole = vec![5; 4 * 512];
-        file.encrypt(first, &mut whole);
+        file.encrypt(first, &mut whole).unwrap();
         for (i, unit) in (0..).zip(whole.chunks(512)) {
             let mut alone = vec![5; 512];
-            file.encrypt(first + i, &mut alone);
+            file.encrypt(first + i, &mut alone).unwrap();
             assert_eq!(alone, unit, "{i}");
         }
-        file.decrypt(first, &mut whole);
+        file.decrypt(first, &mut whole).unwrap();
         assert_eq!(whole, vec![5; 4 * 512]);
     }
 }

@@ -10,7 +10,7 @@
 
 use crate::ext4::{Ext4, Ext4Error, FileKind, Inode, ROOT_INODE, Run, Source};
 use crate::file::{FileCipher, FileError, Place};
-use crate::master::MasterKey;
+use crate::master::{EngineFailure, MasterKey};
 use crate::names::{NameError, NamesCipher, no_key_name, no_key_target};
 use crate::policy::{Context, ContextError, KeyRef};
 use std::fmt;
@@ -79,6 +79,8 @@ pub enum ImageError {
     NoKey(KeyRef),
     /// The key is none for its policy.
     WrongKey(FileError),
+    /// The engine that has the key failed.
+    Engine(EngineFailure),
     /// There is nothing of this name.
     NotFound,
     /// It is no regular file, no directory, no link, whatever was wanted.
@@ -100,6 +102,7 @@ impl fmt::Display for ImageError {
             Self::Damaged(what) => write!(f, "is damaged: {what}"),
             Self::NoKey(name) => write!(f, "is encrypted, and key {name} was not given"),
             Self::WrongKey(why) => write!(f, "is encrypted otherwise than its key can be used: {why}"),
+            Self::Engine(_) => f.write_str("cannot be decrypted by the engine"),
             Self::NotFound => f.write_str("does not exist"),
             Self::Kind(what) => f.write_str(what),
             Self::Sink(_) => f.write_str("cannot be handed on"),
@@ -113,6 +116,7 @@ impl std::error::Error for ImageError {
             Self::Ext4(error) => Some(error),
             Self::WrongKey(error) => Some(error),
             Self::Sink(error) => Some(error),
+            Self::Engine(error) => Some(&**error),
             _ => None,
         }
     }
@@ -268,7 +272,8 @@ impl<S: Source> Image<S> {
             write_zeroes(&zeroes, piece.offset.min(node.inode.size).saturating_sub(at), sink)?;
             let mut data = self.read_piece(&piece)?;
             if let Some(cipher) = &cipher {
-                cipher.decrypt(piece.offset / u64::from(cipher.unit_bytes()), &mut data);
+                let first = piece.offset / u64::from(cipher.unit_bytes());
+                cipher.decrypt(first, &mut data).map_err(ImageError::Engine)?;
             }
             let wanted = node.inode.size.saturating_sub(piece.offset).min(data.len() as u64);
             let wanted = usize::try_from(wanted).unwrap_or(data.len());

@@ -12,7 +12,8 @@
 //!
 //! - [`policy`] has the formats on disk; [`master`] derives keys; [`file`] encrypts contents; [`names`] names and targets.
 //! - [`ext4`] reads images: no crate that reads ext4 shows encrypted directories, raw extents or the context's attribute.
-//! - [`image`] joins them: a tree of decrypted names and contents.
+//! - [`image`] joins them: a tree of decrypted names and contents; [`verify`](mod@verify) asks whether all of it is as policy and
+//!   key say.
 //!
 //! Nothing here writes, and bytes of an image never reach an assertion.
 //!
@@ -27,6 +28,7 @@ pub mod image;
 pub mod master;
 pub mod names;
 pub mod policy;
+pub mod verify;
 
 pub use master::{KeyName, MasterKey};
 pub use policy::{Context, Policy};

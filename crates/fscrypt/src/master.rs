@@ -21,9 +21,11 @@
 use crate::policy::{Context, Derivation, KeyRef, NONCE_BYTES, names_number};
 use aes::Aes128;
 use aes::cipher::{Array, BlockCipherEncrypt, KeyInit};
+use inlinecrypt_cipher::Dun;
 use inlinecrypt_cipher::kdf::{fscrypt_hkdf, key_identifier_raw, key_identifier_wrapped};
 use sha2::{Digest, Sha512};
 use std::fmt;
+use std::sync::Arc;
 use zeroize::Zeroizing;
 
 /// Shortest raw master key, in bytes.
@@ -45,7 +47,44 @@ pub struct MasterKey {
 
 enum Form {
     Raw(Zeroizing<Vec<u8>>),
-    Wrapped { software_secret: Zeroizing<[u8; 32]>, inline_key: Zeroizing<Vec<u8>> },
+    Wrapped { software_secret: Zeroizing<[u8; 32]>, contents: Contents },
+}
+
+/// Where a hardware-wrapped key's inline key is.
+enum Contents {
+    Here(Zeroizing<Vec<u8>>),
+    In(Arc<dyn InlineEngine>),
+}
+
+/// Which way data goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// From plaintext.
+    Encrypt,
+    /// To plaintext.
+    Decrypt,
+}
+
+/// What has a hardware-wrapped key's inline key, and does not give it away: it encrypts contents itself.
+///
+/// What it owes: `data` is whole data units of `unit_bytes`, encrypted in AES-256-XTS by the inline key; unit `i` has DUN
+/// `first + i`, which fits 64 bits.
+pub trait InlineEngine: fmt::Debug {
+    /// Encrypts or decrypts `data` in place.
+    ///
+    /// # Errors
+    ///
+    /// Its own. What `data` holds then means nothing.
+    fn crypt(&self, way: Way, first: Dun, unit_bytes: u32, data: &mut [u8]) -> Result<(), EngineFailure>;
+}
+
+/// What an engine says when it fails.
+pub type EngineFailure = Box<dyn std::error::Error + Send + Sync>;
+
+/// By what the contents of a file are encrypted.
+pub(crate) enum ContentsKey {
+    Bytes(Zeroizing<Vec<u8>>),
+    Engine(Arc<dyn InlineEngine>),
 }
 
 /// How a key can be named: what it is called in policies of version 2, and by convention in those of version 1.
@@ -83,9 +122,20 @@ impl MasterKey {
         Ok(Self {
             form: Form::Wrapped {
                 software_secret: Zeroizing::new(*software_secret),
-                inline_key: Zeroizing::new(inline_key.to_vec()),
+                contents: Contents::Here(Zeroizing::new(inline_key.to_vec())),
             },
         })
+    }
+
+    /// A hardware-wrapped master key whose inline key stays in the engine that opened it.
+    #[must_use]
+    pub fn in_engine(software_secret: &[u8; 32], engine: Arc<dyn InlineEngine>) -> Self {
+        Self {
+            form: Form::Wrapped {
+                software_secret: Zeroizing::new(*software_secret),
+                contents: Contents::In(engine),
+            },
+        }
     }
 
     /// What the key is called.
@@ -104,30 +154,30 @@ impl MasterKey {
         }
     }
 
-    /// The key for the contents of a file with this context, on the filesystem `uuid`.
-    ///
-    /// # Errors
-    ///
-    /// If the key is too short for the mode, or hardware-wrapped and the policy is none for such keys.
-    pub fn contents_key(
+    /// What encrypts the contents of a file with this context, on the filesystem `uuid`.
+    pub(crate) fn contents_key(
         &self,
         context: &Context,
         uuid: &[u8; 16],
-    ) -> Result<Zeroizing<Vec<u8>>, DeriveError> {
+    ) -> Result<ContentsKey, DeriveError> {
         let contents = context.policy.contents();
         let info = contents.mode().info();
-        if let Form::Wrapped { inline_key, .. } = &self.form {
+        if let Form::Wrapped { contents, .. } = &self.form {
             check_wrapped(context.policy.derivation())?;
-            return Ok(inline_key.clone());
+            return Ok(match contents {
+                Contents::Here(key) => ContentsKey::Bytes(key.clone()),
+                Contents::In(engine) => ContentsKey::Engine(engine.clone()),
+            });
         }
         self.mode_key(context, uuid, contents.number(), info.key_bytes, info.security_bytes)
+            .map(ContentsKey::Bytes)
     }
 
     /// The key for the names in a directory, or for the target of a symbolic link, with this context.
     ///
     /// # Errors
     ///
-    /// Those of [`contents_key`](Self::contents_key).
+    /// If the key is too short for the mode, or hardware-wrapped and the policy is none for such keys.
     pub fn names_key(&self, context: &Context, uuid: &[u8; 16]) -> Result<Zeroizing<Vec<u8>>, DeriveError> {
         let mode = context.policy.names();
         // Their security strength is their key's length.

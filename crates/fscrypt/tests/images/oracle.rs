@@ -1,103 +1,10 @@
-//! An ext4 image that Linux's fscrypt wrote: names, contents and places of all its files, read; and written again, to the byte.
+//! What Linux wrote, read; and written again, to the byte.
 
+use crate::rig::{contents, open, oracle, plain_tree, plaintext};
 use inlinecrypt_fscrypt::MasterKey;
-use inlinecrypt_fscrypt::ext4::{Ext4, FileKind, Source as _};
+use inlinecrypt_fscrypt::ext4::{Ext4, FileKind};
 use inlinecrypt_fscrypt::image::{Image, ImageError, Keyring};
-use serde::Deserialize;
-use shake::digest::{ExtendableOutput, Update, XofReader};
-use std::io::Read as _;
-use std::path::PathBuf;
-
-#[derive(Deserialize)]
-struct Oracle {
-    master_key: String,
-    master_key_identifier: String,
-    policies: Vec<Made>,
-}
-
-#[derive(Deserialize)]
-struct Made {
-    symlink: Option<Link>,
-    #[serde(default)]
-    files: Vec<MadeFile>,
-    #[serde(default)]
-    dirs: Vec<MadeDir>,
-}
-
-#[derive(Deserialize)]
-struct Link {
-    path: String,
-    target: String,
-    inode: u32,
-}
-
-#[derive(Deserialize)]
-struct MadeFile {
-    path: String,
-    inode: u32,
-    size: u64,
-    nonce: String,
-    extents: Vec<Extent>,
-    holes: Vec<[u64; 2]>,
-}
-
-#[derive(Deserialize)]
-struct Extent {
-    logical_byte: u64,
-    image_byte: u64,
-    length: u64,
-}
-
-#[derive(Deserialize)]
-struct MadeDir {
-    path: String,
-    inode: u32,
-    entries: Vec<MadeEntry>,
-}
-
-#[derive(Deserialize)]
-struct MadeEntry {
-    inode: u32,
-    name_on_disk: String,
-}
-
-fn vectors() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("vectors")
-}
-
-fn oracle() -> (Oracle, Vec<u8>) {
-    let text = std::fs::read(vectors().join("fscrypt-host-6.18.json")).unwrap();
-    let file = std::fs::File::open(vectors().join("fscrypt-host-6.18.img.zst")).unwrap();
-    let mut image = Vec::new();
-    ruzstd::decoding::StreamingDecoder::new(file).unwrap().read_to_end(&mut image).unwrap();
-    (serde_json::from_slice(&text).unwrap(), image)
-}
-
-fn open(oracle: &Oracle, image: Vec<u8>) -> Image<Vec<u8>> {
-    let mut keys = Keyring::default();
-    keys.add(MasterKey::raw(&hex::decode(&oracle.master_key).unwrap()).unwrap(), None);
-    Image::open(image, keys).unwrap()
-}
-
-fn plaintext(file: &MadeFile) -> Vec<u8> {
-    let mut hasher = shake::Shake256::default();
-    hasher.update(format!("fscrypt-oracle:{}", file.path).as_bytes());
-    let mut out = vec![0; usize::try_from(file.size).unwrap()];
-    hasher.finalize_xof().read(&mut out);
-    for [start, len] in &file.holes {
-        out[usize::try_from(*start).unwrap()..][..usize::try_from(*len).unwrap()].fill(0);
-    }
-    out
-}
-
-fn contents(image: &Image<Vec<u8>>, path: &str) -> Result<Vec<u8>, ImageError> {
-    let mut out = Vec::new();
-    image.read(&image.lookup(path.as_bytes())?, &mut |piece| {
-        out.extend_from_slice(piece);
-        Ok(())
-    })?;
-    Ok(out)
-}
+use inlinecrypt_fscrypt::verify::verify;
 
 #[test]
 fn every_file_is_found_by_its_name_and_read() {
@@ -198,11 +105,24 @@ fn what_is_no_ext4_or_cut_short_is_refused() {
     let (_, bytes) = oracle();
     assert!(Ext4::open(vec![0; 4096]).is_err());
     assert!(Ext4::open(vec![0; 10]).is_err());
-    let mut short = bytes.clone();
+    let mut short = bytes;
     short.truncate(64 << 10);
     let fs = Ext4::open(short).unwrap();
     assert!(fs.inode(12).is_err());
-    let mut superblock = [0; 16];
-    bytes.read_at(1024, &mut superblock).unwrap();
-    assert_ne!(superblock, [0; 16]);
+}
+
+#[test]
+fn all_of_it_is_as_policy_and_key_say_and_as_the_plaintext_gives() {
+    let (oracle, bytes) = oracle();
+    let image = open(&oracle, bytes);
+    let alone = verify(&image, b"/", None).unwrap();
+    assert_eq!(alone.problems, []);
+    assert!(alone.is_good());
+    let tree = plain_tree(&oracle);
+    let beside = verify(&image, b"/", Some(tree.path())).unwrap();
+    assert_eq!(beside.problems, []);
+    assert_eq!(beside, alone);
+    assert_eq!((alone.checked.files, alone.checked.links), (54, 6));
+    assert!(alone.checked.bytes > 2 << 20, "{alone:?}");
+    assert_eq!(alone.policies.len(), 10, "{:#?}", alone.policies);
 }
