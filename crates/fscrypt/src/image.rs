@@ -9,10 +9,11 @@
 //! ```
 
 use crate::ext4::{Ext4, Ext4Error, FileKind, Inode, ROOT_INODE, Run, Source};
-use crate::file::{FileCipher, FileError, Place};
+use crate::file::{Duns, FileCipher, FileError, Place};
 use crate::master::{EngineFailure, MasterKey};
 use crate::names::{NameError, NamesCipher, no_key_name, no_key_target};
 use crate::policy::{Context, ContextError, KeyRef};
+use inlinecrypt_cipher::Dun;
 use std::fmt;
 use std::io;
 
@@ -281,6 +282,17 @@ impl<S: Source> Image<S> {
             at = piece.offset + wanted as u64;
         }
         write_zeroes(&zeroes, node.inode.size.saturating_sub(at), sink)
+    }
+
+    /// The DUN of the first data unit of a file, or of the names in a directory or of a link's target; `None` if it is not
+    /// encrypted or no key was given.
+    ///
+    /// # Errors
+    ///
+    /// If the key is none for its policy.
+    pub fn first_dun(&self, node: &Node) -> Result<Option<Dun>, ImageError> {
+        let Some((context, key)) = self.key_of(node) else { return Ok(None) };
+        Ok(Some(Duns::new(key, context, self.place(node)).of(0)))
     }
 
     /// What of a file was written and is not behind its end, in pieces of whole blocks.

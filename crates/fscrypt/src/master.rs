@@ -154,6 +154,22 @@ impl MasterKey {
         }
     }
 
+    /// The key for the contents of a file with this context, on the filesystem `uuid`; `None` if an engine keeps it.
+    ///
+    /// # Errors
+    ///
+    /// If the key is too short for the mode, or hardware-wrapped and the policy is none for such keys.
+    pub fn contents_key_bytes(
+        &self,
+        context: &Context,
+        uuid: &[u8; 16],
+    ) -> Result<Option<Zeroizing<Vec<u8>>>, DeriveError> {
+        Ok(match self.contents_key(context, uuid)? {
+            ContentsKey::Bytes(bytes) => Some(bytes),
+            ContentsKey::Engine(_) => None,
+        })
+    }
+
     /// What encrypts the contents of a file with this context, on the filesystem `uuid`.
     pub(crate) fn contents_key(
         &self,

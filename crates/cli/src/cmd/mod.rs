@@ -5,6 +5,7 @@ mod check;
 mod completions;
 mod engine;
 mod engine_serve;
+mod fscrypt;
 mod key;
 mod man;
 mod root;
@@ -24,6 +25,7 @@ pub(crate) fn run(command: Command) -> Result<(), Failures> {
         Command::Engine(command) => Ok(engine::run(command)?),
         Command::Root(command) => Ok(root::run(command)?),
         Command::RootHelper => Ok(root::helper()?),
+        Command::Fscrypt(command) => Ok(fscrypt::run(command)?),
         Command::Status(args) => status::run(&args),
         Command::Check(args) => check::run(&args),
         Command::Bench(args) => Ok(bench::run(&args)?),
