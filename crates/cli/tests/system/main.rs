@@ -4,6 +4,7 @@
 //!   clients       qemu-img, nbdcopy, nbdinfo, fio, TLS
 //!   filesystem    ext4 over a loop device over nbdfuse over a served volume
 //!   dm_crypt      volumes that Linux wrote
+//!   fscrypt       files that Linux encrypted, on ext4
 //!   many_volumes  more keys than keyslots, all at once
 //!   kill          kill -9 during writes
 //!   engine_service   engine processes for several servers
@@ -24,6 +25,7 @@ mod dm_crypt;
 mod engine_death;
 mod engine_service;
 mod filesystem;
+mod fscrypt;
 mod isolation;
 mod kill;
 mod load;
