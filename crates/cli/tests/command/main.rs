@@ -9,6 +9,7 @@
 //!   control       `status`
 //!   stopping      signals, sockets, service managers
 //!   pages         help, manual pages, completions
+//!   fscrypt       encrypted files on an ext4 image that Linux wrote
 //!     place       a home of its own for each test, and the command in it
 //! ```
 //!
@@ -17,6 +18,7 @@
 mod configs;
 mod control;
 mod engines;
+mod fscrypt;
 mod keys;
 mod main_job;
 mod pages;

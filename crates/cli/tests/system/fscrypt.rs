@@ -36,7 +36,14 @@ const POLICIES: [Policy; 12] = [
     Policy { name: "essiv", contents: 5, names: 6, ..XTS_CTS },
     Policy { name: "adiantum", contents: 9, names: 9, ..XTS_CTS },
     Policy { name: "adiantum-direct", contents: 9, names: 9, flags: 4, ..XTS_CTS },
-    Policy { name: "adiantum-v1", contents: 9, names: 9, flags: 4, descriptor: Some("0011223344556677"), ..XTS_CTS },
+    Policy {
+        name: "adiantum-v1",
+        contents: 9,
+        names: 9,
+        flags: 4,
+        descriptor: Some("0011223344556677"),
+        ..XTS_CTS
+    },
 ];
 
 struct Lab {
@@ -85,7 +92,12 @@ impl Lab {
         }
         assert!(added.status.success(), "{}", said(&added));
         self.identifier = String::from_utf8(added.stdout).unwrap().trim().to_owned();
-        let v1 = self.ioctl([OsStr::new("add"), mount.as_os_str(), key.as_os_str(), OsStr::new("0011223344556677")]);
+        let v1 = self.ioctl([
+            OsStr::new("add"),
+            mount.as_os_str(),
+            key.as_os_str(),
+            OsStr::new("0011223344556677"),
+        ]);
         assert!(v1.status.success(), "{}", said(&v1));
         true
     }
@@ -97,9 +109,11 @@ impl Lab {
         let Policy { contents, names, flags, log2, descriptor, .. } = *policy;
         let key = descriptor.unwrap_or(&self.identifier).to_owned();
         let numbers = [contents, names, flags, log2].map(|number| number.to_string());
-        let arguments = [vec!["policy".to_owned(), twins[0].display().to_string()], numbers.to_vec(), vec![key]].concat();
+        let arguments =
+            [vec!["policy".to_owned(), twins[0].display().to_string()], numbers.to_vec(), vec![key]].concat();
         let set = self.ioctl(arguments);
-        let usable = set.status.success() && File::create(twins[0].join("probe")).is_ok_and(|file| file.write_all_at(b"x", 0).is_ok());
+        let usable = set.status.success()
+            && File::create(twins[0].join("probe")).is_ok_and(|file| file.write_all_at(b"x", 0).is_ok());
         if !usable {
             eprintln!("SKIPPED: {} is nothing for this kernel: {}", policy.name, said(&set));
             let _ = fs::remove_dir_all(&twins[0]);
@@ -112,7 +126,8 @@ impl Lab {
 
     fn verify(&self, more: &[&str]) -> serde_json::Value {
         let against = self.place.path("plain").display().to_string();
-        let arguments = ["fscrypt", "verify", "image", "--key", "raw:key", "--key", "0011223344556677=raw:key", "--json"];
+        let arguments =
+            ["fscrypt", "verify", "image", "--key", "raw:key", "--key", "0011223344556677=raw:key", "--json"];
         let verified = self.place.run(arguments.iter().chain(more).copied().chain(["--against", &against]));
         assert!(verified.status.success(), "{}", said(&verified));
         serde_json::from_slice(&verified.stdout).unwrap()
@@ -152,7 +167,8 @@ fn fill(twins: &[PathBuf; 2], many: usize) {
         assert!(status.success());
         fs::create_dir(dir.join("many")).unwrap();
         for number in 0..many {
-            fs::write(dir.join(format!("many/file number {number} of {many}")), number.to_le_bytes()).unwrap();
+            fs::write(dir.join(format!("many/file number {number} of {many}")), number.to_le_bytes())
+                .unwrap();
         }
     }
 }
@@ -180,8 +196,21 @@ fn what_this_kernel_encrypts_is_listed_read_and_verified() {
         ("blocks of 1 KiB", 96, &["-O", "encrypt,stable_inodes", "-b", "1024"]),
         ("no extents, no checksums", 96, &["-O", "encrypt,stable_inodes,^extent,^metadata_csum,^64bit"]),
         ("small inodes: contexts in blocks", 96, &["-O", "encrypt,stable_inodes", "-I", "128"]),
-        ("groups of descriptors, seed of checksums", 96, &["-b", "1024", "-O", "encrypt,stable_inodes,meta_bg,^resize_inode,metadata_csum_seed"]),
-        ("no journal, another hash", 96, &["-O", "encrypt,stable_inodes,^has_journal", "-E", "hash_seed=01234567-89ab-cdef-0123-456789abcdef"]),
+        (
+            "groups of descriptors, seed of checksums",
+            96,
+            &["-b", "1024", "-O", "encrypt,stable_inodes,meta_bg,^resize_inode,metadata_csum_seed"],
+        ),
+        (
+            "no journal, another hash",
+            96,
+            &[
+                "-O",
+                "encrypt,stable_inodes,^has_journal",
+                "-E",
+                "hash_seed=01234567-89ab-cdef-0123-456789abcdef",
+            ],
+        ),
     ];
     let Some(mut lab) = Lab::new() else { return };
     for (number, (layout, mib, options)) in layouts.into_iter().enumerate() {
@@ -210,10 +239,18 @@ fn what_this_kernel_encrypts_is_listed_read_and_verified() {
 
         // Names and contents, one by one.
         let listed = lab.place.run([
-            "fscrypt", "ls", "-R", "image", "--key", "raw:key", "--key", "0011223344556677=raw:key",
+            "fscrypt",
+            "ls",
+            "-R",
+            "image",
+            "--key",
+            "raw:key",
+            "--key",
+            "0011223344556677=raw:key",
         ]);
         assert!(listed.status.success(), "{}", said(&listed));
-        let mut ours: Vec<&[u8]> = listed.stdout.split(|&byte| byte == b'\n').filter(|line| !line.is_empty()).collect();
+        let mut ours: Vec<&[u8]> =
+            listed.stdout.split(|&byte| byte == b'\n').filter(|line| !line.is_empty()).collect();
         ours.sort();
         let theirs = walk(&plain);
         assert!(ours == theirs, "{layout}");
@@ -222,7 +259,8 @@ fn what_this_kernel_encrypts_is_listed_read_and_verified() {
             if !fs::symlink_metadata(&on_plain).unwrap().is_file() {
                 continue;
             }
-            let arguments = ["fscrypt", "cat", "image", "--key", "raw:key", "--key", "0011223344556677=raw:key"];
+            let arguments =
+                ["fscrypt", "cat", "image", "--key", "raw:key", "--key", "0011223344556677=raw:key"];
             let mut command = lab.place.command();
             let read = command.args(arguments).arg(OsStr::from_bytes(path)).output().unwrap();
             assert!(read.status.success(), "{}", said(&read));
@@ -234,7 +272,8 @@ fn what_this_kernel_encrypts_is_listed_read_and_verified() {
         let theirs = walk(&lab.place.path("mnt"));
         mount.unmount().unwrap();
         let listed = lab.place.run(["fscrypt", "ls", "-R", "image"]);
-        let mut ours: Vec<&[u8]> = listed.stdout.split(|&byte| byte == b'\n').filter(|line| !line.is_empty()).collect();
+        let mut ours: Vec<&[u8]> =
+            listed.stdout.split(|&byte| byte == b'\n').filter(|line| !line.is_empty()).collect();
         ours.sort();
         assert!(ours == theirs, "{layout}: names without a key");
 

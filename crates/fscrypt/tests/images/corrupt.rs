@@ -2,6 +2,7 @@
 //! right again.
 
 use crate::rig::{Oracle, open, oracle, plain_tree};
+use crate::transcode::{fix_inode, inode_at};
 use inlinecrypt_fscrypt::ext4::{Ext4, Source};
 use inlinecrypt_fscrypt::image::ImageError;
 use inlinecrypt_fscrypt::verify::{KeyState, Report, verify};
@@ -37,7 +38,7 @@ struct Bench {
     tree: tempfile::TempDir,
 }
 
-/// What `mkfs` chose: a table of 256-byte inodes, whose place the first descriptor says; blocks of 4096 bytes.
+/// What `mkfs` chose.
 const BLOCK: usize = 4096;
 const INODE: usize = 256;
 
@@ -66,24 +67,16 @@ impl Bench {
     }
 
     fn inode_at(&self, number: u32) -> usize {
-        let le32 = |at: usize| u32::from_le_bytes(self.image[at..at + 4].try_into().unwrap());
-        le32(BLOCK + 8) as usize * BLOCK + (number as usize - 1) * INODE
+        inode_at(&self.image, number)
     }
 
     /// Changes a byte of an inode, and makes its checksum right.
     fn forge(&self, number: u32, at: usize, byte: u8) -> Vec<(usize, Vec<u8>)> {
         let start = self.inode_at(number);
-        let mut inode = self.image[start..start + INODE].to_vec();
-        inode[at] = byte;
-        let crc = |seed: u32, bytes: &[u8]| !crc32c::crc32c_append(!seed, bytes);
-        let uuid = crc(!0, &self.image[1024 + 0x68..1024 + 0x78]);
-        let seed = crc(crc(uuid, &number.to_le_bytes()), &inode[0x64..0x68]);
-        inode[0x7c..0x7e].fill(0);
-        inode[0x82..0x84].fill(0);
-        let sum = crc(seed, &inode).to_le_bytes();
-        inode[0x7c..0x7e].copy_from_slice(&sum[..2]);
-        inode[0x82..0x84].copy_from_slice(&sum[2..]);
-        vec![(start, inode)]
+        let mut image = self.image.to_vec();
+        image[start + at] = byte;
+        fix_inode(&mut image, number);
+        vec![(start, image[start..start + INODE].to_vec())]
     }
 
     /// Where the context is in an inode: it is the value that begins with version and modes.
