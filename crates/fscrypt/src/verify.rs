@@ -142,6 +142,9 @@ pub fn verify<S: Source>(
         keys: BTreeMap::new(),
         names: HashMap::new(),
     };
+    if image.fs().superblock().has_errors {
+        verifier.problem(b"", None, "Linux has noted errors of the filesystem, and nobody has repaired them");
+    }
     let path = path.strip_suffix(b"/").unwrap_or(path).to_vec();
     verifier.node(path, top, against)?;
     Ok(verifier.finish())

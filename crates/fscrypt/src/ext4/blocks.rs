@@ -32,7 +32,7 @@ pub(super) fn runs<S: Source>(fs: &Ext4<S>, inode: &Inode) -> Result<Vec<Run>, E
     }
     // More blocks of a map than the filesystem has are read only if some name each other.
     let budget = fs.superblock().blocks;
-    let mut walk = Walk { fs, inode, runs: Vec::new(), next: 0, budget };
+    let mut walk = Walk { fs, inode, runs: Vec::new(), next: 0, budget, mapped: 0 };
     if inode.has_extents {
         walk.extents(&inode.block_map, None, u64::MAX)?;
     } else {
@@ -70,6 +70,7 @@ struct Walk<'a, S> {
     /// Where the next block of the file may be at the earliest.
     next: u64,
     budget: u64,
+    mapped: u64,
 }
 
 impl<S: Source> Walk<'_, S> {
@@ -87,6 +88,10 @@ impl<S: Source> Walk<'_, S> {
         }
         self.fs.superblock().check_blocks(run.physical, run.blocks)?;
         self.next = run.logical + run.blocks;
+        self.mapped += run.blocks;
+        if self.mapped > self.fs.superblock().blocks {
+            return Err(Ext4Error::damaged("it has more blocks than the filesystem"));
+        }
         match self.runs.last_mut() {
             Some(last)
                 if last.logical + last.blocks == run.logical

@@ -94,7 +94,9 @@ impl fmt::Display for Ext4Error {
             Self::Io(_) => f.write_str("cannot be read"),
             Self::NotExt4 => f.write_str("has no ext4 superblock"),
             Self::Unsupported(what) => write!(f, "has features that are not supported here: {what}"),
-            Self::NeedsRecovery => f.write_str("was not unmounted: its journal has to be replayed first"),
+            Self::NeedsRecovery => {
+                f.write_str("was not unmounted: its journal may have to be replayed first")
+            }
             Self::Damaged(what) => write!(f, "is damaged: {what}"),
         }
     }
@@ -132,7 +134,11 @@ impl<S: Source> Ext4<S> {
             _ => Ext4Error::Io(error),
         })?;
         let superblock = Superblock::parse(&bytes)?;
-        Ok(Self { source, superblock })
+        let fs = Self { source, superblock };
+        // What the superblock says bounds all loops, so it has to be true.
+        let len = fs.superblock.blocks * u64::from(fs.superblock.block_bytes);
+        fs.read(len - 1, &mut [0]).map_err(|error| error.within("the filesystem is cut off"))?;
+        Ok(fs)
     }
 
     /// What the superblock says.

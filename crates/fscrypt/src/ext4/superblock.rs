@@ -36,6 +36,9 @@ const INCOMPAT_KNOWN: u32 = 0x2
 const RO_COMPAT_SPARSE_SUPER: u32 = 0x1;
 const RO_COMPAT_METADATA_CSUM: u32 = 0x400;
 
+const STATE_CLEAN: u16 = 0x1;
+const STATE_ERRORS: u16 = 0x2;
+
 const FLAG_UNSIGNED_HASH: u32 = 0x2;
 
 /// What the superblock says.
@@ -53,6 +56,8 @@ pub struct Superblock {
     pub has_encrypt: bool,
     /// The feature `stable_inodes` is on: numbers of inodes never change, which some policies need.
     pub has_stable_inodes: bool,
+    /// Linux has found errors on it, and nobody has repaired them.
+    pub has_errors: bool,
     pub(super) first_data_block: u32,
     pub(super) has_checksums: bool,
     pub(super) checksum_seed: u32,
@@ -93,7 +98,8 @@ impl Superblock {
         if unknown != 0 {
             return Err(Ext4Error::Unsupported(format!("incompat {unknown:#x}")));
         }
-        if incompat & INCOMPAT_RECOVER != 0 {
+        // Without a journal, the state says that it is mounted.
+        if incompat & INCOMPAT_RECOVER != 0 || short(0x3a) & STATE_CLEAN == 0 {
             return Err(Ext4Error::NeedsRecovery);
         }
         let wrong = |what: &str, value: u64| {
@@ -136,6 +142,7 @@ impl Superblock {
             uuid,
             has_encrypt: incompat & INCOMPAT_ENCRYPT != 0,
             has_stable_inodes: compat & COMPAT_STABLE_INODES != 0,
+            has_errors: short(0x3a) & STATE_ERRORS != 0,
             first_data_block,
             has_checksums,
             checksum_seed: if incompat & INCOMPAT_CSUM_SEED != 0 { long(0x270) } else { crc(!0, &uuid) },

@@ -4,11 +4,13 @@
 //!   oracle      names, contents and places of all its files
 //!   modes       the same tree in other modes and under other keys
 //!   corrupt     what verify notices when it was changed
+//!   hostile     images that somebody has bent
 //!     rig       the image, and the plaintext that it was made of
 //!     transcode   another policy for a tree of it
 //! ```
 
 mod corrupt;
+mod hostile;
 mod modes;
 mod oracle;
 mod rig;

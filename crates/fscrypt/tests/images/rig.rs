@@ -67,10 +67,14 @@ pub(crate) fn vectors() -> PathBuf {
 
 pub(crate) fn oracle() -> (Oracle, Vec<u8>) {
     let text = std::fs::read(vectors().join("fscrypt-host-6.18.json")).unwrap();
-    let file = std::fs::File::open(vectors().join("fscrypt-host-6.18.img.zst")).unwrap();
+    (serde_json::from_slice(&text).unwrap(), decompress("fscrypt-host-6.18.img.zst"))
+}
+
+pub(crate) fn decompress(name: &str) -> Vec<u8> {
+    let file = std::fs::File::open(vectors().join(name)).unwrap();
     let mut image = Vec::new();
     ruzstd::decoding::StreamingDecoder::new(file).unwrap().read_to_end(&mut image).unwrap();
-    (serde_json::from_slice(&text).unwrap(), image)
+    image
 }
 
 pub(crate) fn open<S: Source>(oracle: &Oracle, image: S) -> Image<S> {
