@@ -10,7 +10,7 @@
 //!   contents: data unit i under the DUN of (i, inode, nonce)          names, link targets: one message under DUN of unit 0
 //! ```
 //!
-//! - [`policy`] has the formats on disk; [`master`] derives keys; [`file`] encrypts contents; [`names`] names and targets.
+//! - [`policy`] has the formats on disk; [`master`] derives keys; [`file`](mod@file) encrypts contents; [`names`] names and targets.
 //! - [`ext4`] reads images: no crate that reads ext4 shows encrypted directories, raw extents or the context's attribute.
 //! - [`image`] joins them: a tree of decrypted names and contents; [`verify`](mod@verify) asks whether all of it is as policy and
 //!   key say.

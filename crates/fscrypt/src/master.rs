@@ -69,7 +69,7 @@ pub enum Way {
 ///
 /// What it owes: `data` is whole data units of `unit_bytes`, encrypted in AES-256-XTS by the inline key; unit `i` has DUN
 /// `first + i`, which fits 64 bits.
-pub trait InlineEngine: fmt::Debug {
+pub trait InlineEngine: fmt::Debug + Send + Sync {
     /// Encrypts or decrypts `data` in place.
     ///
     /// # Errors

@@ -221,10 +221,7 @@ impl<S: Source> Verifier<'_, S> {
             // Another name of what was checked already.
             return Ok(());
         }
-        let has_key = match &node.context {
-            None => None,
-            Some(context) => Some(self.context(&path, inode, context)),
-        };
+        let has_key = node.context.as_ref().map(|context| self.context(&path, inode, context));
         let counts = match has_key {
             None => &mut self.report.unencrypted,
             Some(false) => &mut self.report.without_key,

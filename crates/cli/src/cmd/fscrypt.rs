@@ -25,14 +25,13 @@ use inlinecrypt_fscrypt::policy::{KeyRef, Policy};
 use inlinecrypt_fscrypt::verify::{Counts, KeyState, Problem, Report, verify};
 use rustix::fs::{FileType, OFlags};
 use serde::Serialize;
-use std::cell::RefCell;
 use std::collections::HashMap;
 use std::fmt::{self, Write as _};
 use std::fs::File;
 use std::io::{self, IsTerminal as _, Write as _};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 pub(super) fn run(command: FscryptCommand) -> Result<(), Failure> {
     match command {
@@ -161,7 +160,7 @@ fn open_wrapped(loaded: &LoadedKey, source: &KeySource, host: &HostEngine) -> Re
         .profile
         .derive_software_secret(&blob)
         .map_err(|error| Failure::of(format!("{source} is refused"), &error))?;
-    let engine = EngineContents { profile: host.profile.clone(), blob, admissions: RefCell::default() };
+    let engine = EngineContents { profile: host.profile.clone(), blob, admissions: Mutex::default() };
     Ok(MasterKey::in_engine(secret.expose(), Arc::new(engine)))
 }
 
@@ -170,7 +169,7 @@ fn open_wrapped(loaded: &LoadedKey, source: &KeySource, host: &HostEngine) -> Re
 struct EngineContents {
     profile: Arc<CryptoProfile>,
     blob: EphemeralWrappedKey,
-    admissions: RefCell<HashMap<u32, Admission>>,
+    admissions: Mutex<HashMap<u32, Admission>>,
 }
 
 /// Bytes of a DUN with IV_INO_LBLK_64; with IV_INO_LBLK_32 the upper four are zero.
@@ -187,7 +186,7 @@ impl EngineContents {
 
 impl InlineEngine for EngineContents {
     fn crypt(&self, way: Way, first: Dun, unit_bytes: u32, data: &mut [u8]) -> Result<(), EngineFailure> {
-        let mut admissions = self.admissions.borrow_mut();
+        let mut admissions = self.admissions.lock().unwrap_or_else(PoisonError::into_inner);
         let admission = match admissions.entry(unit_bytes) {
             std::collections::hash_map::Entry::Occupied(known) => known.into_mut(),
             std::collections::hash_map::Entry::Vacant(new) => new.insert(self.admit(unit_bytes)?),

@@ -111,7 +111,7 @@ impl<S: Source> Walk<'_, S> {
         let (Some(EXTENT_MAGIC), Some(entries), Some(max), Some(own_depth)) = header else {
             return Err(Ext4Error::damaged("a node of its extents is none"));
         };
-        let fits = entries <= max && usize::from(max) <= node.len() / 12 - 1;
+        let fits = entries <= max && usize::from(max) < node.len() / 12;
         if !fits || own_depth > DEPTH_MAX || depth.is_some_and(|depth| depth != own_depth) {
             return Err(Ext4Error::damaged(format_args!(
                 "a node of its extents has {entries} of {max} entries and depth {own_depth}"
