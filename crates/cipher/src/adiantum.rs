@@ -21,6 +21,7 @@
 //! Source: Crowley and Biggers, "Adiantum: length-preserving encryption for entry-level processors" (IACR ToSC 2018/4),
 //! sections 2 to 4 and 6.4; Linux `crypto/adiantum.c` and `crypto/nhpoly1305.c` for the sizes.
 
+use crate::names::{MessageCipher, assert_message};
 use crate::poly1305;
 use crate::simd::nh;
 use crate::unit::assert_promise;
@@ -33,6 +34,11 @@ use zeroize::Zeroizing;
 
 /// Adiantum with a key of 32 bytes.
 pub(crate) fn xchacha12_aes(key: &[u8]) -> Box<dyn UnitCipher> {
+    Box::new(Adiantum::new(key))
+}
+
+/// The same for messages of any length.
+pub(crate) fn xchacha12_aes_messages(key: &[u8]) -> Box<dyn MessageCipher> {
     Box::new(Adiantum::new(key))
 }
 
@@ -81,8 +87,14 @@ impl Adiantum {
         self.header_hash.hash([(left_bytes as u128 * 8).to_le_bytes(), iv[0], iv[1]])
     }
 
-    /// The hash of the left part, whose length is a multiple of 16 bytes.
+    /// The hash of the left part.
     fn hash_message(&self, left: &[u8]) -> u128 {
+        if !left.len().is_multiple_of(16) {
+            // Only names come here. NH takes words of 16 bytes; zeroes fill up the last (Linux crypto/nhpoly1305.c).
+            let mut padded = Zeroizing::new(vec![0; left.len().next_multiple_of(16)]);
+            padded[..left.len()].copy_from_slice(left);
+            return self.hash_message(&padded);
+        }
         self.message_hash.hash(left.chunks(nh::MESSAGE_BYTES_MAX).flat_map(|chunk| self.nh.hash(chunk)))
     }
 
@@ -134,6 +146,18 @@ impl UnitCipher for Adiantum {
 
     fn decrypt(&self, first: Dun, unit_bytes: usize, data: &mut [u8]) {
         self.crypt(first, unit_bytes, data, Self::decrypt_unit);
+    }
+}
+
+impl MessageCipher for Adiantum {
+    fn encrypt(&self, dun: Dun, message: &mut [u8]) {
+        assert_message(message);
+        self.encrypt_unit(dun, message);
+    }
+
+    fn decrypt(&self, dun: Dun, message: &mut [u8]) {
+        assert_message(message);
+        self.decrypt_unit(dun, message);
     }
 }
 

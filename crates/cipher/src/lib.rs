@@ -5,6 +5,7 @@
 //!
 //! - A 512-bit key and a DUN go in, ciphertext comes out: [`mode`] is the table, [`xts`], [`essiv`] and [`adiantum`] are
 //!   its rows' implementations.
+//! - [`names`] is the table of the modes for file names, which encrypt one message instead of data units.
 //! - [`kdf`] and [`wrap`] are what hardware does with hardware-wrapped keys.
 //! - Everything is byte for byte what Linux computes; `vectors/` holds the evidence, each file with its origin.
 //! - `unsafe` is confined to one module, `simd`.
@@ -18,9 +19,12 @@ pub mod dun;
 pub mod essiv;
 pub mod kdf;
 pub mod mode;
+pub mod names;
 pub mod wrap;
 pub mod xts;
 
+mod cts;
+mod hctr2;
 mod poly1305;
 #[expect(unsafe_code, reason = "the one place for it: AWS-LC and vector instructions")]
 mod simd;

@@ -1,5 +1,9 @@
 //! The one definition of the command line: parsing, help, manual pages and completions all come from it.
 
+mod fscrypt;
+
+pub(crate) use fscrypt::{FscryptCat, FscryptCommand, FscryptImage, FscryptInfo, FscryptLs, FscryptVerify};
+
 use crate::ask::HELPER;
 use crate::cli_luks::LuksCommand;
 use crate::engine_process::EngineHome;
@@ -83,6 +87,9 @@ pub(crate) enum Command {
     /// Look at engines
     #[command(subcommand)]
     Engine(EngineCommand),
+    /// Read and verify files that Linux's fscrypt encrypted, on ext4 images that nobody has mounted
+    #[command(subcommand)]
+    Fscrypt(FscryptCommand),
     /// Show what running servers do
     Status(Status),
     /// Check a config: whether all of it can be served. Changes nothing

@@ -5,6 +5,7 @@ mod check;
 mod completions;
 mod engine;
 mod engine_serve;
+mod fscrypt;
 mod key;
 mod key_device;
 mod luks;
@@ -29,6 +30,7 @@ pub(crate) fn run(command: Command) -> Result<(), Failures> {
         Command::Root(command) => Ok(root::run(command)?),
         Command::RootHelper => Ok(root::helper()?),
         Command::LuksHelper => Ok(crate::luks::unlock::helper()?),
+        Command::Fscrypt(command) => Ok(fscrypt::run(command)?),
         Command::Status(args) => status::run(&args),
         Command::Check(args) => check::run(&args),
         Command::Probe(args) => Ok(probe::run(&args)?),

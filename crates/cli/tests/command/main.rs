@@ -13,6 +13,7 @@
 //!   stopping      signals, sockets, service managers
 //!   pages         help, manual pages, completions
 //!   probe         what the machine can do, from copies of sysfs
+//!   fscrypt       encrypted files on an ext4 image that Linux wrote
 //!     place       a home of its own for each test, and the command in it
 //! ```
 //!
@@ -21,6 +22,7 @@
 mod configs;
 mod control;
 mod engines;
+mod fscrypt;
 mod key_devices;
 mod keys;
 mod luks;

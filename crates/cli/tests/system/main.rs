@@ -5,6 +5,7 @@
 //!   filesystem    ext4 over a loop device over nbdfuse over a served volume
 //!   dm_crypt      volumes that Linux wrote
 //!   luks          containers of cryptsetup, and ours in cryptsetup, qemu and nbdkit
+//!   fscrypt       files that Linux encrypted, on ext4
 //!   many_volumes  more keys than keyslots, all at once
 //!   dm_tables     volumes given as lines of dm tables, other IV layouts, offsets
 //!   kill          kill -9 during writes
@@ -27,6 +28,7 @@ mod dm_tables;
 mod engine_death;
 mod engine_service;
 mod filesystem;
+mod fscrypt;
 mod isolation;
 mod kill;
 mod load;
