@@ -6,6 +6,7 @@
 //! - A 512-bit key and a DUN go in, ciphertext comes out: [`mode`] is the table, [`xts`], [`essiv`] and [`adiantum`] are
 //!   its rows' implementations.
 //! - [`kdf`] and [`wrap`] are what hardware does with hardware-wrapped keys.
+//! - [`digest`] notices changed bytes.
 //! - Everything is byte for byte what Linux computes; `vectors/` holds the evidence, each file with its origin.
 //! - `unsafe` is confined to one module, `simd`.
 //!
@@ -14,6 +15,7 @@
 #![deny(unsafe_code)]
 
 pub mod adiantum;
+pub mod digest;
 pub mod dun;
 pub mod essiv;
 pub mod kdf;

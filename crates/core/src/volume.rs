@@ -238,7 +238,12 @@ impl Volume {
         &self.admission
     }
 
-    fn unit_bytes(&self) -> u64 {
+    /// What is below it.
+    pub(crate) fn backing(&self) -> &Arc<dyn Backing> {
+        &self.backing
+    }
+
+    pub(crate) fn unit_bytes(&self) -> u64 {
         self.layout.data_unit_size.bytes().into()
     }
 
@@ -336,14 +341,70 @@ impl Volume {
         self.backing.write(start, &buffer.bytes()[within(start)..within(end)], durability)
     }
 
+    /// Encrypts the data units of `range`, of which the first lies at `offset`, and writes nothing.
+    pub(crate) fn encrypt_units(
+        &self,
+        offset: u64,
+        buffer: &mut Buffer,
+        range: Range<usize>,
+    ) -> Result<(), Error> {
+        self.crypt(&mut self.admission.begin()?, Direction::Encrypt, offset, buffer, range)
+    }
+
+    /// Does what [`transfer`](Disk::transfer) does, for who holds the ranges already. Pieces that have failed before are
+    /// left alone.
+    pub(crate) fn transfer_locked(&self, batch: &mut Batch, buffer: &mut Buffer) {
+        let mut request = match self.admission.begin() {
+            Ok(request) => request,
+            Err(error) => {
+                for item in batch.items.iter_mut().filter(|item| item.result().is_ok()) {
+                    item.set_result(Err(error.duplicate()));
+                }
+                return;
+            }
+        };
+        for item in batch.items.iter_mut().filter(|item| item.result().is_ok()) {
+            let result = match item.transfer() {
+                Transfer::Read => {
+                    self.backing.read(item.span().units().start, &mut buffer.bytes_mut()[item.units()])
+                }
+                Transfer::Write(_) if item.span().scratch_len > 0 => {
+                    self.fill_edges(&mut request, item, buffer)
+                }
+                Transfer::Write(_) => Ok(()),
+            };
+            item.set_result(result);
+        }
+        self.crypt_all(&mut request, Direction::Decrypt, batch, buffer);
+        self.crypt_all(&mut request, Direction::Encrypt, batch, buffer);
+        for item in batch.items.iter_mut().filter(|item| item.result().is_ok()) {
+            if let Transfer::Write(durability) = item.transfer() {
+                item.set_result(self.store(item, durability, buffer));
+            }
+        }
+    }
+
+    /// The whole data units within `range`: what a trim of it gives back. `None` if there are none, or nothing is given
+    /// back.
+    fn trimmed(&self, range: Range<u64>) -> Option<Range<u64>> {
+        let start = range.start.next_multiple_of(self.unit_bytes());
+        let end = self.unit_floor(range.end);
+        (self.can_discard && start < end).then_some(start..end)
+    }
+
+    /// Does what [`trim`](Disk::trim) does, for who holds the range already.
+    pub(crate) fn trim_locked(&self, range: Range<u64>) -> Result<(), Error> {
+        match self.trimmed(range) {
+            Some(Range { start, end }) => self.backing.discard(start, end - start),
+            None => Ok(()),
+        }
+    }
+
     /// Whether a piece may be worked on at all. The export has checked the request; this guards against others.
     fn check_piece(&self, item: &Item, buffer: &Buffer) -> Result<(), Error> {
         let span = item.span();
         self.check(span.offset, span.len as u64, item.transfer().access())?;
-        if buffer.bytes().len() < item.end() {
-            return Err(Error::new(ErrorKind::Invalid, Op::Allocate).detail("the buffer is too small"));
-        }
-        Ok(())
+        item.fits(buffer)
     }
 }
 
@@ -378,25 +439,7 @@ impl Disk for Volume {
     }
 
     fn check(&self, offset: u64, len: u64, access: Access) -> Result<(), Error> {
-        let op = match access {
-            Access::ReadOnly => Op::Read,
-            Access::ReadWrite => Op::Write,
-        };
-        let refuse = |kind| Err(Error::new(kind, op).at(offset, len));
-        if access == Access::ReadWrite && self.access == Access::ReadOnly {
-            return refuse(ErrorKind::ReadOnly);
-        }
-        if offset.checked_add(len).is_none_or(|end| end > self.layout.size_bytes) {
-            return refuse(match access {
-                Access::ReadOnly => ErrorKind::OutOfRange,
-                Access::ReadWrite => ErrorKind::PastEnd,
-            });
-        }
-        let block_mask = u64::from(self.layout.logical_block_bytes) - 1;
-        if self.layout.mode.info().sector_update != SectorUpdate::Local && (offset | len) & block_mask != 0 {
-            return refuse(ErrorKind::Misaligned);
-        }
-        Ok(())
+        self.geometry().check(offset, len, access)
     }
 
     fn transfer(&self, batch: &mut Batch, buffer: &mut Buffer) {
@@ -411,34 +454,7 @@ impl Disk for Volume {
             };
             (item.span().units(), sharing)
         }));
-        let mut request = match self.admission.begin() {
-            Ok(request) => request,
-            Err(error) => {
-                for item in batch.items.iter_mut().filter(|item| item.result().is_ok()) {
-                    item.set_result(Err(error.duplicate()));
-                }
-                return;
-            }
-        };
-        for item in batch.items.iter_mut().filter(|item| item.result().is_ok()) {
-            let result = match item.transfer() {
-                Transfer::Read => {
-                    self.backing.read(item.span().units().start, &mut buffer.bytes_mut()[item.units()])
-                }
-                Transfer::Write(_) if item.span().scratch_len > 0 => {
-                    self.fill_edges(&mut request, item, buffer)
-                }
-                Transfer::Write(_) => Ok(()),
-            };
-            item.set_result(result);
-        }
-        self.crypt_all(&mut request, Direction::Decrypt, batch, buffer);
-        self.crypt_all(&mut request, Direction::Encrypt, batch, buffer);
-        for item in batch.items.iter_mut().filter(|item| item.result().is_ok()) {
-            if let Transfer::Write(durability) = item.transfer() {
-                item.set_result(self.store(item, durability, buffer));
-            }
-        }
+        self.transfer_locked(batch, buffer);
     }
 
     fn flush(&self) -> Result<(), Error> {
@@ -450,14 +466,10 @@ impl Disk for Volume {
 
     fn trim(&self, offset: u64, len: u64) -> Result<(), Error> {
         self.check(offset, len, Access::ReadWrite)?;
-        let start = offset.next_multiple_of(self.unit_bytes());
-        let end = self.unit_floor(offset + len);
-        if !self.can_discard || start >= end {
-            return Ok(());
-        }
+        let Some(range) = self.trimmed(offset..offset + len) else { return Ok(()) };
         // Held until the storage is given back, so that no later write is lost to an earlier trim.
-        let _guard = self.locks.take(start..end, Sharing::Exclusive);
-        self.backing.discard(start, end - start)
+        let _guard = self.locks.take(range.clone(), Sharing::Exclusive);
+        self.trim_locked(range)
     }
 
     fn write_zeroes(
