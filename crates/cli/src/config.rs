@@ -62,6 +62,7 @@ pub(crate) struct VolumeTable {
     pub(crate) pin: Option<bool>,
     pub(crate) preprogram: Option<bool>,
     pub(crate) spill_after_us: Option<u64>,
+    pub(crate) reencrypt: Option<String>,
 }
 
 /// `[listen]`
@@ -125,6 +126,7 @@ const KEYS: &[(&str, &[&str])] = &[
             "pin",
             "preprogram",
             "spill_after_us",
+            "reencrypt",
         ],
     ),
     ("listen", &["nbd", "tls", "tls_cert", "tls_key", "tls_client_ca", "tls_verify_client"]),
@@ -143,8 +145,18 @@ impl ConfigFile {
     /// Reads a file and reports every key in it that is not known.
     pub(crate) fn read(path: &Path) -> Result<Self, Vec<Failure>> {
         let text = files::read_text(path, "config").map_err(|failure| vec![failure])?;
+        Self::of_text(text, path)
+    }
+
+    /// The same of a text that is to be a file at `path`.
+    pub(crate) fn of_text(text: String, path: &Path) -> Result<Self, Vec<Failure>> {
         let config = parse(&text, path)?;
         Ok(Self { path: path.to_owned(), config, text })
+    }
+
+    /// As it is written.
+    pub(crate) fn text(&self) -> &str {
+        &self.text
     }
 
     /// `FILE:LINE` of something in it.

@@ -9,6 +9,7 @@
 //!     engine_process   where engines run
 //!     create     new volumes: key, description and image, in an order that a crash cannot spoil
 //!     control    the socket by which `status` asks a running server
+//!     reencrypt   another key for a volume: what is written down, and who does the work
 //!     take_over   live upgrade: one server takes over from another
 //!   ask          passphrases and PINs, and the process that talks to TPMs and tokens
 //!   report       messages and exit codes
@@ -32,6 +33,7 @@ mod keyfile;
 mod orders;
 mod places;
 mod plan;
+mod reencrypt;
 mod report;
 mod size;
 mod take_over;

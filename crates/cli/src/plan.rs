@@ -14,6 +14,7 @@ use crate::host;
 use crate::identifier::Identifier;
 use crate::keyfile::KeySource;
 use crate::places::{self, beside, directory_of, relative_to};
+use crate::reencrypt::{self, NextPlan};
 use crate::report::{Code, Failure};
 use inlinecrypt_core::admission::Hold;
 use inlinecrypt_core::backing::Access;
@@ -80,6 +81,8 @@ pub(crate) struct VolumePlan {
     pub(crate) slots: SlotsPlan,
     pub(crate) discard: Discard,
     pub(crate) caching: Caching,
+    /// What it is being re-encrypted to, if it is.
+    pub(crate) next: Option<Box<NextPlan>>,
 }
 
 /// What a volume's key gets of the engine's keyslots.
@@ -167,6 +170,8 @@ pub(crate) struct Settings {
     pub(crate) pin: Option<bool>,
     pub(crate) preprogram: Option<bool>,
     pub(crate) spill_after_us: Option<u64>,
+    /// The state of its re-encryption, while that is under way.
+    pub(crate) reencrypt: Option<PathBuf>,
 }
 
 impl Settings {
@@ -200,6 +205,7 @@ impl Settings {
             pin: table.pin,
             preprogram: table.preprogram,
             spill_after_us: table.spill_after_us,
+            reencrypt: table.reencrypt.as_ref().map(|path| relative_to(base, Path::new(path))),
         })
     }
 
@@ -241,6 +247,7 @@ impl Settings {
             pin: self.pin.or(described.pin),
             preprogram: self.preprogram.or(described.preprogram),
             spill_after_us: self.spill_after_us.or(described.spill_after_us),
+            reencrypt: self.reencrypt.or_else(|| described.reencrypt.clone()),
         })
     }
 
@@ -283,7 +290,9 @@ fn choice<T: clap::ValueEnum>(text: &str) -> Result<T, String> {
 pub(crate) struct Description {
     pub(crate) path: PathBuf,
     pub(crate) settings: Settings,
-    engine: Option<EnginePlan>,
+    pub(crate) engine: Option<EnginePlan>,
+    /// As it is written.
+    pub(crate) text: String,
 }
 
 impl Description {
@@ -298,7 +307,16 @@ impl Description {
         if !files::exists(&path) {
             return Ok(None);
         }
-        let file = ConfigFile::read(&path)?;
+        Self::of(&ConfigFile::read(&path)?, volume).map(Some)
+    }
+
+    /// What `text` says about `volume`, if it were its description.
+    pub(crate) fn of_text(text: String, volume: &Path) -> Result<Self, Vec<Failure>> {
+        Self::of(&ConfigFile::of_text(text, &Self::path_for(volume))?, volume)
+    }
+
+    fn of(file: &ConfigFile, volume: &Path) -> Result<Self, Vec<Failure>> {
+        let path = file.path.clone();
         let name = volume.file_name();
         let describes =
             |table: &VolumeTable| table.path.as_ref().is_some_and(|path| Path::new(path).file_name() == name);
@@ -315,9 +333,10 @@ impl Description {
         let mut failures = Vec::new();
         let engine = match &file.config.engine[..] {
             [] => None,
-            [engine, ..] => engine_plan(&file, engine, base, &mut failures),
+            [engine, ..] => engine_plan(file, engine, base, &mut failures),
         };
-        if failures.is_empty() { Ok(Some(Self { path, settings, engine })) } else { Err(failures) }
+        let text = file.text().to_owned();
+        if failures.is_empty() { Ok(Self { path, settings, engine, text }) } else { Err(failures) }
     }
 
     fn strange(path: &Path, volume: &Path, why: &str) -> Failure {
@@ -525,6 +544,14 @@ impl Builder {
                 return;
             }
         };
+        let next = match reencrypt::next_plan(path, settings.reencrypt.as_deref(), &label) {
+            Ok(None) => None,
+            Ok(Some((mut next, described))) => {
+                next.engine = described.map_or(engine, |described| self.engine(described));
+                Some(Box::new(next))
+            }
+            Err(failures) => return self.failures.extend(failures),
+        };
         let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         self.volumes.push(VolumePlan {
             name: settings.name.clone().unwrap_or(stem),
@@ -543,6 +570,7 @@ impl Builder {
                 Some(DiscardArg::Pass) | None => Discard::Pass,
             },
             caching: if settings.direct == Some(true) { Caching::Direct } else { Caching::PageCache },
+            next,
             label,
         });
     }
@@ -732,6 +760,20 @@ impl Plan {
             builder.volume(path.display().to_string(), path, asked, chosen);
         }
         let listen = ListenPlan::new(&ListenTable::default(), first, Path::new(""), &mut builder.failures);
+        Self::finish(builder, listen, ServerPlan::default())
+    }
+
+    /// One volume, as its description says; with `engine`, where that says nothing.
+    pub(crate) fn for_one(path: &Path, engine: &EngineArgs) -> Result<Self, Vec<Failure>> {
+        let mut builder = Builder::default();
+        let named = engine.engine.is_some() || engine.root.is_some() || engine.key_type.is_some();
+        let chosen = if named {
+            Some(builder.engine(engine_from(engine).map_err(|failure| vec![failure])?))
+        } else {
+            None
+        };
+        builder.volume(path.display().to_string(), path, Settings::default(), chosen);
+        let listen = ListenPlan::new(&ListenTable::default(), path, Path::new(""), &mut builder.failures);
         Self::finish(builder, listen, ServerPlan::default())
     }
 

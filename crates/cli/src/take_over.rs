@@ -21,8 +21,8 @@
 use crate::plan::ControlPlan;
 use crate::report::{Code, Failure};
 use inlinecrypt_core::backing::Access;
-use inlinecrypt_core::disk::Disk as _;
-use inlinecrypt_core::volume::Volume;
+use inlinecrypt_core::disk::Geometry;
+use inlinecrypt_core::volume::Layout;
 use inlinecrypt_io::export::nbd::Handed;
 use inlinecrypt_io::listen::{Claim, Listener, NamedAt};
 use rustix::io::retry_on_intr;
@@ -97,8 +97,7 @@ pub(crate) struct VolumeFacts {
 }
 
 impl VolumeFacts {
-    pub(crate) fn of(name: &str, key_id: String, volume: &Volume) -> Self {
-        let (layout, geometry) = (volume.layout(), volume.geometry());
+    pub(crate) fn of(name: &str, key_id: String, layout: &Layout, geometry: Geometry) -> Self {
         Self {
             name: name.to_owned(),
             key_id,

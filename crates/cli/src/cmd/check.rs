@@ -44,6 +44,17 @@ pub(super) fn run(args: &Check) -> Result<(), Failures> {
             volume.layout.data_unit_size(),
             volume.identifier,
         );
+        if let Some(next) = &volume.next {
+            let _ = writeln!(
+                text,
+                "    being re-encrypted: {} of {} done, to {}, data unit {}, key {}",
+                Size(next.plan.done_bytes),
+                Size(next.plan.size_bytes),
+                next.layout.mode(),
+                next.layout.data_unit_size(),
+                next.identifier,
+            );
+        }
     }
     print(&text)?;
     Ok(())

@@ -7,6 +7,7 @@ mod engine;
 mod engine_serve;
 mod key;
 mod man;
+mod reencrypt;
 mod root;
 mod serve;
 mod status;

@@ -9,17 +9,19 @@
 //! Nobody can connect before everything has succeeded, so a server that fails to start has disturbed nobody.
 
 use crate::ask::Asker;
-use crate::cli::{FallbackArg, Serve, TlsArg};
+use crate::cli::{FallbackArg, LayoutArgs, Serve, TlsArg};
 use crate::control::{
     self, Answers, ConnectionsReport, ControlServer, EngineReport, KeyslotsReport, ProcessReport,
-    ServerReport, SlotReport, VolumeReport,
+    ReencryptAction, ReencryptReport, ReencryptRequest, ServerReport, SlotReport, VolumeReport,
 };
 use crate::create::NewVolume;
 use crate::files::{self, quoted};
-use crate::host::{self, Host, HostEngine, Ready};
+use crate::host::{self, Host, HostEngine, Ready, ReadyNext};
 use crate::identifier::Identifier;
+use crate::keyfile::KeySource;
 use crate::places;
-use crate::plan::{self, ControlPlan, ListenPlan, Plan, Settings};
+use crate::plan::{self, ControlPlan, LayoutPlan, ListenPlan, Plan, Settings, SlotsPlan};
+use crate::reencrypt::{self, Job, Prepared, Present, Wish};
 use crate::report::{Code, Failure, Failures, note, print};
 use crate::size::Size;
 use crate::take_over::{self, Message, Predecessor, VolumeFacts};
@@ -31,6 +33,7 @@ use inlinecrypt_core::disk::Disk as _;
 use inlinecrypt_core::error::Error;
 use inlinecrypt_core::key::KeyId;
 use inlinecrypt_core::profile::CryptoProfile;
+use inlinecrypt_core::reencrypt::{LiveVolume, clients_can_stay};
 use inlinecrypt_core::volume::{Discard, Volume};
 use inlinecrypt_engine::{EngineSpec, WrappingKeyId};
 use inlinecrypt_io::backing::{Caching, DiscardPolicy, FileBacking, OpenOptions};
@@ -47,7 +50,7 @@ use std::net::ToSocketAddrs as _;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, TryLockError};
 
 pub(super) fn run(mut args: Serve) -> Result<(), Failures> {
     // First, so that a signal at any moment is an orderly stop.
@@ -138,6 +141,9 @@ pub(super) fn run(mut args: Serve) -> Result<(), Failures> {
     if let Err(error) = listen::notify_ready() {
         note(error.chain());
     }
+    if !args.pause_reencryption {
+        running.resume_reencryptions();
+    }
     signals.forever().next();
 
     // Whoever is taking over gets to an end first, one way or the other.
@@ -158,6 +164,7 @@ pub(super) fn run(mut args: Serve) -> Result<(), Failures> {
     if let Err(error) = listen::notify_stopping() {
         note(error.chain());
     }
+    running.stop_reencryptions();
     let stopped = running.server.stop(plan.server.stop_time_max);
     drop(control);
     match stopped {
@@ -343,14 +350,26 @@ fn default_control_path() -> Result<PathBuf, Failure> {
 /// A volume that is served.
 #[derive(Debug)]
 struct Served {
-    volume: Arc<Volume>,
+    volume: Arc<LiveVolume>,
     backing: Arc<Watched>,
     /// What is behind it.
     file: Arc<FileBacking>,
     name: String,
     path: PathBuf,
     engine: usize,
-    identifier: Identifier,
+    terms: ServedTerms,
+    /// Its re-encryption, the last one if there were several. Held while one begins.
+    job: Mutex<Option<Job>>,
+}
+
+/// How a volume was asked to be served, whatever its key.
+#[derive(Clone, Debug)]
+pub(super) struct ServedTerms {
+    pub(super) label: String,
+    pub(super) access: Access,
+    pub(super) discard: Discard,
+    pub(super) fallback: FallbackArg,
+    pub(super) slots: SlotsPlan,
 }
 
 /// A server at work.
@@ -360,7 +379,7 @@ struct Running {
     volumes: Vec<Served>,
     engines: Vec<EngineFacts>,
     /// Public names of the keys that may be in keyslots.
-    identifiers: HashMap<KeyId, Identifier>,
+    identifiers: RwLock<HashMap<KeyId, Identifier>>,
     uris: Vec<String>,
     started_at: u64,
     /// Its listening sockets, to be handed over.
@@ -419,7 +438,10 @@ impl Running {
         facts.append(&mut fallbacks);
         let mut volumes = Vec::new();
         let mut failures = Vec::new();
+        let mut identifiers = HashMap::new();
         for ready in ready {
+            identifiers.insert(ready.admission.key().id(), ready.identifier);
+            identifiers.extend(ready.next.as_ref().map(|next| (next.admission.key().id(), next.identifier)));
             let file = predecessor.as_mut().and_then(|old| old.file(&ready.plan.name));
             match Served::open(ready, file) {
                 Ok(served) => volumes.push(served),
@@ -427,8 +449,10 @@ impl Running {
             }
         }
         Failures::check(failures)?;
+        let identifiers = RwLock::new(identifiers);
         if let Some(old) = predecessor {
-            old.check(&volumes.iter().map(Served::facts).collect::<Vec<_>>())?;
+            let facts = volumes.iter().map(|served| served.facts(&identifiers));
+            old.check(&facts.collect::<Vec<_>>())?;
         }
         let exports = volumes.iter().map(|served| ExportSpec {
             name: served.name.clone(),
@@ -436,8 +460,6 @@ impl Running {
             disk: served.volume.clone(),
         });
         let server = NbdServer::new(exports, options).map_err(|error| Failure::of("cannot serve", &error))?;
-        let identifiers =
-            volumes.iter().map(|served| (served.volume.admission().key().id(), served.identifier)).collect();
         let started_at = host::seconds_now();
         Ok(Self {
             server,
@@ -452,6 +474,89 @@ impl Running {
             turn: Mutex::new(()),
             successor: OnceLock::new(),
         })
+    }
+
+    /// Lets the re-encryptions go on that were under way when the volumes were last served.
+    fn resume_reencryptions(&self) {
+        for served in &self.volumes {
+            if let Some(job) = &*served.job() {
+                job.resume(None);
+            }
+        }
+    }
+
+    /// Lets them end after the zones at hand.
+    fn stop_reencryptions(&self) {
+        for served in &self.volumes {
+            if let Some(job) = &*served.job() {
+                job.stop();
+            }
+        }
+    }
+
+    /// The engine that serves a key of a volume: mostly the one that the volume was planned for.
+    fn engine_of(&self, served: &Served, profile: &Arc<CryptoProfile>) -> &EngineFacts {
+        let engines = self.engines.iter().filter(|engine| engine.spec.is_some());
+        let mut its = engines.filter(|engine| Arc::ptr_eq(&engine.profile, profile));
+        its.next().unwrap_or(&self.engines[served.engine])
+    }
+
+    fn begin_reencryption(&self, served: &Served, wish: &Wish) -> Result<Job, Failure> {
+        let current = served.volume.current();
+        let ServedTerms { label, access, discard, fallback, slots } = &served.terms;
+        if *access == Access::ReadOnly {
+            return Err(Failure::new(
+                Code::Refused,
+                format!("{label} is served read-only"),
+                "Serve it for writing, or stop the server and do it with --offline.",
+            ));
+        }
+        let key = current.admission().key().id();
+        let identifiers = self.identifiers.read().unwrap_or_else(PoisonError::into_inner);
+        let identifier = *identifiers.get(&key).expect("entered when it was admitted");
+        drop(identifiers);
+        let layout = *current.layout();
+        let planned = LayoutPlan {
+            mode: layout.mode(),
+            data_unit: layout.data_unit_size(),
+            block: Some(layout.logical_block_bytes()),
+            iv_offset: layout.iv_offset_sectors(),
+        };
+        let present = Present {
+            path: served.path.clone(),
+            label: label.clone(),
+            layout,
+            planned,
+            identifier,
+            fallback: *fallback,
+            slots: *slots,
+        };
+        let profile = &self.engine_of(served, current.admission().profile()).profile;
+        let (prepared, admission) = Prepared::of(&present, wish, profile)?;
+        let (mode, block) = (prepared.layout.mode(), prepared.layout.logical_block_bytes());
+        if !clients_can_stay(&served.volume.geometry(), mode, block) {
+            return Err(Failure::new(
+                Code::Wrong,
+                format!(
+                    "{label}: clients that are connected may write less than {block} bytes at a time, which {mode} \
+                     with data units of {} cannot",
+                    prepared.layout.data_unit_size()
+                ),
+                "Stop the server, and do it without: inlinecrypt volume reencrypt --offline. It can be served meanwhile, \
+                 to clients that connect anew.",
+            ));
+        }
+        let backing = served.backing.clone();
+        let failed = |error: Error| Failure::of(label, &error);
+        let id = admission.key().id();
+        // Before anything is written.
+        let new = Volume::new(prepared.layout, admission, backing, *access, *discard).map_err(failed)?;
+        let state = prepared.write_down(&served.path)?;
+        let Prepared { identifier: new_key, intent, state: path, .. } = prepared;
+        let running = served.volume.begin(new, state).map_err(failed)?;
+        self.identifiers.write().unwrap_or_else(PoisonError::into_inner).insert(id, new_key);
+        tracing::info!(volume = %label, key = %new_key, "re-encryption begins");
+        Job::start(running, served.path.clone(), path, intent, new_key, false)
     }
 
     /// Locks and names that were another server's are ours.
@@ -498,9 +603,18 @@ impl Running {
         if let Some(why) = self.lost() {
             return refuse(why);
         }
+        // None begins until this is over.
+        let jobs: Vec<_> = self.volumes.iter().map(Served::job).collect();
+        let mut under_way = jobs.iter().zip(&self.volumes).filter(|(job, _)| is_under_way(job.as_ref()));
+        if let Some((_, served)) = under_way.next() {
+            return refuse(format!(
+                "{:?} is being re-encrypted: wait until it is done, or stop this server and start the new one",
+                served.name
+            ));
+        }
         for served in &self.volumes {
             let file = served.file.hand_over()?;
-            take_over::send(socket, &Message::Volume(served.facts()), Some(file.as_fd()))?;
+            take_over::send(socket, &Message::Volume(served.facts(&self.identifiers)), Some(file.as_fd()))?;
         }
         for (door, named) in &self.doors {
             take_over::send(socket, &Message::Door(named.clone().into()), Some(door.as_fd()))?;
@@ -578,7 +692,8 @@ impl Running {
     fn greeting(&self) -> String {
         let mut text = String::new();
         for Served { volume, name, path, .. } in &self.volumes {
-            let layout = volume.layout();
+            let current = volume.current();
+            let layout = current.layout();
             let _ = writeln!(
                 text,
                 "serving {} as {name:?}: {}, {}, data unit {}",
@@ -587,6 +702,15 @@ impl Running {
                 layout.mode(),
                 layout.data_unit_size(),
             );
+            if let Some((new, done)) = volume.becoming() {
+                let _ = writeln!(
+                    text,
+                    "  being re-encrypted: {} done, to {}, data unit {}",
+                    Size(done),
+                    new.layout().mode(),
+                    new.layout().data_unit_size()
+                );
+            }
         }
         for uri in &self.uris {
             let _ = writeln!(text, "  {uri}");
@@ -619,10 +743,13 @@ impl Running {
             },
             volumes: volumes
                 .map(|(served, export)| {
-                    let layout = served.volume.layout();
-                    let admission = served.volume.admission();
+                    let current = served.volume.current();
+                    let (layout, admission) = (current.layout(), current.admission());
+                    let becoming = served.volume.becoming();
+                    let troubles =
+                        [admission.trouble(), becoming.and_then(|(new, _)| new.admission().trouble())];
                     let lost = served.backing.lost().map(|why| ("data_lost", why.to_owned()));
-                    let trouble = lost.or_else(|| admission.trouble().map(|why| ("no_key", why)));
+                    let trouble = lost.or_else(|| Some(("no_key", troubles.into_iter().flatten().next()?)));
                     VolumeReport {
                         name: served.name.clone(),
                         path: served.path.display().to_string(),
@@ -636,8 +763,8 @@ impl Running {
                             KeyType::Raw => "raw",
                             KeyType::HardwareWrapped => "hardware-wrapped",
                         },
-                        key_id: served.identifier.to_string(),
-                        engine: self.engines[served.engine].name.clone(),
+                        key_id: served.identifier(&self.identifiers),
+                        engine: self.engine_of(served, admission.profile()).name.clone(),
                         served_by: match admission.served_by() {
                             ServedBy::Engine => "engine",
                             ServedBy::Fallback => "fallback",
@@ -645,6 +772,7 @@ impl Running {
                         state: trouble.as_ref().map_or("ok", |(state, _)| state),
                         reason: trouble.map(|(_, why)| why),
                         backing_failures: served.backing.failures(),
+                        reencrypt: served.job().as_ref().map(report_job),
                         counters: export.counters,
                     }
                 })
@@ -698,10 +826,7 @@ impl Running {
                     .enumerate()
                     .map(|(slot, status)| SlotReport {
                         slot,
-                        key_id: status
-                            .key
-                            .and_then(|key| self.identifiers.get(&key))
-                            .map(ToString::to_string),
+                        key_id: status.key.and_then(|key| identifier_of(&self.identifiers, key)),
                         users: status.users,
                         hits: status.counters.hits,
                         programs: status.counters.programs,
@@ -745,6 +870,73 @@ impl Answers for Running {
         self.report_all()
     }
 
+    fn reencrypt(&self, request: &ReencryptRequest) -> Result<(), Failure> {
+        let ReencryptRequest { volume, action } = request;
+        let Some(served) = self.volumes.iter().find(|served| served.path == Path::new(volume)) else {
+            return Err(Failure::new(
+                Code::File,
+                format!("{volume} is not served here"),
+                "`inlinecrypt status` shows which server serves it.",
+            ));
+        };
+        let mut job = served.job();
+        match action {
+            ReencryptAction::Begin {
+                key,
+                mode,
+                data_unit_bytes,
+                block_bytes,
+                iv_offset_sectors,
+                zone_bytes,
+                throttle_bytes,
+                keep_holes,
+                remove_old_key,
+            } => {
+                if is_under_way(job.as_ref()) {
+                    return Err(reencrypt::under_way(&served.terms.label));
+                }
+                let wrong =
+                    |why: String| Failure::new(Code::Wrong, why, "Ask with a command of this version.");
+                let key = key.as_deref().map(|key| KeySource::parse(key.as_ref(), Path::new("/")));
+                let mode = mode.as_deref().map(crate::cli::parse_mode);
+                let unit = data_unit_bytes.map(|bytes| crate::cli::data_unit(bytes.into()));
+                let layout = LayoutArgs {
+                    mode: mode.transpose().map_err(wrong)?,
+                    data_unit: unit.transpose().map_err(wrong)?,
+                    block: *block_bytes,
+                    iv_offset: *iv_offset_sectors,
+                };
+                let wish = Wish {
+                    layout,
+                    key: key.transpose().map_err(wrong)?,
+                    zone_bytes: *zone_bytes,
+                    throttle_bytes: *throttle_bytes,
+                    keep_holes: *keep_holes,
+                    remove_old_key: *remove_old_key,
+                    engine: None,
+                };
+                // The last one's thread has ended, or is about to.
+                drop(job.take());
+                *job = Some(self.begin_reencryption(served, &wish)?);
+                Ok(())
+            }
+            ReencryptAction::Pause | ReencryptAction::Resume { .. } => {
+                let Some(job) = job.as_ref().filter(|job| !job.is_done()) else {
+                    return Err(Failure::new(
+                        Code::Wrong,
+                        format!("{} is not being re-encrypted", served.terms.label),
+                        format!("To begin: inlinecrypt volume reencrypt {}", files::shell_word(&served.path)),
+                    ));
+                };
+                match action {
+                    ReencryptAction::Resume { throttle_bytes } => job.resume(*throttle_bytes),
+                    _ => job.pause(),
+                }
+                Ok(())
+            }
+        }
+    }
+
     fn reset(&self, engine: Option<&str>) -> Result<Vec<String>, String> {
         let engines = self.engines.iter().filter(|facts| facts.spec.is_some());
         let asked: Vec<_> = engines.filter(|facts| engine.is_none_or(|name| facts.name == name)).collect();
@@ -764,7 +956,7 @@ impl Answers for Running {
 impl Served {
     /// Opens and locks the backing, or takes it over as `handed` by another server.
     fn open(ready: Ready, handed: Option<OwnedFd>) -> Result<Self, Failure> {
-        let Ready { plan, layout, admission, identifier, unused_bytes: _ } = ready;
+        let Ready { plan, layout, admission, identifier: _, unused_bytes: _, next } = ready;
         let discard = match plan.discard {
             Discard::Pass => DiscardPolicy::PassDown,
             Discard::Off => DiscardPolicy::Ignore,
@@ -790,22 +982,86 @@ impl Served {
                     failure
                 }
             })?;
-        Ok(Self {
-            volume: Arc::new(volume),
-            backing,
-            file,
-            name: plan.name,
-            path: std::path::absolute(&plan.path).unwrap_or(plan.path),
-            engine: plan.engine,
-            identifier,
-        })
+        let terms = ServedTerms {
+            label: plan.label,
+            access: plan.access,
+            discard: plan.discard,
+            fallback: plan.fallback,
+            slots: plan.slots,
+        };
+        let path = std::path::absolute(&plan.path).unwrap_or(plan.path);
+        let (volume, job) = match next {
+            None => (Arc::new(LiveVolume::new(volume)), None),
+            Some(next) => {
+                let (volume, job) = go_on(volume, next, backing.clone(), &terms, &path)?;
+                (volume, Some(job))
+            }
+        };
+        let job = Mutex::new(job);
+        Ok(Self { volume, backing, file, name: plan.name, path, engine: plan.engine, terms, job })
+    }
+
+    fn facts(&self, identifiers: &RwLock<HashMap<KeyId, Identifier>>) -> VolumeFacts {
+        let current = self.volume.current();
+        VolumeFacts::of(&self.name, self.identifier(identifiers), current.layout(), self.volume.geometry())
+    }
+
+    /// The public name of its key.
+    fn identifier(&self, identifiers: &RwLock<HashMap<KeyId, Identifier>>) -> String {
+        let key = self.volume.current().admission().key().id();
+        identifier_of(identifiers, key).unwrap_or_default()
+    }
+
+    fn job(&self) -> MutexGuard<'_, Option<Job>> {
+        self.job.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Served {
-    fn facts(&self) -> VolumeFacts {
-        VolumeFacts::of(&self.name, self.identifier.to_string(), &self.volume)
+fn identifier_of(identifiers: &RwLock<HashMap<KeyId, Identifier>>, key: KeyId) -> Option<String> {
+    let identifiers = identifiers.read().unwrap_or_else(PoisonError::into_inner);
+    identifiers.get(&key).map(ToString::to_string)
+}
+
+fn is_under_way(job: Option<&Job>) -> bool {
+    job.is_some_and(|job| !job.is_done())
+}
+
+fn report_job(job: &Job) -> ReencryptReport {
+    let report = job.report();
+    ReencryptReport {
+        state: report.state,
+        reason: report.failure.map(|failure| failure.what),
+        done_bytes: report.progress.done_bytes,
+        size_bytes: report.progress.size_bytes,
+        throttle_bytes: report.throttle_bytes,
+        key_id: job.identifier.to_string(),
     }
+}
+
+/// A volume whose re-encryption had begun: whole again, whatever interrupted it, and resting.
+pub(super) fn go_on(
+    old: Volume,
+    next: ReadyNext,
+    backing: Arc<Watched>,
+    terms: &ServedTerms,
+    path: &Path,
+) -> Result<(Arc<LiveVolume>, Job), Failure> {
+    let ServedTerms { label, access, discard, .. } = terms;
+    let ReadyNext { plan, layout, admission, identifier } = next;
+    if *access == Access::ReadOnly {
+        return Err(Failure::new(
+            Code::Refused,
+            format!("{label} is half re-encrypted, and read-only it cannot be completed"),
+            format!("Complete it first: inlinecrypt volume reencrypt --resume {}", files::shell_word(path)),
+        ));
+    }
+    let failed = |error: Error| Failure::of(label, &error);
+    let new = Volume::new(layout, admission, backing, *access, *discard).map_err(failed)?;
+    let state = reencrypt::open_state(&plan.state)?;
+    let live = Arc::new(LiveVolume::new(old).for_clients_of(&new));
+    let running = live.begin(new, state).map_err(failed)?;
+    let job = Job::start(running, path.to_owned(), plan.state, plan.intent, identifier, true)?;
+    Ok((live, job))
 }
 
 /// Every volume at every listener, as clients write it. A single volume is the default export, so its name is left out.
