@@ -144,7 +144,9 @@ impl Host {
         for (index, engine) in plan.engines.iter().enumerate() {
             let mut its = plan.volumes.iter().filter(|volume| volume.engine == index);
             let mut nexts = plan.volumes.iter().filter_map(|volume| volume.next.as_ref());
-            let wants_root = its.clone().any(|volume| volume.key.wanted == Wanted::Wrapped)
+            let may_come = engine.wants_root && files::exists(engine.root.path());
+            let wants_root = may_come
+                || its.clone().any(|volume| volume.key.wanted == Wanted::Wrapped)
                 || nexts.any(|next| next.engine == index && next.key.wanted == Wanted::Wrapped);
             let wants_fallback = its.any(|volume| volume.fallback != FallbackArg::Off);
             match HostEngine::start_at_home(engine, wants_root, wants_fallback, asker) {

@@ -46,6 +46,8 @@ pub(crate) struct EnginePlan {
     pub(crate) name: String,
     pub(crate) spec: EngineSpec,
     pub(crate) root: RootSpec,
+    /// Whether it is opened even if no key needs it yet: one may come.
+    pub(crate) wants_root: bool,
     /// What the root asks for, if it does.
     pub(crate) passphrase_file: Option<PathBuf>,
     pub(crate) key_type: KeyTypeArg,
@@ -368,6 +370,7 @@ pub(crate) fn engine_from(args: &EngineArgs) -> Result<EnginePlan, Failure> {
         name: "default".to_owned(),
         spec: args.engine.unwrap_or_default(),
         root,
+        wants_root: args.root.is_some(),
         passphrase_file: None,
         key_type,
         policy: Policy::default(),
@@ -422,6 +425,7 @@ fn engine_plan(
                 name,
                 spec,
                 root,
+                wants_root: false,
                 passphrase_file,
                 key_type,
                 policy,

@@ -5,7 +5,7 @@ use super::status;
 use crate::ask::Asker;
 use crate::cli::{LayoutArgs, VolumeReencrypt};
 use crate::control::{self, ReencryptAction, ReencryptRequest};
-use crate::files::shell_word;
+use crate::files::{self, shell_word};
 use crate::host::{Host, HostEngine, Ready};
 use crate::keyfile::{KeySource, Wanted};
 use crate::plan::{EnginePlan, LayoutPlan, Plan};
@@ -17,6 +17,7 @@ use inlinecrypt_core::error::Error;
 use inlinecrypt_core::profile::CryptoProfile;
 use inlinecrypt_core::reencrypt::LiveVolume;
 use inlinecrypt_core::volume::Volume;
+use inlinecrypt_engine::Root;
 use inlinecrypt_io::backing::{DiscardPolicy, FileBacking, OpenOptions};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -202,6 +203,16 @@ fn offline(args: &VolumeReencrypt, mut progress: Progress) -> Result<(), Failure
     }
     let other = other_engine(args, &plan.engines[volume.engine]);
     let mut asker = Asker::new(&args.engine.passphrase);
+    let becomes_wrapped = other.is_none() && volume.next.is_none() && wants_root(args);
+    let own = volume.engine;
+    if becomes_wrapped {
+        let engine = &mut plan.engines[own];
+        engine.wants_root = true;
+        if !files::exists(engine.root.path()) {
+            let made = Root::open_or_create(&engine.root, asker.of(engine));
+            drop(made.map_err(|error| Failure::of_file("cannot open the root", &error))?);
+        }
+    }
     let (host, failures) = Host::prepare(&plan, &mut asker);
     Failures::check(failures)?;
     let Host { engines, volumes } = host;

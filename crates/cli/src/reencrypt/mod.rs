@@ -29,6 +29,7 @@ use crate::plan::{Description, EnginePlan, LayoutPlan, SlotsPlan};
 use crate::report::{Code, Failure};
 use crate::size::Size;
 use inlinecrypt_core::backing::Backing;
+use inlinecrypt_core::config::KeyType;
 use inlinecrypt_core::key::LongTermWrappedKey;
 use inlinecrypt_core::profile::{Admission, CryptoProfile};
 use inlinecrypt_core::reencrypt::state::{PREFIX_BYTES, State, StateFacts};
@@ -42,6 +43,10 @@ use std::sync::Arc;
 /// Zones if nothing is said: so short that a client hardly notices that it waits for one, so long that flushing four times
 /// for each costs little.
 pub(crate) const ZONE_BYTES: u64 = 4 << 20;
+
+/// What to do where an engine takes no wrapped keys.
+const NO_LADDER: &str = "If its server was started without a root, since no key needed one, start it with --root SPEC, or do \
+                         it with --offline; for an engine that takes raw keys only, name one: --key raw:FILE.";
 
 /// The plan of a state: what is to become of the volume, and how.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
@@ -239,11 +244,9 @@ impl Prepared {
         let (loaded, new_key, source) = match &wish.key {
             Some(source) => (source.load()?, None, source.clone()),
             None => {
-                let blob = profile.generate().map_err(|error| {
-                    Failure::of("cannot make a new key", &error).advise(
-                        "Name one: --key FILE, or --key raw:FILE for an engine that takes raw keys only.",
-                    )
-                })?;
+                let blob = profile
+                    .generate()
+                    .map_err(|error| Failure::of("cannot make a new key", &error).advise(NO_LADDER))?;
                 let key = LoadedKey::Wrapped(blob);
                 let form = key.form(profile, &KeySource::wrapped(path.clone()))?;
                 let name = Identifier::of(&form, profile).map_err(|error| Failure::of(label, &error))?;
@@ -258,8 +261,14 @@ impl Prepared {
             Wanted::Wrapped => FallbackArg::Off,
         };
         let (admission, identifier) =
-            host::admit_key(&loaded, &source, &layout, fallback, present.slots, profile, label)
-                .map_err(|failure| failure.within(label))?;
+            host::admit_key(&loaded, &source, &layout, fallback, present.slots, profile, label).map_err(
+                |failure| {
+                    let is_for_nobody = source.wanted == Wanted::Wrapped
+                        && !profile.capabilities().key_types.contains(KeyType::HardwareWrapped);
+                    let failure = failure.within(label);
+                    if is_for_nobody { failure.advise(NO_LADDER) } else { failure }
+                },
+            )?;
         if identifier == *old_identifier && *old == layout {
             return Err(Failure::new(
                 Code::Wrong,

@@ -4,6 +4,7 @@
 //!   main_job      one command, and the next
 //!   volumes       bad sizes, files, layouts; descriptions
 //!   keys          bad keys and roots; the ladder
+//!   reencrypt     another key or layout for a volume, and how that is refused
 //!   roots         roots of every kind
 //!   configs       configs, and `check`
 //!   control       `status`
@@ -21,6 +22,7 @@ mod keys;
 mod main_job;
 mod pages;
 mod place;
+mod reencrypt;
 mod roots;
 mod stopping;
 mod volumes;
