@@ -83,8 +83,8 @@ pub(crate) trait Answers: Send + Sync {
     fn report(&self) -> ServerReport;
     /// Resets one engine or all. The names of those that were reset, or why not.
     fn reset(&self, engine: Option<&str>) -> Result<Vec<String>, String>;
-    /// Re-encrypts a volume, or lets that rest.
-    fn reencrypt(&self, request: &ReencryptRequest) -> Result<(), Failure>;
+    /// Re-encrypts a volume, or lets that rest. What a person should know besides, if there is anything.
+    fn reencrypt(&self, request: &ReencryptRequest) -> Result<Option<String>, Failure>;
     /// Hands over to the server at the other end of `stream`, or tells it why not.
     fn hand_over(&self, stream: &Stream) -> io::Result<()>;
 }
@@ -288,7 +288,7 @@ fn answer(stream: &Stream, server: &dyn Answers) -> io::Result<()> {
     let answer = match serde_json::from_str(&line) {
         Ok(Request::TakeOver) => return server.hand_over(stream),
         Ok(Request::Reencrypt(request)) => serde_json::to_vec(&match server.reencrypt(&request) {
-            Ok(()) => serde_json::json!({ "version": VERSION, "done": true }),
+            Ok(note) => serde_json::json!({ "version": VERSION, "done": true, "note": note }),
             Err(Failure { code, what, advice }) => serde_json::json!({
                 "version": VERSION, "error": what, "advice": advice, "code": code as u8,
             }),

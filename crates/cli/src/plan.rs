@@ -85,6 +85,8 @@ pub(crate) struct VolumePlan {
     pub(crate) caching: Caching,
     /// What it is being re-encrypted to, if it is.
     pub(crate) next: Option<Box<NextPlan>>,
+    /// Whether a config or the command line names its key or layout, besides its description.
+    pub(crate) is_named_twice: bool,
 }
 
 /// What a volume's key gets of the engine's keyslots.
@@ -251,6 +253,12 @@ impl Settings {
             spill_after_us: self.spill_after_us.or(described.spill_after_us),
             reencrypt: self.reencrypt.or_else(|| described.reencrypt.clone()),
         })
+    }
+
+    /// Whether it says anything that a re-encryption changes.
+    fn names_key_or_layout(&self) -> bool {
+        let Self { key, key_id, mode, data_unit, iv_offset, .. } = self;
+        key.is_some() || key_id.is_some() || mode.is_some() || data_unit.is_some() || iv_offset.is_some()
     }
 
     fn slots(&self) -> SlotsPlan {
@@ -495,6 +503,7 @@ impl Builder {
                 return;
             }
         };
+        let is_named_twice = description.is_some() && asked.names_key_or_layout();
         // Where both say something, they say the same.
         let said_by = match &description {
             Some(description) => description.path.display().to_string(),
@@ -575,6 +584,7 @@ impl Builder {
             },
             caching: if settings.direct == Some(true) { Caching::Direct } else { Caching::PageCache },
             next,
+            is_named_twice,
             label,
         });
     }

@@ -17,8 +17,8 @@
 //!   loses nothing ([`state`] says in which order). Clients write to a zone again only once it is done for good.
 //! - No request fails since it came at the wrong time.
 //!
-//! Who reads while nothing is re-encrypted takes one more lock, shared, that nobody has alone but for the moments when a
-//! re-encryption begins and ends.
+//! While nothing is re-encrypted a request takes one lock more than it would with a plain volume, shared, which nobody has
+//! alone but for the moments when a re-encryption begins and ends.
 //!
 //! Start reading at [`Reencryption::step`].
 
@@ -39,7 +39,7 @@ use inlinecrypt_cipher::digest::Digest;
 use state::{State, chunks};
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// A volume that can be re-encrypted while it is used.
 #[derive(Debug)]
@@ -51,6 +51,9 @@ pub struct LiveVolume {
     /// Protects which volumes there are. Held shared for a request's duration, before its ranges are taken; alone for a
     /// moment when a re-encryption begins or ends, and never together with a range.
     sides: RwLock<Sides>,
+    /// The larger data unit of the volumes that there are, in bytes: for laying out pieces. Who reads it a moment too early
+    /// lays them out for data units that are no more, which is seen once their side is known.
+    unit_bytes: AtomicU32,
     /// Whose memory buffers are in: that of the first volume's engine, whatever comes later.
     home: Arc<CryptoProfile>,
 }
@@ -159,6 +162,7 @@ impl LiveVolume {
         Self {
             geometry: volume.geometry(),
             locks: RangeLock::new(),
+            unit_bytes: AtomicU32::new(volume.layout().data_unit_size().bytes()),
             home: volume.admission().profile().clone(),
             sides: RwLock::new(Sides::One(volume)),
         }
@@ -187,6 +191,12 @@ impl LiveVolume {
                 Some((new.clone(), border.boundary.load(Ordering::Relaxed)))
             }
         }
+    }
+
+    fn change_sides(&self, sides: &mut Sides, to: Sides) {
+        let unit = to.coarse().layout().data_unit_size().bytes();
+        self.unit_bytes.store(unit, Ordering::Relaxed);
+        *sides = to;
     }
 
     fn sides(&self) -> RwLockReadGuard<'_, Sides> {
@@ -249,15 +259,9 @@ impl LiveVolume {
         };
         let border = Arc::new(Border::default());
         border.boundary.store(state.boundary(), Ordering::Relaxed);
-        *sides = Sides::Two(Two { old: old.clone(), new: new.clone(), border: border.clone() });
-        Ok(Reencryption {
-            live: self.clone(),
-            two: Two { old, new, border },
-            state,
-            room,
-            other_room,
-            holes: Holes::Rewritten,
-        })
+        let two = Two { old, new, border };
+        self.change_sides(&mut sides, Sides::Two(two.clone()));
+        Ok(Reencryption { live: self.clone(), two, state, room, other_room, holes: Holes::Rewritten })
     }
 
     /// Does the pieces at these indices of `batch`, all of which are `volume`'s and locked.
@@ -339,8 +343,7 @@ impl Disk for LiveVolume {
     }
 
     fn span(&self, offset: u64, len: u64, buffer_bytes: usize) -> Span {
-        let unit = u32::try_from(self.sides().coarse().unit_bytes()).expect("at most 64 KiB");
-        Span::cut(unit, offset, len, buffer_bytes)
+        Span::cut(self.unit_bytes.load(Ordering::Relaxed), offset, len, buffer_bytes)
     }
 
     fn check(&self, offset: u64, len: u64, access: Access) -> Result<(), Error> {
@@ -554,7 +557,6 @@ impl Reencryption {
     /// Puts the zone's new ciphertext into the journal, and says what its digest is.
     fn prepare(&mut self, zone: &Range<u64>) -> Result<Digest, Error> {
         let Self { two: Two { old, new, .. }, state, room, other_room, .. } = self;
-        state.open_journal()?;
         let mut digest = Digest::default();
         for (at, len) in chunks(zone.clone()) {
             let unit = u32::try_from(old.unit_bytes()).expect("at most 64 KiB");
@@ -591,7 +593,7 @@ impl Reencryption {
         if !self.progress().is_complete() {
             return Err(Error::new(ErrorKind::Busy, Op::Reencrypt).detail("it is not complete"));
         }
-        *self.live.sides.write() = Sides::One(self.two.new.clone());
+        self.live.change_sides(&mut self.live.sides.write(), Sides::One(self.two.new.clone()));
         Ok(self.two.new.clone())
     }
 }

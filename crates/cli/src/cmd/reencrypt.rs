@@ -1,6 +1,6 @@
 //! `volume reencrypt`: by the server that serves the volume, or, if nobody does, here.
 
-use super::serve::{self, ServedTerms};
+use super::serve;
 use super::status;
 use crate::ask::Asker;
 use crate::cli::{LayoutArgs, VolumeReencrypt};
@@ -8,14 +8,13 @@ use crate::control::{self, ReencryptAction, ReencryptRequest};
 use crate::files::{self, shell_word};
 use crate::host::{Host, HostEngine, Ready};
 use crate::keyfile::{KeySource, Wanted};
-use crate::plan::{EnginePlan, LayoutPlan, Plan};
-use crate::reencrypt::{self, Job, Prepared, Present, Progress, Show, Wish, ZONE_BYTES};
+use crate::plan::{EnginePlan, Plan};
+use crate::reencrypt::{self, Job, Old, Progress, Show, Terms, Wish, ZONE_BYTES};
 use crate::report::{Code, Failure, Failures, note, print};
 use crate::watch::Watched;
 use inlinecrypt_core::backing::Access;
 use inlinecrypt_core::error::Error;
 use inlinecrypt_core::profile::CryptoProfile;
-use inlinecrypt_core::reencrypt::LiveVolume;
 use inlinecrypt_core::volume::Volume;
 use inlinecrypt_engine::Root;
 use inlinecrypt_io::backing::{DiscardPolicy, FileBacking, OpenOptions};
@@ -129,6 +128,9 @@ fn online(
             what,
             answer["advice"].as_str().unwrap_or("Use a server of this version."),
         ));
+    }
+    if let Some(text) = answer["note"].as_str() {
+        note(text);
     }
     if args.pause || args.detach {
         return Ok(());
@@ -315,20 +317,17 @@ fn begin(
     let path = std::path::absolute(&volume.path).unwrap_or_else(|_| volume.path.clone());
     let (access, discard) = (Access::ReadWrite, volume.discard);
     let old = Volume::new(layout, admission, backing.clone(), access, discard).map_err(failed)?;
-    let terms =
-        ServedTerms { label: label.clone(), access, discard, fallback: volume.fallback, slots: volume.slots };
-    if let Some(next) = next {
-        return Ok(serve::go_on(old, next, backing, &terms, &path)?.1);
-    }
-    let present = Present {
-        path: path.clone(),
-        label: label.clone(),
-        layout,
-        planned: LayoutPlan { block: Some(layout.logical_block_bytes()), ..volume.layout },
-        identifier,
+    let terms = Terms {
+        label,
+        access,
+        discard,
         fallback: volume.fallback,
         slots: volume.slots,
+        is_named_twice: false,
     };
+    if let Some(next) = next {
+        return Ok(reencrypt::go_on(old, &path, backing, &terms, next)?.1);
+    }
     let wish = Wish {
         layout: args.layout.clone(),
         key: args.key.clone(),
@@ -338,11 +337,5 @@ fn begin(
         remove_old_key: args.remove_old_key,
         engine: other,
     };
-    let (prepared, admission) = Prepared::of(&present, &wish, profile)?;
-    let new = Volume::new(prepared.layout, admission, backing, access, discard).map_err(failed)?;
-    let live = Arc::new(LiveVolume::new(old).for_clients_of(&new));
-    let state = prepared.write_down(&path)?;
-    let running = live.begin(new, state).map_err(failed)?;
-    let Prepared { identifier, intent, state, .. } = prepared;
-    Job::start(running, path, state, intent, identifier, true)
+    Ok(reencrypt::begin(Old::Idle(old), &path, identifier, backing, &terms, &wish, profile)?.0)
 }

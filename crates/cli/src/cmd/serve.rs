@@ -16,12 +16,12 @@ use crate::control::{
 };
 use crate::create::NewVolume;
 use crate::files::{self, quoted};
-use crate::host::{self, Host, HostEngine, Ready, ReadyNext};
+use crate::host::{self, Host, HostEngine, Ready};
 use crate::identifier::Identifier;
 use crate::keyfile::KeySource;
 use crate::places;
-use crate::plan::{self, ControlPlan, LayoutPlan, ListenPlan, Plan, Settings, SlotsPlan};
-use crate::reencrypt::{self, Job, Prepared, Present, Wish};
+use crate::plan::{self, ControlPlan, ListenPlan, Plan, Settings};
+use crate::reencrypt::{self, Job, Old, Terms, Wish};
 use crate::report::{Code, Failure, Failures, note, print};
 use crate::size::Size;
 use crate::take_over::{self, Message, Predecessor, VolumeFacts};
@@ -33,7 +33,7 @@ use inlinecrypt_core::disk::Disk as _;
 use inlinecrypt_core::error::Error;
 use inlinecrypt_core::key::KeyId;
 use inlinecrypt_core::profile::CryptoProfile;
-use inlinecrypt_core::reencrypt::{LiveVolume, clients_can_stay};
+use inlinecrypt_core::reencrypt::LiveVolume;
 use inlinecrypt_core::volume::{Discard, Volume};
 use inlinecrypt_engine::{EngineSpec, WrappingKeyId};
 use inlinecrypt_io::backing::{Caching, DiscardPolicy, FileBacking, OpenOptions};
@@ -357,19 +357,9 @@ struct Served {
     name: String,
     path: PathBuf,
     engine: usize,
-    terms: ServedTerms,
+    terms: Terms,
     /// Its re-encryption, the last one if there were several. Held while one begins.
     job: Mutex<Option<Job>>,
-}
-
-/// How a volume was asked to be served, whatever its key.
-#[derive(Clone, Debug)]
-pub(super) struct ServedTerms {
-    pub(super) label: String,
-    pub(super) access: Access,
-    pub(super) discard: Discard,
-    pub(super) fallback: FallbackArg,
-    pub(super) slots: SlotsPlan,
 }
 
 /// A server at work.
@@ -503,60 +493,17 @@ impl Running {
 
     fn begin_reencryption(&self, served: &Served, wish: &Wish) -> Result<Job, Failure> {
         let current = served.volume.current();
-        let ServedTerms { label, access, discard, fallback, slots } = &served.terms;
-        if *access == Access::ReadOnly {
-            return Err(Failure::new(
-                Code::Refused,
-                format!("{label} is served read-only"),
-                "Serve it for writing, or stop the server and do it with --offline.",
-            ));
-        }
-        let key = current.admission().key().id();
         let identifiers = self.identifiers.read().unwrap_or_else(PoisonError::into_inner);
-        let identifier = *identifiers.get(&key).expect("entered when it was admitted");
+        let identifier = identifiers.get(&current.admission().key().id());
+        let identifier = *identifier.expect("entered when its key was admitted");
         drop(identifiers);
-        let layout = *current.layout();
-        let planned = LayoutPlan {
-            mode: layout.mode(),
-            data_unit: layout.data_unit_size(),
-            block: Some(layout.logical_block_bytes()),
-            iv_offset: layout.iv_offset_sectors(),
-        };
-        let present = Present {
-            path: served.path.clone(),
-            label: label.clone(),
-            layout,
-            planned,
-            identifier,
-            fallback: *fallback,
-            slots: *slots,
-        };
         let profile = &self.engine_of(served, current.admission().profile()).profile;
-        let (prepared, admission) = Prepared::of(&present, wish, profile)?;
-        let (mode, block) = (prepared.layout.mode(), prepared.layout.logical_block_bytes());
-        if !clients_can_stay(&served.volume.geometry(), mode, block) {
-            return Err(Failure::new(
-                Code::Wrong,
-                format!(
-                    "{label}: clients that are connected may write less than {block} bytes at a time, which {mode} \
-                     with data units of {} cannot",
-                    prepared.layout.data_unit_size()
-                ),
-                "Stop the server, and do it without: inlinecrypt volume reencrypt --offline. It can be served meanwhile, \
-                 to clients that connect anew.",
-            ));
-        }
-        let backing = served.backing.clone();
-        let failed = |error: Error| Failure::of(label, &error);
-        let id = admission.key().id();
-        // Before anything is written.
-        let new = Volume::new(prepared.layout, admission, backing, *access, *discard).map_err(failed)?;
-        let state = prepared.write_down(&served.path)?;
-        let Prepared { identifier: new_key, intent, state: path, .. } = prepared;
-        let running = served.volume.begin(new, state).map_err(failed)?;
-        self.identifiers.write().unwrap_or_else(PoisonError::into_inner).insert(id, new_key);
-        tracing::info!(volume = %label, key = %new_key, "re-encryption begins");
-        Job::start(running, served.path.clone(), path, intent, new_key, false)
+        let (old, backing) = (Old::Live(served.volume.clone()), served.backing.clone());
+        let (job, key) =
+            reencrypt::begin(old, &served.path, identifier, backing, &served.terms, wish, profile)?;
+        self.identifiers.write().unwrap_or_else(PoisonError::into_inner).insert(key, job.identifier);
+        job.resume(None);
+        Ok(job)
     }
 
     /// Locks and names that were another server's are ours.
@@ -870,7 +817,7 @@ impl Answers for Running {
         self.report_all()
     }
 
-    fn reencrypt(&self, request: &ReencryptRequest) -> Result<(), Failure> {
+    fn reencrypt(&self, request: &ReencryptRequest) -> Result<Option<String>, Failure> {
         let ReencryptRequest { volume, action } = request;
         let Some(served) = self.volumes.iter().find(|served| served.path == Path::new(volume)) else {
             return Err(Failure::new(
@@ -918,7 +865,13 @@ impl Answers for Running {
                 // The last one's thread has ended, or is about to.
                 drop(job.take());
                 *job = Some(self.begin_reencryption(served, &wish)?);
-                Ok(())
+                Ok(served.terms.is_named_twice.then(|| {
+                    format!(
+                        "the config or command line of the server names key or layout of {}, too: change it before the \
+                         next start, which refuses it otherwise",
+                        served.terms.label
+                    )
+                }))
             }
             ReencryptAction::Pause | ReencryptAction::Resume { .. } => {
                 let Some(job) = job.as_ref().filter(|job| !job.is_done()) else {
@@ -932,7 +885,7 @@ impl Answers for Running {
                     ReencryptAction::Resume { throttle_bytes } => job.resume(*throttle_bytes),
                     _ => job.pause(),
                 }
-                Ok(())
+                Ok(None)
             }
         }
     }
@@ -982,18 +935,19 @@ impl Served {
                     failure
                 }
             })?;
-        let terms = ServedTerms {
+        let terms = Terms {
             label: plan.label,
             access: plan.access,
             discard: plan.discard,
             fallback: plan.fallback,
             slots: plan.slots,
+            is_named_twice: plan.is_named_twice,
         };
         let path = std::path::absolute(&plan.path).unwrap_or(plan.path);
         let (volume, job) = match next {
             None => (Arc::new(LiveVolume::new(volume)), None),
             Some(next) => {
-                let (volume, job) = go_on(volume, next, backing.clone(), &terms, &path)?;
+                let (volume, job) = reencrypt::go_on(volume, &path, backing.clone(), &terms, next)?;
                 (volume, Some(job))
             }
         };
@@ -1036,32 +990,6 @@ fn report_job(job: &Job) -> ReencryptReport {
         throttle_bytes: report.throttle_bytes,
         key_id: job.identifier.to_string(),
     }
-}
-
-/// A volume whose re-encryption had begun: whole again, whatever interrupted it, and resting.
-pub(super) fn go_on(
-    old: Volume,
-    next: ReadyNext,
-    backing: Arc<Watched>,
-    terms: &ServedTerms,
-    path: &Path,
-) -> Result<(Arc<LiveVolume>, Job), Failure> {
-    let ServedTerms { label, access, discard, .. } = terms;
-    let ReadyNext { plan, layout, admission, identifier } = next;
-    if *access == Access::ReadOnly {
-        return Err(Failure::new(
-            Code::Refused,
-            format!("{label} is half re-encrypted, and read-only it cannot be completed"),
-            format!("Complete it first: inlinecrypt volume reencrypt --resume {}", files::shell_word(path)),
-        ));
-    }
-    let failed = |error: Error| Failure::of(label, &error);
-    let new = Volume::new(layout, admission, backing, *access, *discard).map_err(failed)?;
-    let state = reencrypt::open_state(&plan.state)?;
-    let live = Arc::new(LiveVolume::new(old).for_clients_of(&new));
-    let running = live.begin(new, state).map_err(failed)?;
-    let job = Job::start(running, path.to_owned(), plan.state, plan.intent, identifier, true)?;
-    Ok((live, job))
 }
 
 /// Every volume at every listener, as clients write it. A single volume is the default export, so its name is left out.

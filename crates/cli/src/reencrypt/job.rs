@@ -91,17 +91,16 @@ struct Work {
 }
 
 impl Job {
-    /// Begins to work, or rests until it is told to.
+    /// Rests until it is told to [resume](Self::resume).
     pub(crate) fn start(
         running: Reencryption,
         volume: PathBuf,
         state: PathBuf,
         intent: Intent,
         identifier: Identifier,
-        is_paused: bool,
     ) -> Result<Self, Failure> {
         let orders = Orders {
-            is_paused,
+            is_paused: true,
             is_stopping: false,
             throttle_bytes: intent.throttle_bytes,
             progress: running.progress(),

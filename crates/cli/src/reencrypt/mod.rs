@@ -13,9 +13,11 @@
 //! The state is ours (`core::reencrypt::state`, docs/reencryption.md). LUKS2 keeps its own in its header; that would be
 //! another way to fill in a [`NextPlan`], and another `State`.
 
+mod begin;
 mod job;
 mod progress;
 
+pub(crate) use begin::{Old, Terms, begin, go_on};
 pub(crate) use job::Job;
 pub(crate) use progress::{EVERY, Progress, Show};
 
@@ -189,7 +191,7 @@ pub(crate) struct Wish {
 
 /// The volume as it is.
 #[derive(Clone, Debug)]
-pub(crate) struct Present {
+struct Present {
     pub(crate) path: PathBuf,
     pub(crate) label: String,
     pub(crate) layout: Layout,
@@ -202,7 +204,7 @@ pub(crate) struct Present {
 
 /// All that has to be known before anything is written: the new key is admitted beside the old one.
 #[derive(Debug)]
-pub(crate) struct Prepared {
+struct Prepared {
     pub(crate) layout: Layout,
     pub(crate) identifier: Identifier,
     pub(crate) intent: Intent,
@@ -338,7 +340,7 @@ impl Prepared {
 }
 
 /// Opens and locks the state of a re-encryption that has begun.
-pub(crate) fn open_state(path: &Path) -> Result<State, Failure> {
+fn open_state(path: &Path) -> Result<State, Failure> {
     let what = format!("state of a re-encryption {}", path.display());
     let medium: Arc<dyn Backing> = Arc::new(
         FileBacking::open(path, OpenOptions::default()).map_err(|error| Failure::of_file(&what, &error))?,

@@ -301,6 +301,92 @@ fn failures_hit_the_zone_alone_and_are_made_good_by_the_next_step() {
     assert!(read(&*live, 0, SIZE) == content);
 }
 
+/// A header that may be on the medium or not refers to a journal that is written once more: to the same bytes, since nobody could
+/// change the zone meanwhile.
+#[test]
+fn a_failed_header_does_not_make_the_next_journal_look_damaged() {
+    let profile = profile();
+    let shape = |key| Shape { mode: Mode::Aes256Xts, unit: 4096, iv_offset: 0, key };
+    let backing = Arc::new(MemBacking::new(SIZE, 1));
+    let content = noise(3, SIZE);
+    write(&shape(1).volume(&profile, backing.clone()), 0, &content);
+    let live = Arc::new(LiveVolume::new(shape(1).volume(&profile, backing.clone())));
+    let new = shape(2).volume(&profile, live.current().backing().clone());
+    let medium = Arc::new(Telling {
+        inner: MemBacking::new(usize::try_from(State::medium_bytes(ZONE)).unwrap(), 1),
+        flushes_left: AtomicU64::new(u64::MAX),
+        is_found_whole: AtomicBool::new(true),
+        volume: backing,
+    });
+    let mut running =
+        live.begin(new, State::create(medium.clone(), SIZE as u64, ZONE, b"").unwrap()).unwrap();
+    // The journal's is done, the header's fails although the header is there.
+    medium.flushes_left.store(1, Ordering::Relaxed);
+    running.step().unwrap_err();
+    let mut buffer = live.private_buffer(LARGE_BUFFER_BYTES).unwrap();
+    assert!(live.read(live.span(0, 512, LARGE_BUFFER_BYTES), &mut buffer).is_err(), "nobody knows");
+    medium.flushes_left.store(u64::MAX, Ordering::Relaxed);
+    while !running.step().unwrap().is_complete() {}
+    running.finish().unwrap();
+    assert!(
+        medium.is_found_whole.load(Ordering::Relaxed),
+        "a kill at some moment would have left it damaged"
+    );
+    assert!(read(&*live, 0, SIZE) == content);
+}
+
+/// A medium that fails flushes as told, and looks at each write whether a state that is opened now could be recovered.
+#[derive(Debug)]
+struct Telling {
+    inner: MemBacking,
+    flushes_left: AtomicU64,
+    is_found_whole: AtomicBool,
+    volume: Arc<MemBacking>,
+}
+
+impl Telling {
+    fn look(&self) {
+        let copy = |of: &MemBacking| {
+            let content = of.content();
+            let copy = MemBacking::new(content.len(), 1);
+            copy.write(0, &content, Durability::Cached).unwrap();
+            copy
+        };
+        // Before its first header it is none.
+        if let Ok(mut state) = State::open(Arc::new(copy(&self.inner)))
+            && state.recover(&copy(&self.volume)).is_err()
+        {
+            self.is_found_whole.store(false, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Backing for Telling {
+    fn facts(&self) -> crate::backing::BackingFacts {
+        self.inner.facts()
+    }
+    fn read(&self, offset: u64, data: &mut [u8]) -> Result<(), Error> {
+        self.inner.read(offset, data)
+    }
+    fn write(&self, offset: u64, data: &[u8], durability: Durability) -> Result<(), Error> {
+        self.inner.write(offset, data, durability)?;
+        self.look();
+        Ok(())
+    }
+    fn flush(&self) -> Result<(), Error> {
+        let less = |left: u64| left.checked_sub(1);
+        let taken = self.flushes_left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
+        taken.map(drop).map_err(|_none_left| Error::new(ErrorKind::FlushLost, Op::Flush))
+    }
+    fn discard(&self, offset: u64, len: u64) -> Result<(), Error> {
+        self.inner.discard(offset, len)
+    }
+    fn extents(&self, offset: u64, len: u64, extents_max: usize) -> Result<Vec<Extent>, Error> {
+        self.inner.extents(offset, len, extents_max)
+    }
+    fn prefetch(&self, _: u64, _: u64) {}
+}
+
 /// Trims on both sides and over the boundary keep to the data units of the side.
 #[test]
 fn trims_give_back_on_both_sides() {
