@@ -278,3 +278,21 @@ fn what_a_crash_left_behind_is_written_anew() {
     assert_eq!(server.client("").read(0, 4 << 20).unwrap(), vec![2; 4 << 20]);
     server.stop();
 }
+
+/// A config that names the key knows nothing of the new one: that is told when it begins, and at the next start.
+#[test]
+fn a_config_that_names_the_key_is_told_of() {
+    let place = Place::new();
+    written(&place, &[3; 512]);
+    let config = "[[volume]]\npath = \"v.img\"\nkey = \"v.img.key\"\n[listen]\nnbd = [\"unix:s.sock\"]\n";
+    place.write("c.toml", config.as_bytes());
+    let server = place.serve("s.sock", ["--config", "c.toml"]);
+    let said = place.run(["volume", "reencrypt", "v.img"]);
+    assert!(
+        said.done().err.contains("note: the config or command line of the server names key or layout"),
+        "{said}"
+    );
+    server.stop();
+    place.run(["serve", "--config", "c.toml"]).refused(2, &["wrong key", "v.img.toml"]);
+    reads(&place, &[3; 512]);
+}
