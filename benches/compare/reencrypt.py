@@ -21,7 +21,7 @@ DIR = tempfile.mkdtemp(prefix='reencrypt-', dir=a.dir)
 ENV = dict(os.environ, INLINECRYPT_HOME=f'{DIR}/home', XDG_RUNTIME_DIR=DIR)
 SOCK, CONTROL, VOLUME = f'{DIR}/s.sock', f'{DIR}/c.sock', f'{DIR}/v.img'
 
-def run(*args): return subprocess.run([BIN, *args], env=ENV, check=True, capture_output=True, text=True).stdout
+def run(*args, check=True): return subprocess.run([BIN, *args], env=ENV, check=check, capture_output=True, text=True).stdout
 
 def reencrypt(*more):
     began = time.monotonic()
@@ -54,14 +54,14 @@ try:
             print(f'| {zone} | {(last - first) / 2**20 / (at - began):.0f} MiB/s |', flush=True)
         print('\n| clients | re-encryption | kIOPS | MiB/s | median | p99 | longest |\n| --- | --- | --- | --- | --- | --- | --- |')
         for name, how in (('random 4 KiB', ('randrw', '4k', 8)), ('sequential 256 KiB reads', ('read', '256k', 4))):
-            for label, more in (('none', None), ('4 MiB zones, 50 MiB/s', ['--throttle', '50MiB']), ('4 MiB zones', []), ('1 MiB zones', ['--zone', '1MiB'])):
+            for label, more in (('none', None), ('1 MiB zones, 50 MiB/s', ['--throttle', '50MiB']), ('1 MiB zones', []), ('4 MiB zones', ['--zone', '4MiB'])):
                 over = threading.Event()
                 moved = 0
                 def work():
                     while not over.is_set():
                         run('volume', 'reencrypt', '--control', CONTROL, '--remove-old-key', '--detach', *more, VOLUME)
                         while report()['state'] != 'done':
-                            if over.is_set(): run('volume', 'reencrypt', '--resume', '--throttle', '0', '--control', CONTROL, '--detach', VOLUME)
+                            if over.is_set(): run('volume', 'reencrypt', '--resume', '--throttle', '0', '--control', CONTROL, '--detach', VOLUME, check=False)
                             time.sleep(0.02)
                 worker = threading.Thread(target=work)
                 if more is not None: worker.start(); time.sleep(0.2)

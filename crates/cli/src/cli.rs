@@ -455,7 +455,7 @@ pub(crate) struct VolumeReencrypt {
     #[arg(long, value_name = "SIZE")]
     pub(crate) throttle: Option<Size>,
     /// How much is re-encrypted at once: a multiple of 256 KiB up to 64 MiB. Clients that come to that part wait for it
-    /// [default: 4MiB]
+    /// [default: 1MiB]
     #[arg(long, value_name = "SIZE", value_parser = parse_zone)]
     pub(crate) zone: Option<u64>,
     /// Leave zones without storage as they are. They were never written or were trimmed; what is read there is noise, and
