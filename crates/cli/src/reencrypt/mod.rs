@@ -324,8 +324,17 @@ impl Prepared {
 
     fn make_state(&self) -> Result<State, Failure> {
         let what = || format!("cannot make {}", self.state.display());
-        // Of an attempt that came to nothing: it was looked at, and nothing had begun.
-        files::remove(&self.state, "state")?;
+        if files::exists(&self.state) {
+            look(&self.state).map_err(|_not_ours| {
+                Failure::new(
+                    Code::Busy,
+                    format!("{} exists already, and is no state of a re-encryption", self.state.display()),
+                    "It was left alone. Move it away: the state is to lie there.",
+                )
+            })?;
+            // Of an attempt that came to nothing: nothing of it had begun, as was looked at.
+            files::remove(&self.state, "state")?;
+        }
         let staged = Staged::beside(&self.state);
         let fail = |error: &_| Failure::of_file(what(), error);
         let len = State::medium_bytes(self.zone_bytes);

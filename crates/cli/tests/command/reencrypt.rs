@@ -1,4 +1,4 @@
-use crate::place::{MIB, Place};
+use crate::place::{MIB, PATIENCE, Place};
 use serde_json::Value;
 use std::fs;
 
@@ -242,41 +242,69 @@ fn a_lost_state_or_mark_is_noticed() {
     server.stop();
 }
 
-/// What a crash leaves before the mark is there is of no consequence, and so is a state that is left after it is gone.
+/// A file where the state is to be, and that is none, is somebody's.
 #[test]
-fn what_a_crash_left_behind_is_written_anew() {
+fn what_is_no_state_is_left_alone() {
+    let place = Place::new();
+    written(&place, &[2; 4096]);
+    place.write("v.img.reencrypt", b"precious");
+    reads(&place, &[2; 4096]);
+    place.run(["volume", "reencrypt", "v.img"]).refused(5, &["v.img.reencrypt exists already", "no state"]);
+    assert_eq!(fs::read(place.path("v.img.reencrypt")).unwrap(), b"precious");
+    assert_eq!(names(&place).iter().filter(|name| name.ends_with(".key")).count(), 1, "no key was made");
+    reads(&place, &[2; 4096]);
+}
+
+/// All is under the new key, and the description could not be written; then the server is killed. The next one writes it.
+#[test]
+fn the_last_step_is_made_again_until_it_succeeds() {
     let place = Place::new();
     place.run(["volume", "create", "--size", "4MiB", "v.img"]).done();
-    let server = place.serve("v.img.sock", ["--control", "c", "v.img"]);
-    server.client("").write(0, &vec![2; 4 << 20]).unwrap();
-    let whole = fs::read(place.path("v.img.toml")).unwrap();
+    let mut server = place.serve("v.img.sock", ["--control", "c", "v.img"]);
+    server.client("").write(0, &vec![1; 4 << 20]).unwrap();
+    let begin = [
+        "volume",
+        "reencrypt",
+        "--control",
+        "c",
+        "--throttle",
+        "1MiB",
+        "--detach",
+        "--remove-old-key",
+        "v.img",
+    ];
+    place.run(begin).done();
+    let marked = fs::read(place.path("v.img.toml")).unwrap();
+    // Something that no file takes the place of.
+    fs::remove_file(place.path("v.img.toml")).unwrap();
+    fs::create_dir_all(place.path("v.img.toml/in")).unwrap();
     place
-        .run([
-            "volume",
-            "reencrypt",
-            "--control",
-            "c",
-            "--throttle",
-            "1",
-            "--detach",
-            "--zone",
-            "256KiB",
-            "v.img",
-        ])
+        .run(["volume", "reencrypt", "--control", "c", "--resume", "--throttle", "0", "--detach", "v.img"])
         .done();
+    let state = || {
+        place.run(["status", "--json", "--control", "c"]).json()["servers"][0]["volumes"][0]["reencrypt"]
+            .clone()
+    };
+    while state()["state"] != "failing" {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    assert!(state()["reason"].as_str().unwrap().contains("v.img.toml"), "{}", state());
+    assert_eq!(server.client("").read(0, 4 << 20).unwrap(), vec![1; 4 << 20]);
+    server.signal(rustix::process::Signal::KILL);
+    server.process.wait(PATIENCE).unwrap();
+    fs::remove_dir_all(place.path("v.img.toml")).unwrap();
+    place.write("v.img.toml", &marked);
+    let info = place.run(["volume", "info", "v.img"]);
+    assert!(info.done().out.contains("100 %"), "{info}");
+    let server = place.serve("v.img.sock", ["--control", "c", "v.img"]);
+    while state()["state"] != "done" {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    assert_eq!(server.client("").read(0, 4 << 20).unwrap(), vec![1; 4 << 20]);
     server.stop();
-    // As it was before the mark was written, and before the first zone was.
-    let mut state = fs::read(place.path("v.img.reencrypt")).unwrap();
-    place.run(["volume", "reencrypt", "--resume", "--throttle", "0", "v.img"]).done();
-    let after = fs::read(place.path("v.img.toml")).unwrap();
-    assert_ne!(whole, after);
-    // A state that was not removed in time: of no meaning once the description is the new one.
-    place.write("v.img.reencrypt", b"rubbish");
-    place.run(["volume", "reencrypt", "--offline", "v.img"]).done();
-    state.clear();
-    let server = place.serve("v.img.sock", ["v.img"]);
-    assert_eq!(server.client("").read(0, 4 << 20).unwrap(), vec![2; 4 << 20]);
-    server.stop();
+    let text = fs::read_to_string(place.path("v.img.toml")).unwrap();
+    assert!(!text.contains("reencrypt"), "{text}");
+    assert!(!place.path("v.img.key").exists() && !place.path("v.img.reencrypt").exists());
 }
 
 /// A config that names the key knows nothing of the new one: that is told when it begins, and at the next start.
