@@ -7,6 +7,7 @@
 //!   its rows' implementations.
 //! - [`names`] is the table of the modes for file names, which encrypt one message instead of data units.
 //! - [`kdf`] and [`wrap`] are what hardware does with hardware-wrapped keys.
+//! - [`digest`] notices changed bytes.
 //! - Everything is byte for byte what Linux computes; `vectors/` holds the evidence, each file with its origin.
 //! - `unsafe` is confined to one module, `simd`.
 //!
@@ -15,6 +16,7 @@
 #![deny(unsafe_code)]
 
 pub mod adiantum;
+pub mod digest;
 pub mod dun;
 pub mod essiv;
 pub mod kdf;

@@ -15,6 +15,8 @@ use crate::size::Size;
 use clap::builder::{OsStringValueParser, TypedValueParser as _};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use inlinecrypt_core::config::{DataUnitSize, KeyType, Mode};
+use inlinecrypt_core::disk::CHUNK_BYTES;
+use inlinecrypt_core::reencrypt::state::ZONE_BYTES_MAX;
 use inlinecrypt_core::volume::{IvLayout, SECTOR_BYTES};
 use inlinecrypt_engine::{EngineSpec, RootSpec, Sample};
 use inlinecrypt_io::listen::Listen;
@@ -372,6 +374,9 @@ pub(crate) struct Serve {
     /// Bypass the page cache (O_DIRECT)
     #[arg(long)]
     pub(crate) direct: bool,
+    /// Let volumes that are half re-encrypted rest as they are; without, the server goes on with it
+    #[arg(long)]
+    pub(crate) pause_reencryption: bool,
     #[command(flatten)]
     pub(crate) tls: TlsArgs,
     /// Socket for `inlinecrypt status`, or none [default: PID.sock in $XDG_RUNTIME_DIR/inlinecrypt]
@@ -456,6 +461,83 @@ Examples:
   inlinecrypt volume info --dm-table demo.img
       the line with which Linux's dm-crypt opens it, without its key")]
     Info(VolumeInfo),
+    /// Get a volume under another key, or into another layout, also while it is served
+    ///
+    /// If a server of this user serves the volume, the server does the work: clients stay connected and notice nothing but
+    /// that requests to the part at hand wait for a moment. This command shows how far it is; ending it (Ctrl-C) leaves
+    /// the server at work. If nobody serves it, this command does the work itself; ending it lets the work rest.
+    ///
+    /// At any moment all of it may be killed, or the power go: `serve` and --resume go on from there. Until it is done
+    /// both keys are needed. The state lies beside the volume, in VOLUME.reencrypt; in the end VOLUME.toml names the new
+    /// key and layout, and the old key's file stays unless --remove-old-key is given.
+    #[command(
+        visible_alias = "convert",
+        after_help = "\
+Examples:
+  inlinecrypt volume reencrypt demo.img
+      a new hardware-wrapped key, in demo.img.XXXXXXXX.key
+  inlinecrypt volume reencrypt --key raw:new.key --throttle 50MiB demo.img
+  inlinecrypt volume convert --data-unit 512 --mode Adiantum demo.img
+      another layout, with a new key
+  inlinecrypt volume reencrypt --pause demo.img
+  inlinecrypt volume reencrypt --resume --progress-json demo.img"
+    )]
+    Reencrypt(Box<VolumeReencrypt>),
+}
+
+/// Get a volume under another key.
+#[derive(Args, Debug)]
+pub(crate) struct VolumeReencrypt {
+    /// A file or block device with a description
+    #[arg(value_name = "VOLUME")]
+    pub(crate) volume: PathBuf,
+    /// Its new key: FILE for a wrapped key, raw:FILE for a raw one [default: a new one in VOLUME.XXXXXXXX.key]
+    #[arg(long, value_name = "FILE", value_parser = key_parser())]
+    pub(crate) key: Option<KeySource>,
+    #[command(flatten)]
+    pub(crate) layout: LayoutArgs,
+    #[command(flatten)]
+    pub(crate) engine: EngineArgs,
+    /// Engine for the new key, if another; not while the volume is served
+    #[arg(long, value_name = "SPEC", value_parser = parse_core::<EngineSpec>, help_heading = "Engine")]
+    pub(crate) new_engine: Option<EngineSpec>,
+    /// Root of the new key, if another; not while the volume is served
+    #[arg(long, value_name = "SPEC", value_parser = parse_core::<RootSpec>, help_heading = "Engine")]
+    pub(crate) new_root: Option<RootSpec>,
+    /// Most bytes in a second, as a size [default: as many as there are]
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) throttle: Option<Size>,
+    /// How much is re-encrypted at once: a multiple of 256 KiB up to 64 MiB. Clients that come to that part wait for it
+    /// [default: 1MiB]
+    #[arg(long, value_name = "SIZE", value_parser = parse_zone)]
+    pub(crate) zone: Option<u64>,
+    /// Leave zones without storage as they are. They were never written or were trimmed; what is read there is noise, and
+    /// changes to another
+    #[arg(long)]
+    pub(crate) keep_holes: bool,
+    /// Remove the file of the old key once nothing is under it any more
+    #[arg(long)]
+    pub(crate) remove_old_key: bool,
+    /// Go on with what was interrupted or paused; with --throttle, at that rate
+    #[arg(long, conflicts_with_all = ["key", "mode", "data_unit", "block", "iv_offset", "new_engine", "new_root", "zone",
+        "keep_holes", "remove_old_key"])]
+    pub(crate) resume: bool,
+    /// Let the server rest after the part at hand
+    #[arg(long, conflicts_with_all = ["resume", "offline", "key", "mode", "data_unit", "block", "iv_offset", "zone",
+        "throttle"])]
+    pub(crate) pause: bool,
+    /// Do not ask any server
+    #[arg(long, conflicts_with = "control")]
+    pub(crate) offline: bool,
+    /// Control socket of the server that serves the volume [default: looked for among those of this user]
+    #[arg(long, value_name = "PATH")]
+    pub(crate) control: Option<PathBuf>,
+    /// Do not wait for the server to finish
+    #[arg(long, conflicts_with = "offline")]
+    pub(crate) detach: bool,
+    /// Show progress as JSON, a line each half second, with the keys and units of `cryptsetup --progress-json`
+    #[arg(long)]
+    pub(crate) progress_json: bool,
 }
 
 /// Make a volume.
@@ -851,6 +933,16 @@ pub(crate) fn parse_sector(text: &str) -> Result<u32, String> {
     match text.parse::<Size>()?.0 {
         bytes @ (512 | 1024 | 2048 | 4096) => Ok(u32::try_from(bytes).expect("at most 4096")),
         other => Err(format!("{other} bytes are no sector size: it is 512, 1024, 2048 or 4096")),
+    }
+}
+
+fn parse_zone(text: &str) -> Result<u64, String> {
+    let bytes = text.parse::<Size>()?.0;
+    let fits = (1..=ZONE_BYTES_MAX).contains(&bytes) && bytes % CHUNK_BYTES as u64 == 0;
+    if fits {
+        Ok(bytes)
+    } else {
+        Err(format!("{bytes} bytes are no zone: it is a multiple of 256 KiB up to 64 MiB"))
     }
 }
 

@@ -70,6 +70,7 @@ pub(crate) struct VolumeTable {
     pub(crate) passphrase_file: Option<String>,
     pub(crate) key_file: Option<String>,
     pub(crate) recover: Option<bool>,
+    pub(crate) reencrypt: Option<String>,
 }
 
 /// `[listen]`
@@ -141,6 +142,7 @@ const KEYS: &[(&str, &[&str])] = &[
             "passphrase_file",
             "key_file",
             "recover",
+            "reencrypt",
         ],
     ),
     ("listen", &["nbd", "tls", "tls_cert", "tls_key", "tls_client_ca", "tls_verify_client"]),
@@ -159,8 +161,18 @@ impl ConfigFile {
     /// Reads a file and reports every key in it that is not known.
     pub(crate) fn read(path: &Path) -> Result<Self, Vec<Failure>> {
         let text = files::read_text(path, "config").map_err(|failure| vec![failure])?;
+        Self::of_text(text, path)
+    }
+
+    /// The same of a text that is to be a file at `path`.
+    pub(crate) fn of_text(text: String, path: &Path) -> Result<Self, Vec<Failure>> {
         let config = parse(&text, path)?;
         Ok(Self { path: path.to_owned(), config, text })
+    }
+
+    /// As it is written.
+    pub(crate) fn text(&self) -> &str {
+        &self.text
     }
 
     /// `FILE:LINE` of something in it.

@@ -3,6 +3,7 @@
 //! One line of JSON comes in, one JSON document goes out, and the connection ends. Both sides are bounded in bytes and
 //! time, and each client has a thread of its own, of which there are few: who hangs holds up nobody.
 
+use crate::report::Failure;
 use inlinecrypt_core::error::Error;
 use inlinecrypt_io::export::CountersSnapshot;
 use inlinecrypt_io::listen::{Listen, ListenOptions, Listener, Stopper, Stream};
@@ -19,10 +20,13 @@ use std::time::Duration;
 /// Version of requests and answers. Grows when a field changes its meaning or goes away; new fields do not count.
 pub(crate) const VERSION: u32 = 1;
 
-const REQUEST_BYTES_MAX: u64 = 1024;
+/// Paths are the longest that is said.
+const REQUEST_BYTES_MAX: u64 = 16 << 10;
 const ANSWER_BYTES_MAX: u64 = 64 << 20;
 /// How long either side waits for the other.
 const TIME_MAX: Duration = Duration::from_secs(2);
+/// How long a client waits until a re-encryption has begun: an engine opens a key, and a journal is written.
+const BEGIN_TIME_MAX: Duration = Duration::from_secs(60);
 /// Clients at once. One more is turned away.
 const CLIENTS_MAX: usize = 8;
 
@@ -37,8 +41,41 @@ enum Request {
         /// Which.
         engine: Option<String>,
     },
+    /// Re-encrypt a volume, or let that rest.
+    Reencrypt(ReencryptRequest),
     /// Hand over to the server that asks. What follows is in `take_over.rs`.
     TakeOver,
+}
+
+/// What is to be done about the re-encryption of a volume.
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct ReencryptRequest {
+    /// The file or block device, absolute.
+    pub(crate) volume: String,
+    pub(crate) action: ReencryptAction,
+}
+
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub(crate) enum ReencryptAction {
+    Begin {
+        /// As on a command line, and absolute. A new one is made if there is none.
+        key: Option<String>,
+        mode: Option<String>,
+        data_unit_bytes: Option<u32>,
+        block_bytes: Option<u32>,
+        iv_offset_sectors: Option<u64>,
+        iv: Option<String>,
+        zone_bytes: u64,
+        throttle_bytes: u64,
+        keep_holes: bool,
+        remove_old_key: bool,
+    },
+    Pause,
+    Resume {
+        throttle_bytes: Option<u64>,
+    },
 }
 
 /// What answers requests.
@@ -47,6 +84,8 @@ pub(crate) trait Answers: Send + Sync {
     fn report(&self) -> ServerReport;
     /// Resets one engine or all. The names of those that were reset, or why not.
     fn reset(&self, engine: Option<&str>) -> Result<Vec<String>, String>;
+    /// Re-encrypts a volume, or lets that rest. What a person should know besides, if there is anything.
+    fn reencrypt(&self, request: &ReencryptRequest) -> Result<Option<String>, Failure>;
     /// Hands over to the server at the other end of `stream`, or tells it why not.
     fn hand_over(&self, stream: &Stream) -> io::Result<()>;
 }
@@ -98,7 +137,24 @@ pub(crate) struct VolumeReport {
     pub(crate) reason: Option<String>,
     /// Requests that the backing failed.
     pub(crate) backing_failures: u64,
+    /// What it is being re-encrypted to, or was while this server ran.
+    pub(crate) reencrypt: Option<ReencryptReport>,
     pub(crate) counters: CountersSnapshot,
+}
+
+/// How far a re-encryption is.
+#[derive(Debug, Serialize)]
+pub(crate) struct ReencryptReport {
+    /// `running`, `paused`, `failing` (it tries again) or `done`.
+    pub(crate) state: &'static str,
+    /// Why, if `failing`.
+    pub(crate) reason: Option<String>,
+    pub(crate) done_bytes: u64,
+    pub(crate) size_bytes: u64,
+    /// Most bytes in a second; 0 for as many as there are.
+    pub(crate) throttle_bytes: u64,
+    /// The new key.
+    pub(crate) key_id: String,
 }
 
 #[derive(Debug, Serialize)]
@@ -236,6 +292,12 @@ fn answer(stream: &Stream, server: &dyn Answers) -> io::Result<()> {
     BufReader::new(stream.take(REQUEST_BYTES_MAX)).read_line(&mut line)?;
     let answer = match serde_json::from_str(&line) {
         Ok(Request::TakeOver) => return server.hand_over(stream),
+        Ok(Request::Reencrypt(request)) => serde_json::to_vec(&match server.reencrypt(&request) {
+            Ok(note) => serde_json::json!({ "version": VERSION, "done": true, "note": note }),
+            Err(Failure { code, what, advice }) => serde_json::json!({
+                "version": VERSION, "error": what, "advice": advice, "code": code as u8,
+            }),
+        }),
         Ok(Request::Status) => serde_json::to_vec(&server.report()),
         Ok(Request::Reset { engine }) => serde_json::to_vec(&match server.reset(engine.as_deref()) {
             Ok(engines) => serde_json::json!({ "version": VERSION, "reset": engines }),
@@ -260,14 +322,23 @@ pub(crate) fn ask_to_reset(path: &Path, engine: Option<String>) -> io::Result<se
     send(path, &Request::Reset { engine })
 }
 
+/// Asks the server at `path` to re-encrypt, or to let that rest.
+pub(crate) fn ask_to_reencrypt(path: &Path, request: ReencryptRequest) -> io::Result<serde_json::Value> {
+    send_patiently(path, &Request::Reencrypt(request), BEGIN_TIME_MAX)
+}
+
 /// The request by which another server takes over.
 pub(crate) fn take_over_request() -> io::Result<Vec<u8>> {
     Ok(serde_json::to_vec(&Request::TakeOver)?)
 }
 
 fn send(path: &Path, request: &Request) -> io::Result<serde_json::Value> {
+    send_patiently(path, request, TIME_MAX * 2)
+}
+
+fn send_patiently(path: &Path, request: &Request, time_max: Duration) -> io::Result<serde_json::Value> {
     let mut stream = UnixStream::connect(path)?;
-    stream.set_read_timeout(Some(TIME_MAX * 2))?;
+    stream.set_read_timeout(Some(time_max))?;
     stream.set_write_timeout(Some(TIME_MAX))?;
     let mut request = serde_json::to_vec(request)?;
     request.push(b'\n');

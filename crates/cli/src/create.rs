@@ -79,7 +79,7 @@ impl NewVolume<'_> {
         let fallback = if source.wanted == Wanted::Raw { *fallback } else { FallbackArg::Off };
         let identifier = if fallback == FallbackArg::Off {
             // The admission ends here: it is asked for again when the volume is served.
-            host::admit_key(&key, &source, &layout, fallback, SlotsPlan::default(), &engine, &label)
+            host::admit_key(&key, &source, &layout, fallback, SlotsPlan::default(), &engine.profile, &label)
                 .map_err(|failure| failure.within(&label))?
                 .1
         } else {

@@ -133,6 +133,48 @@ pub(crate) fn write_new(path: &Path, what: &str, bytes: &[u8]) -> Result<(), Fai
     staged.publish(what)
 }
 
+/// Writes a file for its owner alone over another: at every moment one of the two is there, whole.
+pub(crate) fn replace(path: &Path, what: &str, bytes: &[u8]) -> Result<(), Failure> {
+    let staged = Staged::beside(path);
+    let write = || -> io::Result<()> {
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        let file = rustix::fs::open(staged.temporary(), flags, Mode::RUSR | Mode::WUSR)?;
+        let mut file = File::from(file);
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        std::fs::rename(staged.temporary(), path)?;
+        Ok(sync_directory(path)?)
+    };
+    write().map_err(|error| not_written(path, what, &error))
+}
+
+/// Removes a file, and makes that stable. One that is not there is fine.
+pub(crate) fn remove(path: &Path, what: &str) -> Result<(), Failure> {
+    let removed = match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => sync_directory(path).map_err(io::Error::from),
+    };
+    removed.map_err(|error| {
+        Failure::of_io(
+            format!("cannot remove {what} {}", path.display()),
+            &error,
+            "Remove it by hand: it is of no use any more.",
+        )
+    })
+}
+
+/// The first `len` bytes of a file, or all if it is shorter.
+pub(crate) fn read_prefix(path: &Path, what: &str, len: usize) -> Result<Vec<u8>, Failure> {
+    let read = || -> io::Result<Vec<u8>> {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK;
+        let file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
+        let mut bytes = Vec::new();
+        file.take(len as u64).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    };
+    read().map_err(|error| Failure::of_io(format!("{what} {}", path.display()), &error, "Check the name."))
+}
+
 /// How many bytes of a file's name its temporary name has: enough to recognise it by, and short enough for NAME_MAX.
 const KNOWN_BY_BYTES_MAX: usize = 200;
 

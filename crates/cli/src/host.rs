@@ -10,6 +10,7 @@ use crate::keyfile::{KeySource, LoadedKey, Wanted};
 use crate::orders::{self, Candidate};
 use crate::places::{self, beside};
 use crate::plan::{EnginePlan, LayoutPlan, Plan, Settings, SlotsPlan, TlsPlan, VolumePlan};
+use crate::reencrypt::NextPlan;
 use crate::report::{Code, Failure, note};
 use crate::size::Size;
 use inlinecrypt_core::admission::{Fallback, Mode, Reason, Terms, Timestamp};
@@ -115,6 +116,17 @@ pub(crate) struct Ready {
     pub(crate) identifier: Identifier,
     /// Bytes behind the last whole data unit.
     pub(crate) unused_bytes: u64,
+    /// What it is being re-encrypted to, if it is.
+    pub(crate) next: Option<ReadyNext>,
+}
+
+/// The other half of a volume that is being re-encrypted.
+#[derive(Debug)]
+pub(crate) struct ReadyNext {
+    pub(crate) plan: NextPlan,
+    pub(crate) layout: Layout,
+    pub(crate) admission: Admission,
+    pub(crate) identifier: Identifier,
 }
 
 /// Everything but the backings.
@@ -131,7 +143,11 @@ impl Host {
         let mut host = Self::default();
         for (index, engine) in plan.engines.iter().enumerate() {
             let mut its = plan.volumes.iter().filter(|volume| volume.engine == index);
-            let wants_root = its.clone().any(|volume| volume.key.wanted == Wanted::Wrapped);
+            let mut nexts = plan.volumes.iter().filter_map(|volume| volume.next.as_ref());
+            let may_come = engine.wants_root && files::exists(engine.root.path());
+            let wants_root = may_come
+                || its.clone().any(|volume| volume.key.wanted == Wanted::Wrapped)
+                || nexts.any(|next| next.engine == index && next.key.wanted == Wanted::Wrapped);
             let wants_fallback = its.any(|volume| volume.fallback != FallbackArg::Off);
             match HostEngine::start_at_home(engine, wants_root, wants_fallback, asker) {
                 Ok(engine) => host.engines.push(Some(engine)),
@@ -168,10 +184,24 @@ impl Host {
             }
             let Some(engine) = &host.engines[volume.engine] else { continue };
             let asked = volume.key.asked(asker).map(|key| VolumePlan { key, ..volume.clone() });
-            match asked.and_then(|volume| admit(&volume, &medium, engine)) {
-                Ok(ready) => host.volumes.push(ready),
-                Err(failure) => failures.push(failure),
+            let mut ready = match asked.and_then(|volume| admit(&volume, &medium, engine)) {
+                Ok(ready) => ready,
+                Err(failure) => {
+                    failures.push(failure);
+                    continue;
+                }
+            };
+            if let Some(next) = &volume.next {
+                let Some(engine) = &host.engines[next.engine] else { continue };
+                match admit_next(volume, next, &medium, engine) {
+                    Ok(next) => ready.next = Some(next),
+                    Err(failure) => {
+                        failures.push(failure);
+                        continue;
+                    }
+                }
             }
+            host.volumes.push(ready);
         }
         (host, failures)
     }
@@ -182,7 +212,11 @@ impl Host {
         for (index, (slot, engine_plan)) in self.engines.iter_mut().zip(&plan.engines).enumerate() {
             let Some(engine) = slot else { continue };
             let exclusive = engine.profile.status().mode != Mode::Settled;
-            let volumes: Vec<_> = plan
+            let key_type = |wanted: Wanted| match wanted {
+                Wanted::Wrapped => KeyType::HardwareWrapped,
+                Wanted::Raw => KeyType::Raw,
+            };
+            let mut volumes: Vec<_> = plan
                 .volumes
                 .iter()
                 .filter(|volume| {
@@ -190,15 +224,22 @@ impl Host {
                 })
                 .map(|volume| Candidate {
                     label: &volume.label,
-                    key_type: match volume.key.wanted {
-                        Wanted::Wrapped => KeyType::HardwareWrapped,
-                        Wanted::Raw => KeyType::Raw,
-                    },
+                    key_type: key_type(volume.key.wanted),
                     hold: volume.slots.hold,
                     fallback_ready: volume.fallback == FallbackArg::Allowed
                         && volume.key.wanted == Wanted::Raw,
                 })
                 .collect();
+            // Both keys of a volume that is being re-encrypted are needed together.
+            volumes.extend(plan.volumes.iter().filter_map(|volume| {
+                let next = volume.next.as_ref().filter(|next| next.engine == index)?;
+                (volume.fallback != FallbackArg::Forced).then(|| Candidate {
+                    label: &next.label,
+                    key_type: key_type(next.key.wanted),
+                    hold: volume.slots.hold,
+                    fallback_ready: volume.fallback == FallbackArg::Allowed && next.key.wanted == Wanted::Raw,
+                })
+            }));
             let keyslots = engine.profile.capabilities().keyslots;
             let found = orders::conflicts(engine_plan, keyslots, exclusive, &volumes);
             if !found.is_empty() {
@@ -274,7 +315,7 @@ fn admit(volume: &VolumePlan, medium: &Medium, engine: &HostEngine) -> Result<Re
     let layout = layout(&volume.layout, medium.len_bytes, label)?;
     let key = volume.key.load().map_err(|failure| failure.within(label))?;
     let (admission, identifier) =
-        admit_key(&key, &volume.key, &layout, volume.fallback, volume.slots, engine, label)
+        admit_key(&key, &volume.key, &layout, volume.fallback, volume.slots, &engine.profile, label)
             .map_err(|failure| failure.within(label))?;
     if let Some(expected) = volume.key_id.filter(|expected| *expected != identifier) {
         return Err(Failure::new(
@@ -288,7 +329,32 @@ fn admit(volume: &VolumePlan, medium: &Medium, engine: &HostEngine) -> Result<Re
         ));
     }
     let unused_bytes = volume.layout.unused(&layout, medium.len_bytes);
-    Ok(Ready { plan: volume.clone(), layout, admission, identifier, unused_bytes })
+    Ok(Ready { plan: volume.clone(), layout, admission, identifier, unused_bytes, next: None })
+}
+
+/// Admits the key that a volume is being re-encrypted to.
+fn admit_next(
+    volume: &VolumePlan,
+    next: &NextPlan,
+    medium: &Medium,
+    engine: &HostEngine,
+) -> Result<ReadyNext, Failure> {
+    let NextPlan { label, key, .. } = next;
+    let layout = layout(&next.layout, medium.len_bytes, label)?;
+    let loaded = key.load().map_err(|failure| failure.within(label))?;
+    let (admission, identifier) =
+        admit_key(&loaded, key, &layout, volume.fallback, volume.slots, &engine.profile, label)
+            .map_err(|failure| failure.within(label))?;
+    if next.key_id != Some(identifier) {
+        return Err(Failure::new(
+            Code::Refused,
+            format!(
+                "{label}: wrong key: {key} has identifier {identifier}, and the re-encryption began with another"
+            ),
+            "Bring the key file back from a copy: half of the volume is under that key.",
+        ));
+    }
+    Ok(ReadyNext { plan: next.clone(), layout, admission, identifier })
 }
 
 /// Refuses a volume that is to be written and that this user may not write.
@@ -463,7 +529,7 @@ pub(crate) fn admit_key(
     layout: &Layout,
     fallback: FallbackArg,
     slots: SlotsPlan,
-    engine: &HostEngine,
+    profile: &Arc<CryptoProfile>,
     label: &str,
 ) -> Result<(Admission, Identifier), Failure> {
     key.check_length(layout.mode(), source)?;
@@ -479,15 +545,15 @@ pub(crate) fn admit_key(
             "{source} is hardware-wrapped: software never serves it, whatever --fallback says"
         ));
     }
-    let form = key.form(&engine.profile, source)?;
-    let identifier = Identifier::of(&form, &engine.profile)
+    let form = key.form(profile, source)?;
+    let identifier = Identifier::of(&form, profile)
         .map_err(|error| Failure::of(format!("{source} is refused"), &error))?;
     let key = new_key(form, layout, fallback).map_err(|why| refused_key(source, why))?;
     let allowed = if fallback == FallbackArg::Off { Fallback::Off } else { Fallback::Allowed };
     let SlotsPlan { priority, hold, preprogram, spill_after_ns } = slots;
     let (label, now) = (label.to_owned(), Timestamp(seconds_now()));
     let terms = Terms { fallback: allowed, hold, priority, preprogram, spill_after_ns, label, now };
-    let admission = engine.profile.admit(key, terms).map_err(|refusal| {
+    let admission = profile.admit(key, terms).map_err(|refusal| {
         let advice = match refusal.reason() {
             Reason::FallbackOff(_) => {
                 "Choose what it can do (inlinecrypt engine info), or allow --fallback allowed."

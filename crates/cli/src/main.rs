@@ -11,6 +11,7 @@
 //!     engine_process   where engines run
 //!     create     new volumes: key, description and image, in an order that a crash cannot spoil
 //!     control    the socket by which `status` asks a running server
+//!     reencrypt   another key for a volume: what is written down, and who does the work
 //!     take_over   live upgrade: one server takes over from another
 //!   luks/        LUKS containers: what they say about their data, and the process that opens them
 //!   ask          passphrases and PINs, and the process that talks to TPMs and tokens
@@ -39,6 +40,7 @@ mod orders;
 mod places;
 mod plan;
 mod probe;
+mod reencrypt;
 mod report;
 mod size;
 mod table;

@@ -127,6 +127,7 @@ mod tests {
             name: "e".to_owned(),
             spec,
             root,
+            wants_root: false,
             passphrase_file: None,
             key_type,
             policy,

@@ -16,6 +16,7 @@ use crate::keyfile::KeySource;
 use crate::luks::look::Luks;
 use crate::luks::unlock::{LuksKey, Passphrase, PassphraseFile};
 use crate::places::{self, beside, directory_of, relative_to};
+use crate::reencrypt::{self, NextPlan};
 use crate::report::{Code, Failure};
 use crate::table::{self, TableTerms};
 use inlinecrypt_core::admission::Hold;
@@ -48,6 +49,8 @@ pub(crate) struct EnginePlan {
     pub(crate) name: String,
     pub(crate) spec: EngineSpec,
     pub(crate) root: RootSpec,
+    /// Whether it is opened even if no key needs it yet: one may come.
+    pub(crate) wants_root: bool,
     /// What the root asks for, if it does.
     pub(crate) passphrase_file: Option<PathBuf>,
     pub(crate) key_type: KeyTypeArg,
@@ -85,6 +88,10 @@ pub(crate) struct VolumePlan {
     pub(crate) slots: SlotsPlan,
     pub(crate) discard: Discard,
     pub(crate) caching: Caching,
+    /// What it is being re-encrypted to, if it is.
+    pub(crate) next: Option<Box<NextPlan>>,
+    /// Whether a config or the command line names its key or layout, besides its description.
+    pub(crate) is_named_twice: bool,
 }
 
 /// What a volume's key gets of the engine's keyslots.
@@ -183,6 +190,8 @@ pub(crate) struct Settings {
     pub(crate) preprogram: Option<bool>,
     pub(crate) spill_after_us: Option<u64>,
     pub(crate) luks: LuksSettings,
+    /// The state of its re-encryption, while that is under way.
+    pub(crate) reencrypt: Option<PathBuf>,
 }
 
 /// What somebody said about a LUKS container.
@@ -252,6 +261,7 @@ impl Settings {
             pin: table.pin,
             preprogram: table.preprogram,
             spill_after_us: table.spill_after_us,
+            reencrypt: table.reencrypt.as_ref().map(|path| relative_to(base, Path::new(path))),
             luks: LuksSettings::from_table(table, base)?,
         };
         match &table.dm_table {
@@ -319,7 +329,14 @@ impl Settings {
             preprogram: self.preprogram.or(described.preprogram),
             spill_after_us: self.spill_after_us.or(described.spill_after_us),
             luks: self.luks.over(&described.luks),
+            reencrypt: self.reencrypt.or_else(|| described.reencrypt.clone()),
         })
+    }
+
+    /// Whether it says anything that a re-encryption changes.
+    fn names_key_or_layout(&self) -> bool {
+        let Self { key, key_id, mode, data_unit, iv_offset, .. } = self;
+        key.is_some() || key_id.is_some() || mode.is_some() || data_unit.is_some() || iv_offset.is_some()
     }
 
     fn slots(&self) -> SlotsPlan {
@@ -364,7 +381,9 @@ fn choice<T: clap::ValueEnum>(text: &str) -> Result<T, String> {
 pub(crate) struct Description {
     pub(crate) path: PathBuf,
     pub(crate) settings: Settings,
-    engine: Option<EnginePlan>,
+    pub(crate) engine: Option<EnginePlan>,
+    /// As it is written.
+    pub(crate) text: String,
 }
 
 impl Description {
@@ -379,7 +398,16 @@ impl Description {
         if !files::exists(&path) {
             return Ok(None);
         }
-        let file = ConfigFile::read(&path)?;
+        Self::of(&ConfigFile::read(&path)?, volume).map(Some)
+    }
+
+    /// What `text` says about `volume`, if it were its description.
+    pub(crate) fn of_text(text: String, volume: &Path) -> Result<Self, Vec<Failure>> {
+        Self::of(&ConfigFile::of_text(text, &Self::path_for(volume))?, volume)
+    }
+
+    fn of(file: &ConfigFile, volume: &Path) -> Result<Self, Vec<Failure>> {
+        let path = file.path.clone();
         let name = volume.file_name();
         let base = directory_of(&path);
         let describes =
@@ -401,9 +429,10 @@ impl Description {
         let mut failures = Vec::new();
         let engine = match &file.config.engine[..] {
             [] => None,
-            [engine, ..] => engine_plan(&file, engine, base, &mut failures),
+            [engine, ..] => engine_plan(file, engine, base, &mut failures),
         };
-        if failures.is_empty() { Ok(Some(Self { path, settings, engine })) } else { Err(failures) }
+        let text = file.text().to_owned();
+        if failures.is_empty() { Ok(Self { path, settings, engine, text }) } else { Err(failures) }
     }
 
     fn strange(path: &Path, volume: &Path, why: &str) -> Failure {
@@ -444,6 +473,7 @@ pub(crate) fn engine_from(args: &EngineArgs) -> Result<EnginePlan, Failure> {
         name: "default".to_owned(),
         spec: args.engine.unwrap_or_default(),
         root,
+        wants_root: args.root.is_some(),
         passphrase_file: None,
         key_type,
         policy: Policy::default(),
@@ -498,6 +528,7 @@ fn engine_plan(
                 name,
                 spec,
                 root,
+                wants_root: false,
                 passphrase_file,
                 key_type,
                 policy,
@@ -567,6 +598,7 @@ impl Builder {
                 return;
             }
         };
+        let is_named_twice = description.is_some() && asked.names_key_or_layout();
         // Where both say something, they say the same.
         let said_by = match &description {
             Some(description) => description.path.display().to_string(),
@@ -650,6 +682,14 @@ impl Builder {
             }
             None => (said_by, settings.layout(), settings.key_id),
         };
+        let next = match reencrypt::next_plan(path, settings.reencrypt.as_deref(), &label) {
+            Ok(None) => None,
+            Ok(Some((mut next, described))) => {
+                next.engine = described.map_or(engine, |described| self.engine(described));
+                Some(Box::new(next))
+            }
+            Err(failures) => return self.failures.extend(failures),
+        };
         let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         self.volumes.push(VolumePlan {
             name: settings.name.clone().unwrap_or(stem),
@@ -669,6 +709,8 @@ impl Builder {
                 Some(DiscardArg::Pass) | None => Discard::Pass,
             },
             caching: if settings.direct == Some(true) { Caching::Direct } else { Caching::PageCache },
+            next,
+            is_named_twice,
             label,
         });
     }
@@ -918,6 +960,20 @@ impl Plan {
             }
         }
         let listen = ListenPlan::new(&ListenTable::default(), &first, Path::new(""), &mut builder.failures);
+        Self::finish(builder, listen, ServerPlan::default())
+    }
+
+    /// One volume, as its description says; with `engine`, where that says nothing.
+    pub(crate) fn for_one(path: &Path, engine: &EngineArgs) -> Result<Self, Vec<Failure>> {
+        let mut builder = Builder::default();
+        let named = engine.engine.is_some() || engine.root.is_some() || engine.key_type.is_some();
+        let chosen = if named {
+            Some(builder.engine(engine_from(engine).map_err(|failure| vec![failure])?))
+        } else {
+            None
+        };
+        builder.volume(path.display().to_string(), path, Settings::default(), chosen);
+        let listen = ListenPlan::new(&ListenTable::default(), path, Path::new(""), &mut builder.failures);
         Self::finish(builder, listen, ServerPlan::default())
     }
 

@@ -21,8 +21,8 @@
 use crate::plan::ControlPlan;
 use crate::report::{Code, Failure};
 use inlinecrypt_core::backing::Access;
-use inlinecrypt_core::disk::Disk as _;
-use inlinecrypt_core::volume::{IvLayout, Volume};
+use inlinecrypt_core::disk::Geometry;
+use inlinecrypt_core::volume::{IvLayout, Layout};
 use inlinecrypt_io::export::nbd::Handed;
 use inlinecrypt_io::listen::{Claim, Listener, NamedAt};
 use rustix::io::retry_on_intr;
@@ -102,8 +102,13 @@ pub(crate) struct VolumeFacts {
 }
 
 impl VolumeFacts {
-    pub(crate) fn of(name: &str, key_id: String, volume: &Volume, offset_bytes: u64) -> Self {
-        let (layout, geometry) = (volume.layout(), volume.geometry());
+    pub(crate) fn of(
+        name: &str,
+        key_id: String,
+        layout: &Layout,
+        geometry: Geometry,
+        offset_bytes: u64,
+    ) -> Self {
         Self {
             name: name.to_owned(),
             key_id,

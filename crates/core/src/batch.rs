@@ -7,7 +7,8 @@
 use crate::backing::{Access, Durability, Part};
 use crate::disk::Span;
 use crate::engine::Piece;
-use crate::error::Error;
+use crate::error::{Error, ErrorKind, Op};
+use crate::memory::Buffer;
 use std::ops::Range;
 
 /// What is to be done with a piece.
@@ -42,6 +43,11 @@ pub struct Item {
 }
 
 impl Item {
+    /// A piece whose memory begins at `at`.
+    pub(crate) fn placed(span: Span, transfer: Transfer, at: usize) -> Self {
+        Self { span, transfer, at, result: Ok(()) }
+    }
+
     /// The piece.
     #[must_use]
     pub fn span(&self) -> Span {
@@ -87,6 +93,18 @@ impl Item {
 
     pub(crate) fn at(&self) -> usize {
         self.at
+    }
+
+    /// Whether the buffer has its memory.
+    pub(crate) fn fits(&self, buffer: &Buffer) -> Result<(), Error> {
+        if buffer.bytes().len() < self.end() {
+            return Err(Error::new(ErrorKind::Invalid, Op::Allocate).detail("the buffer is too small"));
+        }
+        Ok(())
+    }
+
+    pub(crate) fn into_result(self) -> Result<(), Error> {
+        self.result
     }
 
     /// Whether it needs this access and has not failed.
@@ -142,6 +160,11 @@ impl Batch {
         let payload = item.payload();
         self.items.push(item);
         Some(payload)
+    }
+
+    /// A batch of pieces that have their places already.
+    pub(crate) fn of_placed(items: Vec<Item>) -> Self {
+        Self { items, ..Self::default() }
     }
 
     /// Its pieces, in the order in which they came.

@@ -6,7 +6,7 @@
 
 use crate::backing::{Access, Durability, Extent};
 use crate::batch::{Batch, Transfer};
-use crate::error::Error;
+use crate::error::{Error, ErrorKind, Op};
 use crate::memory::Buffer;
 use std::fmt;
 use std::ops::Range;
@@ -38,6 +38,31 @@ pub struct Geometry {
     pub access: Access,
     /// Whether trim gives storage back.
     pub can_trim: bool,
+}
+
+impl Geometry {
+    /// Whether a request as a whole may be tried, as [`Disk::check`] says.
+    pub(crate) fn check(&self, offset: u64, len: u64, access: Access) -> Result<(), Error> {
+        let op = match access {
+            Access::ReadOnly => Op::Read,
+            Access::ReadWrite => Op::Write,
+        };
+        let refuse = |kind| Err(Error::new(kind, op).at(offset, len));
+        if access == Access::ReadWrite && self.access == Access::ReadOnly {
+            return refuse(ErrorKind::ReadOnly);
+        }
+        if offset.checked_add(len).is_none_or(|end| end > self.size_bytes) {
+            return refuse(match access {
+                Access::ReadOnly => ErrorKind::OutOfRange,
+                Access::ReadWrite => ErrorKind::PastEnd,
+            });
+        }
+        let block_mask = u64::from(self.logical_block_bytes) - 1;
+        if self.unaligned == Unaligned::Refused && (offset | len) & block_mask != 0 {
+            return refuse(ErrorKind::Misaligned);
+        }
+        Ok(())
+    }
 }
 
 /// What becomes of a request that is not a whole number of logical blocks.
@@ -95,6 +120,14 @@ impl Span {
         }
     }
 
+    /// The same payload on a disk of data units of `unit_bytes`. Pieces do not cross a multiple of [`CHUNK_BYTES`], so
+    /// it stays one piece.
+    pub(crate) fn recut(&self, unit_bytes: u32) -> Self {
+        let span = Self::cut(unit_bytes, self.offset, self.len as u64, LARGE_BUFFER_BYTES);
+        assert!(span.len == self.len, "a piece lies within a chunk");
+        span
+    }
+
     /// How many bytes of memory the piece takes.
     #[must_use]
     pub fn buffer_bytes(&self) -> usize {
@@ -111,6 +144,11 @@ impl Span {
     pub(crate) fn units(&self) -> Range<u64> {
         let start = self.offset - self.head as u64;
         start..start + self.units_len as u64
+    }
+
+    /// The payload's bytes on the disk.
+    pub(crate) fn range(&self) -> Range<u64> {
+        self.offset..self.offset + self.len as u64
     }
 
     /// Where the payload lies on the disk, in bytes.

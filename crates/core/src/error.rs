@@ -229,6 +229,8 @@ pub enum Op {
     Extents,
     /// Allocating memory for data.
     Allocate,
+    /// Getting a volume under another key.
+    Reencrypt,
 }
 
 impl Op {
@@ -252,6 +254,7 @@ impl Op {
         Self::WriteZeroes,
         Self::Extents,
         Self::Allocate,
+        Self::Reencrypt,
     ];
 }
 
@@ -276,6 +279,7 @@ impl fmt::Display for Op {
             Self::WriteZeroes => "write zeroes",
             Self::Extents => "list extents",
             Self::Allocate => "allocate memory",
+            Self::Reencrypt => "re-encrypt",
         })
     }
 }

@@ -13,7 +13,7 @@
 //!
 //! Reading order: [`config`], [`key`], [`context`] are the nouns; [`engine`] and [`backing`] the bargains with what is
 //! outside; [`keyslot`] the hard part; [`profile`] and [`admission`] what a key goes through; [`volume`] the life of a
-//! request.
+//! request; [`reencrypt`] how a volume gets another key while it is used.
 #![forbid(unsafe_code)]
 
 pub mod admission;
@@ -33,6 +33,7 @@ pub mod layer;
 pub mod memory;
 pub mod profile;
 mod range_lock;
+pub mod reencrypt;
 mod sync;
 pub mod testing;
 pub mod volume;

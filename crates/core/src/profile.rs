@@ -212,6 +212,16 @@ impl CryptoProfile {
         Ok(Admission { profile: self.clone(), key, hold, served_by: ServedBy::Fallback, spill: None })
     }
 
+    /// A large buffer that the engine can reach, if one is free. Does not wait.
+    pub(crate) fn try_large_buffer(&self) -> Option<Buffer> {
+        self.pool.try_large(self.engine.memory())
+    }
+
+    /// A buffer of the caller's own that the engine can reach.
+    pub(crate) fn private_buffer(&self, len_bytes: usize) -> Result<Buffer, Error> {
+        MemoryPool::private(self.engine.memory(), len_bytes)
+    }
+
     /// Puts a question to the admission table, and carries out what it wants done until the answer is there.
     fn ask(
         &self,
@@ -502,7 +512,7 @@ impl Admission {
     /// A large buffer that the engine can reach, if one is free. Does not wait.
     #[must_use]
     pub fn try_large_buffer(&self) -> Option<Buffer> {
-        self.profile.pool.try_large(self.profile.engine.memory())
+        self.profile.try_large_buffer()
     }
 
     /// A buffer of the caller's own that the engine can reach.
@@ -511,7 +521,7 @@ impl Admission {
     ///
     /// [`ErrorKind::OutOfMemory`].
     pub fn private_buffer(&self, len_bytes: usize) -> Result<Buffer, Error> {
-        MemoryPool::private(self.profile.engine.memory(), len_bytes)
+        self.profile.private_buffer(len_bytes)
     }
 
     /// Begins a request. Engines that sit on the way to the disk need the keyslot from now until the request is done;

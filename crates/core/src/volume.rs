@@ -331,7 +331,12 @@ impl Volume {
         &self.admission
     }
 
-    fn unit_bytes(&self) -> u64 {
+    /// What is below it.
+    pub(crate) fn backing(&self) -> &Arc<dyn Backing> {
+        &self.backing
+    }
+
+    pub(crate) fn unit_bytes(&self) -> u64 {
         self.layout.data_unit_size.bytes().into()
     }
 
@@ -438,14 +443,61 @@ impl Volume {
         }
     }
 
+    /// Encrypts the data units of `range`, of which the first lies at `offset`, and writes nothing.
+    pub(crate) fn encrypt_units(
+        &self,
+        offset: u64,
+        buffer: &mut Buffer,
+        range: Range<usize>,
+    ) -> Result<(), Error> {
+        let mut pieces = Vec::new();
+        self.layout.pieces(offset, range, &mut |piece| pieces.push(piece));
+        self.admission.begin()?.crypt_pieces(Direction::Encrypt, buffer.memory_mut(), &mut pieces)
+    }
+
+    /// Does what [`transfer`](Disk::transfer) does, for who holds the ranges already. Pieces that have failed before are
+    /// left alone.
+    pub(crate) fn transfer_locked(&self, batch: &mut Batch, buffer: &mut Buffer) {
+        let mut request = match self.admission.begin() {
+            Ok(request) => request,
+            Err(error) => {
+                batch.fail(Access::ReadOnly, Err(error.duplicate()));
+                batch.fail(Access::ReadWrite, Err(error));
+                return;
+            }
+        };
+        self.fetch_all(&mut request, batch, buffer);
+        for item in batch.items.iter_mut().filter(|item| item.goes(Access::ReadWrite)) {
+            if item.span().scratch_len > 0 {
+                item.set_result(self.fill_edges(&mut request, item, buffer));
+            }
+        }
+        let encrypted = self.crypt_all(&mut request, Direction::Encrypt, batch, buffer);
+        batch.fail(Access::ReadWrite, encrypted);
+        self.store_all(batch, buffer);
+    }
+
+    /// The whole data units within `range`: what a trim of it gives back. `None` if there are none, or nothing is given
+    /// back.
+    fn trimmed(&self, range: Range<u64>) -> Option<Range<u64>> {
+        let start = range.start.next_multiple_of(self.unit_bytes());
+        let end = self.unit_floor(range.end);
+        (self.can_discard && start < end).then_some(start..end)
+    }
+
+    /// Does what [`trim`](Disk::trim) does, for who holds the range already.
+    pub(crate) fn trim_locked(&self, range: Range<u64>) -> Result<(), Error> {
+        match self.trimmed(range) {
+            Some(Range { start, end }) => self.backing.discard(start, end - start),
+            None => Ok(()),
+        }
+    }
+
     /// Whether a piece may be worked on at all. The export has checked the request; this guards against others.
     fn check_piece(&self, item: &Item, buffer: &Buffer) -> Result<(), Error> {
         let span = item.span();
         self.check(span.offset, span.len as u64, item.transfer().access())?;
-        if buffer.bytes().len() < item.end() {
-            return Err(Error::new(ErrorKind::Invalid, Op::Allocate).detail("the buffer is too small"));
-        }
-        Ok(())
+        item.fits(buffer)
     }
 }
 
@@ -480,25 +532,7 @@ impl Disk for Volume {
     }
 
     fn check(&self, offset: u64, len: u64, access: Access) -> Result<(), Error> {
-        let op = match access {
-            Access::ReadOnly => Op::Read,
-            Access::ReadWrite => Op::Write,
-        };
-        let refuse = |kind| Err(Error::new(kind, op).at(offset, len));
-        if access == Access::ReadWrite && self.access == Access::ReadOnly {
-            return refuse(ErrorKind::ReadOnly);
-        }
-        if offset.checked_add(len).is_none_or(|end| end > self.layout.size_bytes) {
-            return refuse(match access {
-                Access::ReadOnly => ErrorKind::OutOfRange,
-                Access::ReadWrite => ErrorKind::PastEnd,
-            });
-        }
-        let block_mask = u64::from(self.layout.logical_block_bytes) - 1;
-        if self.layout.mode.info().sector_update != SectorUpdate::Local && (offset | len) & block_mask != 0 {
-            return refuse(ErrorKind::Misaligned);
-        }
-        Ok(())
+        self.geometry().check(offset, len, access)
     }
 
     fn transfer(&self, batch: &mut Batch, buffer: &mut Buffer) {
@@ -513,23 +547,7 @@ impl Disk for Volume {
             };
             (item.span().units(), sharing)
         }));
-        let mut request = match self.admission.begin() {
-            Ok(request) => request,
-            Err(error) => {
-                batch.fail(Access::ReadOnly, Err(error.duplicate()));
-                batch.fail(Access::ReadWrite, Err(error));
-                return;
-            }
-        };
-        self.fetch_all(&mut request, batch, buffer);
-        for item in batch.items.iter_mut().filter(|item| item.goes(Access::ReadWrite)) {
-            if item.span().scratch_len > 0 {
-                item.set_result(self.fill_edges(&mut request, item, buffer));
-            }
-        }
-        let encrypted = self.crypt_all(&mut request, Direction::Encrypt, batch, buffer);
-        batch.fail(Access::ReadWrite, encrypted);
-        self.store_all(batch, buffer);
+        self.transfer_locked(batch, buffer);
     }
 
     fn flush(&self) -> Result<(), Error> {
@@ -541,14 +559,10 @@ impl Disk for Volume {
 
     fn trim(&self, offset: u64, len: u64) -> Result<(), Error> {
         self.check(offset, len, Access::ReadWrite)?;
-        let start = offset.next_multiple_of(self.unit_bytes());
-        let end = self.unit_floor(offset + len);
-        if !self.can_discard || start >= end {
-            return Ok(());
-        }
+        let Some(range) = self.trimmed(offset..offset + len) else { return Ok(()) };
         // Held until the storage is given back, so that no later write is lost to an earlier trim.
-        let _guard = self.locks.take(start..end, Sharing::Exclusive);
-        self.backing.discard(start, end - start)
+        let _guard = self.locks.take(range.clone(), Sharing::Exclusive);
+        self.trim_locked(range)
     }
 
     fn write_zeroes(

@@ -51,6 +51,17 @@ pub(super) fn run(args: &Check) -> Result<(), Failures> {
         if volume.plan.layout.offset != 0 {
             let _ = writeln!(text, "    from {} on", Size(volume.plan.layout.offset));
         }
+        if let Some(next) = &volume.next {
+            let _ = writeln!(
+                text,
+                "    being re-encrypted: {} of {} done, to {}, data unit {}, key {}",
+                Size(next.plan.done_bytes),
+                Size(next.plan.size_bytes),
+                next.layout.mode(),
+                next.layout.data_unit_size(),
+                next.identifier,
+            );
+        }
     }
     print(&text)?;
     Ok(())

@@ -11,6 +11,7 @@ mod key_device;
 mod luks;
 mod man;
 mod probe;
+mod reencrypt;
 mod root;
 mod serve;
 mod status;

@@ -9,17 +9,19 @@
 //! Nobody can connect before everything has succeeded, so a server that fails to start has disturbed nobody.
 
 use crate::ask::Asker;
-use crate::cli::{FallbackArg, Serve, TlsArg};
+use crate::cli::{FallbackArg, LayoutArgs, Serve, TlsArg};
 use crate::control::{
     self, Answers, ConnectionsReport, ControlServer, EngineReport, KeyslotsReport, ProcessReport,
-    ServerReport, SlotReport, VolumeReport,
+    ReencryptAction, ReencryptReport, ReencryptRequest, ServerReport, SlotReport, VolumeReport,
 };
 use crate::create::NewVolume;
 use crate::files::{self, quoted};
 use crate::host::{self, Host, HostEngine, Ready};
 use crate::identifier::Identifier;
+use crate::keyfile::KeySource;
 use crate::places;
 use crate::plan::{self, ControlPlan, ListenPlan, Plan, Settings};
+use crate::reencrypt::{self, Job, Old, Terms, Wish};
 use crate::report::{Code, Failure, Failures, note, print};
 use crate::size::Size;
 use crate::take_over::{self, Message, Predecessor, VolumeFacts};
@@ -31,6 +33,7 @@ use inlinecrypt_core::disk::Disk as _;
 use inlinecrypt_core::error::Error;
 use inlinecrypt_core::key::KeyId;
 use inlinecrypt_core::profile::CryptoProfile;
+use inlinecrypt_core::reencrypt::LiveVolume;
 use inlinecrypt_core::volume::{Discard, Volume};
 use inlinecrypt_engine::{EngineSpec, WrappingKeyId};
 use inlinecrypt_io::backing::{Caching, DiscardPolicy, FileBacking, OpenOptions, Window};
@@ -47,7 +50,7 @@ use std::net::ToSocketAddrs as _;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, TryLockError};
 
 pub(super) fn run(mut args: Serve) -> Result<(), Failures> {
     // First, so that a signal at any moment is an orderly stop.
@@ -138,6 +141,9 @@ pub(super) fn run(mut args: Serve) -> Result<(), Failures> {
     if let Err(error) = listen::notify_ready() {
         note(error.chain());
     }
+    if !args.pause_reencryption {
+        running.resume_reencryptions();
+    }
     signals.forever().next();
 
     // Whoever is taking over gets to an end first, one way or the other.
@@ -158,6 +164,7 @@ pub(super) fn run(mut args: Serve) -> Result<(), Failures> {
     if let Err(error) = listen::notify_stopping() {
         note(error.chain());
     }
+    running.stop_reencryptions();
     let stopped = running.server.stop(plan.server.stop_time_max);
     drop(control);
     match stopped {
@@ -347,16 +354,18 @@ fn default_control_path() -> Result<PathBuf, Failure> {
 /// A volume that is served.
 #[derive(Debug)]
 struct Served {
-    volume: Arc<Volume>,
+    volume: Arc<LiveVolume>,
     backing: Arc<Watched>,
     /// What is behind it.
     file: Arc<FileBacking>,
     name: String,
     path: PathBuf,
     engine: usize,
-    identifier: Identifier,
     /// Where it begins in its file.
     offset_bytes: u64,
+    terms: Terms,
+    /// Its re-encryption, the last one if there were several. Held while one begins.
+    job: Mutex<Option<Job>>,
 }
 
 /// A server at work.
@@ -366,7 +375,7 @@ struct Running {
     volumes: Vec<Served>,
     engines: Vec<EngineFacts>,
     /// Public names of the keys that may be in keyslots.
-    identifiers: HashMap<KeyId, Identifier>,
+    identifiers: RwLock<HashMap<KeyId, Identifier>>,
     uris: Vec<String>,
     started_at: u64,
     /// Its listening sockets, to be handed over.
@@ -425,7 +434,10 @@ impl Running {
         facts.append(&mut fallbacks);
         let mut volumes = Vec::new();
         let mut failures = Vec::new();
+        let mut identifiers = HashMap::new();
         for ready in ready {
+            identifiers.insert(ready.admission.key().id(), ready.identifier);
+            identifiers.extend(ready.next.as_ref().map(|next| (next.admission.key().id(), next.identifier)));
             let file = predecessor.as_mut().and_then(|old| old.file(&ready.plan.name));
             match Served::open(ready, file) {
                 Ok(served) => volumes.push(served),
@@ -433,8 +445,10 @@ impl Running {
             }
         }
         Failures::check(failures)?;
+        let identifiers = RwLock::new(identifiers);
         if let Some(old) = predecessor {
-            old.check(&volumes.iter().map(Served::facts).collect::<Vec<_>>())?;
+            let facts = volumes.iter().map(|served| served.facts(&identifiers));
+            old.check(&facts.collect::<Vec<_>>())?;
         }
         let exports = volumes.iter().map(|served| ExportSpec {
             name: served.name.clone(),
@@ -442,8 +456,6 @@ impl Running {
             disk: served.volume.clone(),
         });
         let server = NbdServer::new(exports, options).map_err(|error| Failure::of("cannot serve", &error))?;
-        let identifiers =
-            volumes.iter().map(|served| (served.volume.admission().key().id(), served.identifier)).collect();
         let started_at = host::seconds_now();
         Ok(Self {
             server,
@@ -458,6 +470,48 @@ impl Running {
             turn: Mutex::new(()),
             successor: OnceLock::new(),
         })
+    }
+
+    /// Lets the re-encryptions go on that were under way when the volumes were last served.
+    fn resume_reencryptions(&self) {
+        for served in &self.volumes {
+            if let Some(job) = &*served.job() {
+                job.resume(None);
+            }
+        }
+    }
+
+    /// Lets them end after the zones at hand.
+    fn stop_reencryptions(&self) {
+        for served in &self.volumes {
+            if let Some(job) = &*served.job() {
+                job.stop();
+            }
+        }
+    }
+
+    /// The engine that serves a key of a volume: mostly the one that the volume was planned for.
+    fn engine_of(&self, served: &Served, profile: &Arc<CryptoProfile>) -> &EngineFacts {
+        let engines = self.engines.iter().filter(|engine| engine.spec.is_some());
+        let mut its = engines.filter(|engine| Arc::ptr_eq(&engine.profile, profile));
+        its.next().unwrap_or(&self.engines[served.engine])
+    }
+
+    fn begin_reencryption(&self, served: &Served, wish: &Wish) -> Result<Job, Failure> {
+        let current = served.volume.current();
+        let identifiers = self.identifiers.read().unwrap_or_else(PoisonError::into_inner);
+        let identifier = identifiers.get(&current.admission().key().id());
+        let identifier = *identifier.expect("entered when its key was admitted");
+        drop(identifiers);
+        let profile = &self.engine_of(served, current.admission().profile()).profile;
+        let lies_on = Window::over(served.backing.clone(), served.offset_bytes)
+            .map_err(|error| Failure::of(&served.terms.label, &error))?;
+        let old = Old::Live(served.volume.clone());
+        let (job, key) =
+            reencrypt::begin(old, &served.path, identifier, lies_on, &served.terms, wish, profile)?;
+        self.identifiers.write().unwrap_or_else(PoisonError::into_inner).insert(key, job.identifier);
+        job.resume(None);
+        Ok(job)
     }
 
     /// Locks and names that were another server's are ours.
@@ -504,9 +558,18 @@ impl Running {
         if let Some(why) = self.lost() {
             return refuse(why);
         }
+        // None begins until this is over.
+        let jobs: Vec<_> = self.volumes.iter().map(Served::job).collect();
+        let mut under_way = jobs.iter().zip(&self.volumes).filter(|(job, _)| is_under_way(job.as_ref()));
+        if let Some((_, served)) = under_way.next() {
+            return refuse(format!(
+                "{:?} is being re-encrypted: wait until it is done, or stop this server and start the new one",
+                served.name
+            ));
+        }
         for served in &self.volumes {
             let file = served.file.hand_over()?;
-            take_over::send(socket, &Message::Volume(served.facts()), Some(file.as_fd()))?;
+            take_over::send(socket, &Message::Volume(served.facts(&self.identifiers)), Some(file.as_fd()))?;
         }
         for (door, named) in &self.doors {
             take_over::send(socket, &Message::Door(named.clone().into()), Some(door.as_fd()))?;
@@ -584,7 +647,8 @@ impl Running {
     fn greeting(&self) -> String {
         let mut text = String::new();
         for Served { volume, name, path, .. } in &self.volumes {
-            let layout = volume.layout();
+            let current = volume.current();
+            let layout = current.layout();
             let _ = writeln!(
                 text,
                 "serving {} as {name:?}: {}, {}, data unit {}",
@@ -593,6 +657,15 @@ impl Running {
                 layout.mode(),
                 layout.data_unit_size(),
             );
+            if let Some((new, done)) = volume.becoming() {
+                let _ = writeln!(
+                    text,
+                    "  being re-encrypted: {} done, to {}, data unit {}",
+                    Size(done),
+                    new.layout().mode(),
+                    new.layout().data_unit_size()
+                );
+            }
         }
         for uri in &self.uris {
             let _ = writeln!(text, "  {uri}");
@@ -625,10 +698,13 @@ impl Running {
             },
             volumes: volumes
                 .map(|(served, export)| {
-                    let layout = served.volume.layout();
-                    let admission = served.volume.admission();
+                    let current = served.volume.current();
+                    let (layout, admission) = (current.layout(), current.admission());
+                    let becoming = served.volume.becoming();
+                    let troubles =
+                        [admission.trouble(), becoming.and_then(|(new, _)| new.admission().trouble())];
                     let lost = served.backing.lost().map(|why| ("data_lost", why.to_owned()));
-                    let trouble = lost.or_else(|| admission.trouble().map(|why| ("no_key", why)));
+                    let trouble = lost.or_else(|| Some(("no_key", troubles.into_iter().flatten().next()?)));
                     VolumeReport {
                         name: served.name.clone(),
                         path: served.path.display().to_string(),
@@ -644,8 +720,8 @@ impl Running {
                             KeyType::Raw => "raw",
                             KeyType::HardwareWrapped => "hardware-wrapped",
                         },
-                        key_id: served.identifier.to_string(),
-                        engine: self.engines[served.engine].name.clone(),
+                        key_id: served.identifier(&self.identifiers),
+                        engine: self.engine_of(served, admission.profile()).name.clone(),
                         served_by: match admission.served_by() {
                             ServedBy::Engine => "engine",
                             ServedBy::Fallback => "fallback",
@@ -653,6 +729,7 @@ impl Running {
                         state: trouble.as_ref().map_or("ok", |(state, _)| state),
                         reason: trouble.map(|(_, why)| why),
                         backing_failures: served.backing.failures(),
+                        reencrypt: served.job().as_ref().map(report_job),
                         counters: export.counters,
                     }
                 })
@@ -706,10 +783,7 @@ impl Running {
                     .enumerate()
                     .map(|(slot, status)| SlotReport {
                         slot,
-                        key_id: status
-                            .key
-                            .and_then(|key| self.identifiers.get(&key))
-                            .map(ToString::to_string),
+                        key_id: status.key.and_then(|key| identifier_of(&self.identifiers, key)),
                         users: status.users,
                         hits: status.counters.hits,
                         programs: status.counters.programs,
@@ -753,6 +827,82 @@ impl Answers for Running {
         self.report_all()
     }
 
+    fn reencrypt(&self, request: &ReencryptRequest) -> Result<Option<String>, Failure> {
+        let ReencryptRequest { volume, action } = request;
+        let Some(served) = self.volumes.iter().find(|served| served.path == Path::new(volume)) else {
+            return Err(Failure::new(
+                Code::File,
+                format!("{volume} is not served here"),
+                "`inlinecrypt status` shows which server serves it.",
+            ));
+        };
+        let mut job = served.job();
+        match action {
+            ReencryptAction::Begin {
+                key,
+                mode,
+                data_unit_bytes,
+                block_bytes,
+                iv_offset_sectors,
+                iv,
+                zone_bytes,
+                throttle_bytes,
+                keep_holes,
+                remove_old_key,
+            } => {
+                if is_under_way(job.as_ref()) {
+                    return Err(reencrypt::under_way(&served.terms.label));
+                }
+                let wrong =
+                    |why: String| Failure::new(Code::Wrong, why, "Ask with a command of this version.");
+                let key = key.as_deref().map(|key| KeySource::parse(key.as_ref(), Path::new("/")));
+                let mode = mode.as_deref().map(crate::cli::parse_mode);
+                let unit = data_unit_bytes.map(|bytes| crate::cli::data_unit(bytes.into()));
+                let layout = LayoutArgs {
+                    mode: mode.transpose().map_err(wrong)?,
+                    data_unit: unit.transpose().map_err(wrong)?,
+                    block: *block_bytes,
+                    iv_offset: *iv_offset_sectors,
+                    iv: iv.as_deref().map(crate::cli::parse_iv).transpose().map_err(wrong)?,
+                    offset: None,
+                };
+                let wish = Wish {
+                    layout,
+                    key: key.transpose().map_err(wrong)?,
+                    zone_bytes: *zone_bytes,
+                    throttle_bytes: *throttle_bytes,
+                    keep_holes: *keep_holes,
+                    remove_old_key: *remove_old_key,
+                    engine: None,
+                };
+                // The last one's thread has ended, or is about to.
+                drop(job.take());
+                *job = Some(self.begin_reencryption(served, &wish)?);
+                Ok(served.terms.is_named_twice.then(|| {
+                    format!(
+                        "the config or command line of the server names key or layout of {}, too: change it before the \
+                         next start, which refuses it otherwise",
+                        served.terms.label
+                    )
+                }))
+            }
+            ReencryptAction::Pause | ReencryptAction::Resume { .. } => {
+                let Some(job) = job.as_ref().filter(|job| !job.is_done()) else {
+                    return Err(Failure::new(
+                        Code::Wrong,
+                        format!("{} is not being re-encrypted", served.terms.label),
+                        format!("To begin: inlinecrypt volume reencrypt {}", files::shell_word(&served.path)),
+                    ));
+                };
+                match action {
+                    ReencryptAction::Resume { throttle_bytes } => job.resume(*throttle_bytes),
+                    _ => job.pause(),
+                }
+                Ok(None)
+            }
+        }
+    }
+
     fn reset(&self, engine: Option<&str>) -> Result<Vec<String>, String> {
         let engines = self.engines.iter().filter(|facts| facts.spec.is_some());
         let asked: Vec<_> = engines.filter(|facts| engine.is_none_or(|name| facts.name == name)).collect();
@@ -772,7 +922,7 @@ impl Answers for Running {
 impl Served {
     /// Opens and locks the backing, or takes it over as `handed` by another server.
     fn open(ready: Ready, handed: Option<OwnedFd>) -> Result<Self, Failure> {
-        let Ready { plan, layout, admission, identifier, unused_bytes: _ } = ready;
+        let Ready { plan, layout, admission, identifier: _, unused_bytes: _, next } = ready;
         let discard = match plan.discard {
             Discard::Pass => DiscardPolicy::PassDown,
             Discard::Off => DiscardPolicy::Ignore,
@@ -787,16 +937,12 @@ impl Served {
         let backing = Arc::new(Watched::new(file.clone()));
         let unit_bytes = layout.data_unit_size().bytes();
         let offset_bytes = plan.layout.offset;
-        let lies_on: Result<Arc<dyn Backing>, _> = match offset_bytes {
-            0 => Ok(backing.clone()),
-            start => Window::new(backing.clone(), start).map(|window| Arc::new(window) as _),
-        };
-        let lies_on = lies_on.map_err(|error| {
+        let lies_on = Window::over(backing.clone(), offset_bytes).map_err(|error| {
             Failure::of_file(&plan.label, &error)
                 .advise("Leave --direct (direct = true) out, or correct where the volume begins.")
         })?;
         let volume =
-            Volume::new(layout, admission, lies_on, plan.access, plan.discard).map_err(|error| {
+            Volume::new(layout, admission, lies_on.clone(), plan.access, plan.discard).map_err(|error| {
                 let failure = Failure::of(&plan.label, &error);
                 if plan.caching == Caching::Direct && align_bytes > unit_bytes {
                     failure.advise(format!(
@@ -807,22 +953,76 @@ impl Served {
                     failure
                 }
             })?;
+        let terms = Terms {
+            label: plan.label,
+            access: plan.access,
+            discard: plan.discard,
+            fallback: plan.fallback,
+            slots: plan.slots,
+            is_named_twice: plan.is_named_twice,
+        };
+        let path = std::path::absolute(&plan.path).unwrap_or(plan.path);
+        let (volume, job) = match next {
+            None => (Arc::new(LiveVolume::new(volume)), None),
+            Some(next) => {
+                let (volume, job) = reencrypt::go_on(volume, &path, lies_on, &terms, next)?;
+                (volume, Some(job))
+            }
+        };
+        let job = Mutex::new(job);
         Ok(Self {
-            volume: Arc::new(volume),
+            volume,
             backing,
             file,
             name: plan.name,
-            path: std::path::absolute(&plan.path).unwrap_or(plan.path),
+            path,
             engine: plan.engine,
-            identifier,
             offset_bytes,
+            terms,
+            job,
         })
+    }
+
+    fn facts(&self, identifiers: &RwLock<HashMap<KeyId, Identifier>>) -> VolumeFacts {
+        let current = self.volume.current();
+        VolumeFacts::of(
+            &self.name,
+            self.identifier(identifiers),
+            current.layout(),
+            self.volume.geometry(),
+            self.offset_bytes,
+        )
+    }
+
+    /// The public name of its key.
+    fn identifier(&self, identifiers: &RwLock<HashMap<KeyId, Identifier>>) -> String {
+        let key = self.volume.current().admission().key().id();
+        identifier_of(identifiers, key).unwrap_or_default()
+    }
+
+    fn job(&self) -> MutexGuard<'_, Option<Job>> {
+        self.job.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Served {
-    fn facts(&self) -> VolumeFacts {
-        VolumeFacts::of(&self.name, self.identifier.to_string(), &self.volume, self.offset_bytes)
+fn identifier_of(identifiers: &RwLock<HashMap<KeyId, Identifier>>, key: KeyId) -> Option<String> {
+    let identifiers = identifiers.read().unwrap_or_else(PoisonError::into_inner);
+    identifiers.get(&key).map(ToString::to_string)
+}
+
+fn is_under_way(job: Option<&Job>) -> bool {
+    job.is_some_and(|job| !job.is_done())
+}
+
+fn report_job(job: &Job) -> ReencryptReport {
+    let report = job.report();
+    ReencryptReport {
+        state: report.state,
+        reason: report.failure.map(|failure| failure.what),
+        done_bytes: report.progress.done_bytes,
+        size_bytes: report.progress.size_bytes,
+        throttle_bytes: report.throttle_bytes,
+        key_id: job.identifier.to_string(),
     }
 }
 

@@ -43,8 +43,8 @@ fn ask(path: &Path) -> Result<Value, Failure> {
     })
 }
 
-/// All servers of this user whose sockets are where they usually are. Sockets that killed servers left are removed.
-fn find_all() -> Vec<Value> {
+/// The control sockets of this user that are where they usually are. Those that killed servers left are removed.
+pub(super) fn sockets() -> BTreeSet<PathBuf> {
     let mut paths = BTreeSet::new();
     for directory in places::control_directories() {
         control::remove_stale(&directory);
@@ -55,8 +55,13 @@ fn find_all() -> Vec<Value> {
                 .filter(|path| path.extension().is_some_and(|extension| extension == "sock")),
         );
     }
+    paths
+}
+
+/// All servers of this user whose sockets are where they usually are.
+fn find_all() -> Vec<Value> {
     let mut servers = Vec::new();
-    for path in paths.into_iter().collect::<Vec<PathBuf>>() {
+    for path in sockets() {
         match control::ask(&path) {
             Ok(server) => servers.push(server),
             Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
@@ -112,6 +117,7 @@ fn describe(server: &Value) -> String {
             number(&counters["trim"]["requests"]),
             number(&counters["errors"]),
         );
+        text.push_str(&describe_reencryption(&volume["reencrypt"]));
     }
     for engine in list(&server["engines"]) {
         let keyslots = &engine["keyslots"];
@@ -175,6 +181,27 @@ fn describe(server: &Value) -> String {
         }
     }
     text
+}
+
+/// How far a re-encryption is.
+fn describe_reencryption(report: &Value) -> String {
+    let (done, size) = (number(&report["done_bytes"]), number(&report["size_bytes"]));
+    match report["state"].as_str() {
+        None => String::new(),
+        Some("done") => format!("    re-encrypted, to key {}\n", word(&report["key_id"])),
+        Some(state) => {
+            let percent = u128::from(done) * 100 / u128::from(size.max(1));
+            let why = report["reason"].as_str().map(|why| format!(": {}", printable(why)));
+            format!(
+                "    re-encryption {}{}, {percent} %: {} of {}, to key {}\n",
+                printable(state),
+                why.unwrap_or_default(),
+                Size(done),
+                Size(size),
+                word(&report["key_id"]),
+            )
+        }
+    }
 }
 
 /// The engine's process, and what keeps it to itself.

@@ -1,4 +1,4 @@
-//! `volume create | info`
+//! `volume create | info`; `volume reencrypt` has a file of its own
 
 use crate::ask::Asker;
 use crate::cli::{DiscardArg, FallbackArg, VolumeCommand, VolumeCreate, VolumeInfo};
@@ -22,6 +22,7 @@ pub(super) fn run(command: VolumeCommand) -> Result<(), Failures> {
     match command {
         VolumeCommand::Create(args) => create(*args),
         VolumeCommand::Info(args) => info(&args),
+        VolumeCommand::Reencrypt(args) => super::reencrypt::run(*args),
     }
 }
 
@@ -80,6 +81,45 @@ struct Info {
     key_file: Option<String>,
     /// Which root opens the key.
     root_id: Option<String>,
+    /// What it is being re-encrypted to, if it is.
+    reencrypt: Option<ReencryptInfo>,
+}
+
+#[derive(Serialize)]
+struct ReencryptInfo {
+    state: String,
+    done_bytes: u64,
+    size_bytes: u64,
+    zone_bytes: u64,
+    /// Whether a zone was being written: it is completed at the next start.
+    interrupted: bool,
+    mode: &'static str,
+    data_unit_bytes: u32,
+    iv_offset_sectors: u64,
+    key_id: Option<String>,
+    key_file: Option<String>,
+}
+
+/// How far the re-encryption with this state is. A server at work may be further in a moment.
+fn reencrypt_info(volume: &Path, state: &Path) -> Result<ReencryptInfo, Failures> {
+    let (facts, intent) = crate::reencrypt::look(state)?;
+    let next = match Description::of_text(intent.description, volume) {
+        Ok(next) => next.settings,
+        Err(failures) => return Err(Failures::check(failures).expect_err("there are some")),
+    };
+    let layout = next.layout();
+    Ok(ReencryptInfo {
+        state: state.display().to_string(),
+        done_bytes: facts.boundary,
+        size_bytes: facts.size_bytes,
+        zone_bytes: facts.zone_bytes,
+        interrupted: facts.is_interrupted,
+        mode: layout.mode.info().name,
+        data_unit_bytes: layout.data_unit.bytes(),
+        iv_offset_sectors: layout.iv_offset,
+        key_id: next.key_id.map(|id| id.to_string()),
+        key_file: next.key.and_then(|key| Some(key.path()?.display().to_string())),
+    })
 }
 
 fn info(args: &VolumeInfo) -> Result<(), Failures> {
@@ -110,6 +150,7 @@ fn info(args: &VolumeInfo) -> Result<(), Failures> {
         key_type: None,
         key_file: None,
         root_id: None,
+        reencrypt: None,
     };
     let sibling = beside(volume, ".key");
     let mut key = (luks.is_none() && files::exists(&sibling)).then(|| KeySource::wrapped(sibling));
@@ -132,6 +173,9 @@ fn info(args: &VolumeInfo) -> Result<(), Failures> {
         info.iv_offset_sectors = Some(layout.iv_offset_sectors());
         info.key_id = settings.key_id.map(|id| id.to_string());
         key = settings.key.clone().or(key);
+        if let Some(state) = &settings.reencrypt {
+            info.reencrypt = Some(reencrypt_info(volume, state)?);
+        }
         found = Some((layout, settings));
     }
     if *dm_table {
@@ -268,6 +312,22 @@ fn describe(info: &Info) -> String {
         rows.push(("engine", root));
     } else if info.key_type == Some("raw") {
         rows.push(("engine", "any for raw keys; no root".to_owned()));
+    }
+    if let Some(next) = &info.reencrypt {
+        let percent = u128::from(next.done_bytes) * 100 / u128::from(next.size_bytes.max(1));
+        let key = next.key_id.as_deref().unwrap_or("?");
+        rows.push((
+            "re-encryption",
+            format!(
+                "{percent} %: {} of {} are under key {key}, {}, data unit {} bytes",
+                Size(next.done_bytes),
+                Size(next.size_bytes),
+                next.mode,
+                next.data_unit_bytes
+            ),
+        ));
+        rows.push(("new key file", next.key_file.clone().unwrap_or_default()));
+        rows.push(("state", next.state.clone()));
     }
     rows.into_iter().map(|(name, value)| format!("{name:<15}  {value}\n")).collect()
 }

@@ -5,6 +5,7 @@
 //!   volumes       bad sizes, files, layouts; descriptions
 //!   keys          bad keys and roots; the ladder
 //!   key_devices   keys by the hardware of disks
+//!   reencrypt     another key or layout for a volume, and how that is refused
 //!   roots         roots of every kind
 //!   configs       configs, and `check`
 //!   tables        lines of dm tables, IV layouts, offsets
@@ -30,6 +31,7 @@ mod main_job;
 mod pages;
 mod place;
 mod probe;
+mod reencrypt;
 mod roots;
 mod stopping;
 mod tables;

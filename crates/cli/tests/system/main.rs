@@ -13,6 +13,7 @@
 //!   trouble       full, shortened and read-only disks; signals; rude clients; service managers
 //!   isolation     what is in whose memory, which system calls the engine process makes, what of its cage is missing
 //!   engine_death  kill -9 of the engine process
+//!   reencrypt     another key and layout while clients write, and kill -9 during that
 //!   upgrade       a new server takes over from the one that serves
 //!   others_bugs   what went wrong elsewhere
 //!     rig         places, servers, what was logged
@@ -35,6 +36,7 @@ mod load;
 mod luks;
 mod many_volumes;
 mod others_bugs;
+mod reencrypt;
 mod rig;
 mod roots;
 mod trouble;

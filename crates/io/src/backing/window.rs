@@ -38,6 +38,20 @@ impl Window {
     }
 }
 
+impl Window {
+    /// What `whole` has from byte `start` on: itself, if that is all of it.
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new).
+    pub fn over(whole: Arc<dyn Backing>, start: u64) -> Result<Arc<dyn Backing>, Error> {
+        match start {
+            0 => Ok(whole),
+            start => Ok(Arc::new(Self::new(whole, start)?)),
+        }
+    }
+}
+
 impl Backing for Window {
     fn facts(&self) -> BackingFacts {
         self.facts
