@@ -1,5 +1,6 @@
 //! `cargo xtask VERB`: what a developer runs, and what CI runs, so that both run the same.
 
+mod count;
 mod tidy;
 
 use std::path::{Path, PathBuf};
@@ -14,9 +15,10 @@ cargo xtask VERB
   sim [SEEDS]         so many simulated worlds (1000; 10000 for a real run)
   fuzz [SECONDS]      each fuzz target for so long (10 in CI; 3600 for a real run); needs a nightly toolchain
   soak [MINUTES]      the long forms of the crash, power-cut and many-volumes tests
+  count [--write]     instructions of the hot paths against those written down; needs valgrind
   bench               the cipher beside the library underneath it
   bench-peers [ARGS]  served volumes beside nbdkit and qemu-nbd in one run (benches/compare/peers.py ARGS)
-  ci                  check, loom, prove, sim, and a slice of fuzzing; the tests are `cargo test --workspace`
+  ci                  check, loom, prove, sim, count, and a slice of fuzzing; the tests are `cargo test --workspace`
 ";
 
 type Outcome = Result<(), String>;
@@ -33,12 +35,14 @@ fn main() -> ExitCode {
         "sim" => simulate("run", rest.first().map_or("1000", String::as_str)),
         "fuzz" => fuzz(rest.first().map_or("10", String::as_str)),
         "soak" => soak(rest.first().map_or("10", String::as_str)),
+        "count" => count::run(&root(), rest.first().is_some_and(|arg| arg == "--write")),
         "bench" => cargo(&["bench", "-p", "inlinecrypt-cipher"], &[]),
         "bench-peers" => bench_peers(&rest),
         "ci" => check()
             .and_then(|()| loom("2"))
             .and_then(|()| simulate("prove", "usual"))
             .and_then(|()| simulate("run", "1000"))
+            .and_then(|()| count::run(&root(), false))
             .and_then(|()| fuzz("10")),
         _ => {
             eprint!("{HELP}");
