@@ -274,7 +274,7 @@ impl Settings {
     }
 
     /// Decides what the mode is, where a table's cipher may be several: the key's length tells.
-    fn settle_mode(&mut self, key: &KeySource) -> Result<(), Failure> {
+    pub(crate) fn settle_mode(&mut self, key: &KeySource) -> Result<(), Failure> {
         match (&self.table, self.mode) {
             (None, _) => {}
             (Some(terms), Some(mode)) => terms.check_mode(mode)?,

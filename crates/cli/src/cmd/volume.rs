@@ -125,11 +125,21 @@ fn reencrypt_info(volume: &Path, state: &Path) -> Result<ReencryptInfo, Failures
 fn info(args: &VolumeInfo) -> Result<(), Failures> {
     let VolumeInfo { volume, json, dm_table, show_key } = args;
     let medium = Medium::look(volume)?;
-    let description = match Description::find(volume) {
+    let mut description = match Description::find(volume) {
         Ok(description) => description,
         Err(failures) => return Failures::check(failures),
     };
     let luks = Luks::look(volume, None, description.is_none())?;
+    if let Some(Description { settings, .. }) = &mut description
+        && let Some(key) = settings.key.clone().filter(|key| key.path().is_some())
+        && let Err(failure) = settings.settle_mode(&key)
+    {
+        // A key that is missing is no failure here.
+        note(format_args!(
+            "{}, and with it which mode the table means; the usual one is shown",
+            failure.what
+        ));
+    }
     let mut info = Info {
         version: 1,
         path: volume.display().to_string(),

@@ -157,6 +157,28 @@ fn volumes_of_other_layouts_are_made_described_checked_and_served_again() {
     assert!(said.code == Some(1) && said.err.contains("data-units, sectors, upper-half"), "{said}");
 }
 
+/// What the length of the key decides is known wherever the layout is.
+#[test]
+fn a_description_with_a_line_is_shown_as_it_is_served() {
+    let place = Place::new();
+    place.sparse("disk", MIB);
+    place.raw_key("short", 32);
+    let line = "0 256 crypt aes-xts-plain64 - 8 disk 64 1 sector_size:4096";
+    let description = format!("[[volume]]\nkey = \"raw:short\"\ndm_table = \"{line}\"\n");
+    place.write("disk.toml", description.as_bytes());
+    let info = place.run(["volume", "info", "--json", "disk"]).json();
+    assert_eq!((&info["mode"], &info["iv"]), (&"AES-128-XTS".into(), &"sectors".into()));
+    assert_eq!((&info["offset_bytes"], &info["volume_bytes"]), (&32768.into(), &131_072.into()));
+    let checked = place.run(["check", "disk.toml"]);
+    assert!(checked.done().out.contains("AES-128-XTS, data unit 4096"), "{checked}");
+    let said = place.run(["volume", "info", "--dm-table", "disk"]);
+    let path = place.path("disk").display().to_string();
+    assert_eq!(said.done().out, format!("{}\n", line.replace("disk", &path)));
+    fs::remove_file(place.path("short")).unwrap();
+    let said = place.run(["volume", "info", "disk"]);
+    assert!(said.done().err.contains("which mode the table means"), "{said}");
+}
+
 /// Hardware counts data unit numbers in eight bytes, and by ones.
 #[test]
 fn an_engine_that_counts_no_further_than_hardware_refuses_the_upper_half() {

@@ -30,6 +30,18 @@ pub struct Cores {
     slices: [AtomicU64; 2],
     /// Helpers that are awake.
     helpers: AtomicUsize,
+    /// Threads that look around for work.
+    looking: AtomicUsize,
+}
+
+/// A thread looks around for work, until this is dropped.
+#[derive(Debug)]
+pub(super) struct Looking<'c>(&'c AtomicUsize);
+
+impl Drop for Looking<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Cores {
@@ -42,6 +54,7 @@ impl Cores {
             begun: Instant::now() - 2 * SLICE,
             slices: [const { AtomicU64::new(0) }; 2],
             helpers: AtomicUsize::new(0),
+            looking: AtomicUsize::new(0),
         }
     }
 
@@ -81,6 +94,13 @@ impl Cores {
         let busy = self.busy();
         let more = |helpers: usize| (busy + helpers < self.count).then_some(helpers + 1);
         self.helpers.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_ok()
+    }
+
+    /// Lets a thread look around for work, unless as many as there are cores do so already: more would only take turns.
+    pub(super) fn look_around(&self) -> Option<Looking<'_>> {
+        let more = |looking: usize| (looking < self.count).then_some(looking + 1);
+        let looks = self.looking.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_ok();
+        looks.then_some(Looking(&self.looking))
     }
 
     /// A helper that took a core goes to sleep.

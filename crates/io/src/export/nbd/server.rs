@@ -553,23 +553,23 @@ impl Inner {
             tracing::debug!(connection = id, %error, "no keepalive");
         }
         if let Some((terms, unread)) = taken {
-            let timed = Timed::new(socket, None);
+            let timed = Timed::new(&self.cores, socket, None);
             let mut inbox = Inbox::with(timed, &unread);
             return self.transmit(id, socket, activity, &terms, &mut inbox, HandOver::Possible, || timed);
         }
         let deadline = Instant::now() + self.options.handshake_time_max;
-        let timed = Timed::new(socket, Some(deadline));
+        let timed = Timed::new(&self.cores, socket, Some(deadline));
         match self.shake_hands(timed) {
             Ok(Shaken::Plain(mut inbox, terms)) => {
                 inbox.reader_mut().deadline = None;
-                let timed = Timed::new(socket, None);
+                let timed = Timed::new(&self.cores, socket, None);
                 self.transmit(id, socket, activity, &terms, &mut inbox, HandOver::Possible, || timed);
             }
             Ok(Shaken::Tls(tls, mut inbox, terms)) => {
                 inbox.reader_mut().transport().deadline = None;
-                let writer = || tls.writer(Timed::new(socket, None));
+                let writer = || tls.writer(Timed::new(&self.cores, socket, None));
                 self.transmit(id, socket, activity, &terms, &mut inbox, HandOver::Impossible, writer);
-                tls.close(Timed::new(socket, Some(Instant::now() + CUT_OFF_GRACE)));
+                tls.close(Timed::new(&self.cores, socket, Some(Instant::now() + CUT_OFF_GRACE)));
             }
             Ok(Shaken::Closed(why)) => tracing::debug!(connection = id, why, "closed in handshake"),
             Err(error) => {
@@ -753,6 +753,7 @@ enum Shaken<'s> {
 /// A socket that may have to be done by a certain time.
 #[derive(Clone, Copy, Debug)]
 struct Timed<'s> {
+    cores: &'s Cores,
     socket: &'s Stream,
     deadline: Option<Instant>,
     /// Whether the client took little time for the last bytes that came.
@@ -760,8 +761,8 @@ struct Timed<'s> {
 }
 
 impl<'s> Timed<'s> {
-    fn new(socket: &'s Stream, deadline: Option<Instant>) -> Self {
-        Self { socket, deadline, is_quick: false }
+    fn new(cores: &'s Cores, socket: &'s Stream, deadline: Option<Instant>) -> Self {
+        Self { cores, socket, deadline, is_quick: false }
     }
 
     /// Waits until the socket can be read or written, or it is too late.
@@ -792,7 +793,9 @@ impl Read for Timed<'_> {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         self.wait(PollFlags::IN)?;
         let begun = Instant::now();
-        if self.is_quick {
+        if self.is_quick
+            && let Some(_looking) = self.cores.look_around()
+        {
             // Whoever has work gets the core meanwhile.
             while begun.elapsed() < LOOK_AROUND {
                 match rustix::net::recv(self.socket, &mut *into, RecvFlags::DONTWAIT) {
