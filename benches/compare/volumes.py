@@ -4,7 +4,7 @@
     python3 benches/compare/volumes.py [--volumes 1000] [--busy 64] [--time 3] [serve's options ...]
 
 Makes the volumes in /dev/shm (each with a key of its own), serves all of them on one unix socket, and runs fio with 4 KiB
-random reads, depth 32 in all, on one volume and on many, in turns. Needs fio and libnbd-bin.
+random reads on one volume and on many, in turns. Needs fio and libnbd-bin.
 """
 import argparse, json, os, shutil, signal, socket, statistics, subprocess, tempfile, time
 
@@ -13,6 +13,8 @@ ap.add_argument('--volumes', type=int, default=1000)
 ap.add_argument('--busy', type=int, default=64)
 ap.add_argument('--time', type=int, default=3)
 ap.add_argument('--rounds', type=int, default=3)
+ap.add_argument('--depth', type=int, default=32, help='requests at once on each busy volume')
+ap.add_argument('--bs', default='4k')
 a, options = ap.parse_known_args()
 
 here = os.path.dirname(os.path.abspath(__file__))
@@ -54,7 +56,7 @@ def serve(count):
 
 def fio(sock, volumes, depth):
     jobs = [f'[v{i}]\nuri=nbd+unix:///v{i}?socket={sock}\n' for i in range(volumes)]
-    text = (f'[global]\nioengine=nbd\nrw=randread\nbs=4k\nsize=16m\niodepth={depth}\ntime_based\nruntime={a.time}\nthread\n'
+    text = (f'[global]\nioengine=nbd\nrw=randread\nbs={a.bs}\nsize=16m\niodepth={depth}\ntime_based\nruntime={a.time}\nthread\n'
             'group_reporting\n' + ''.join(jobs))
     path = os.path.join(place, 'job.fio')
     open(path, 'w').write(text)
@@ -81,12 +83,12 @@ try:
           f'an idle volume: {(all_kib - one_kib) / (a.volumes - 1):.1f} KiB')
     one, many = [], []
     for _ in range(a.rounds):
-        one.append(fio(sock, 1, 32))
-        many.append(fio(sock, a.busy, 1))
+        one.append(fio(sock, 1, a.depth))
+        many.append(fio(sock, a.busy, a.depth))
     peak = resident([server.pid, *children(server.pid)])
     one, many = statistics.median(one), statistics.median(many)
-    print(f'random reads of 4 KiB, 32 at once on one volume: {one / 1e3:.0f} kIOPS; one at a time on each of {a.busy}: '
-          f'{many / 1e3:.0f} kIOPS ({many / one:.2f}); then {peak} KiB')
+    print(f'random reads of {a.bs}, {a.depth} at once, on one volume: {one / 1e3:.1f} kIOPS; on each of {a.busy}: '
+          f'{many / 1e3:.1f} kIOPS ({many / one:.2f}); then {peak} KiB')
     stop(server)
 finally:
     shutil.rmtree(place)
