@@ -274,10 +274,18 @@ fn ls(args: &FscryptLs) -> Result<(), Failure> {
     let mut out = Vec::new();
     let mut rows = Vec::new();
     let mut unknown = None;
+    let mut failure = None;
     let mut seen = std::collections::HashSet::from([top.inode.number]);
     let mut pending = vec![(Vec::new(), top)];
     while let Some((prefix, node)) = pending.pop() {
-        let mut entries = opened.image.entries(&node).map_err(|error| at_path(&opened, &prefix, &error))?;
+        let mut entries = match opened.image.entries(&node) {
+            Ok(entries) => entries,
+            Err(error) if prefix.is_empty() => return Err(at_path(&opened, path, &error)),
+            Err(error) => {
+                failure.get_or_insert(at_path(&opened, &prefix, &error));
+                continue;
+            }
+        };
         entries.sort_by(|one, other| one.name.cmp(&other.name));
         if let Some(context) = &node.context
             && opened.image.keys().find(context.policy.key()).is_none()
@@ -290,7 +298,12 @@ fn ls(args: &FscryptLs) -> Result<(), Failure> {
             let full = [&prefix[..], &name].concat();
             let child = match opened.image.node(inode) {
                 Ok(child) => child,
-                Err(error) => return Err(at_path(&opened, &full, &error)),
+                Err(error) => {
+                    // The others are listed all the same.
+                    failure.get_or_insert(at_path(&opened, &full, &error));
+                    out.extend(full.iter().chain(b"\n"));
+                    continue;
+                }
             };
             let named = wrong.is_none()
                 && node
@@ -314,6 +327,9 @@ fn ls(args: &FscryptLs) -> Result<(), Failure> {
         print(&text.iter().map(|line| format!("{line}\n")).collect::<String>())?;
     } else {
         print_bytes(&out)?;
+    }
+    if let Some(failure) = failure {
+        return Err(failure);
     }
     match unknown {
         Some(missing)

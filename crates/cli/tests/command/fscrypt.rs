@@ -183,6 +183,8 @@ fn a_damaged_image_is_code_4_and_every_problem_has_its_line() {
     place
         .run(["fscrypt", "cat", "disk", "xts_default/one-byte", "--key", "raw:key"])
         .refused(4, &["is damaged"]);
+    let listed = place.run(["fscrypt", "ls", "disk", "xts_default", "--key", "raw:key"]);
+    failed(&listed, 4, &["sparse\n", "one-byte is damaged: inode 14"]);
     // Cut off: the superblock is there, and little else.
     fs::write(place.path("disk"), &good[..40_960]).unwrap();
     failed(&place.run(["fscrypt", "verify", "disk", "--key", "raw:key"]), 4, &["the image ends before byte"]);
@@ -255,6 +257,11 @@ fn a_hardware_wrapped_key_opens_its_files_through_the_engine() {
     place
         .run(["fscrypt", "cat", "disk", "xts_default/big", "--key", "raw:secret"])
         .refused(2, &["wrong key"]);
+    // The model of hardware derives the same keys from the same key, and wraps it otherwise.
+    let ice = ["--engine", "ice:hwkm-v2"];
+    place.run(["key", "import", "--in", "master", "--out", "ice"].iter().chain(&ice)).done();
+    let arguments = ["fscrypt", "verify", "disk", "xts_default", "--key", "ice"];
+    place.run(arguments.iter().chain(&ice)).done();
     // Another root does not open it.
     place.run(["root", "create", "other.root"]).done();
     place

@@ -1,7 +1,10 @@
 //! ext4 images that the machine's own kernel encrypts: made, unmounted, and then read and verified by the command.
 
 use crate::rig::{Place, may_loop, said};
-use inlinecrypt_testkit::{pattern, require_tool, undo::Mount};
+use inlinecrypt_testkit::{
+    pattern, require_tool,
+    undo::{LoopDevice, Mount},
+};
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::os::unix::ffi::OsStrExt as _;
@@ -276,6 +279,16 @@ fn what_this_kernel_encrypts_is_listed_read_and_verified() {
             listed.stdout.split(|&byte| byte == b'\n').filter(|line| !line.is_empty()).collect();
         ours.sort();
         assert!(ours == theirs, "{layout}: names without a key");
+
+        // A device is read like a file.
+        if number == 0 && require_tool("losetup").is_some() {
+            let device = LoopDevice::new(&lab.place.path("image"), &["--read-only"]).unwrap();
+            let arguments = ["fscrypt", "ls", "-R"].map(OsStr::new);
+            let listed = lab.place.run(arguments.into_iter().chain([device.path().as_os_str()]));
+            let names = listed.stdout.split(|&byte| byte == b'\n').filter(|line| !line.is_empty());
+            assert_eq!(names.count(), theirs.len(), "{}", said(&listed));
+            device.detach().unwrap();
+        }
 
         // And e2fsck agrees that nothing was changed.
         if number == 0 && require_tool("e2fsck").is_some() {
