@@ -19,8 +19,11 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+/// Something to be done so many times.
+type Work = fn(u32);
+
 /// What there is to count, and what it is.
-const WORK: &[(&str, fn(u32))] = &[
+const WORK: &[(&str, Work)] = &[
     ("xts-512", |times| xts(times, 512)),
     ("xts-4096", |times| xts(times, 4096)),
     ("keyslot-hit", keyslot_hit),
