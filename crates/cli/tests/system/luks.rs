@@ -621,6 +621,11 @@ fn the_serving_process_keeps_neither_passphrase_nor_volume_key() {
         client.read(0, 1 << 20).unwrap();
     }
     server.stop();
+    // What is looked for is found where it is: an engine in this very process has the key.
+    let server = place.serve(["--engine-process", "none", "--key-file", "pass", "disk"]);
+    server.client("disk").read(0, 4096).unwrap();
+    assert!(!memory::scan_process(server.process.pid(), &search).unwrap().secrets.is_empty());
+    server.stop();
 }
 
 #[test]
