@@ -1,10 +1,10 @@
 //! A state of a re-encryption, as it lies beside a volume: its headers and its plan, and a journal to be recovered from.
 //!
-//! Digests are made good, so that what is behind them is reached.
+//! As it is, and with magic, version and digests made good, so that what is behind them is reached.
 #![no_main]
 
 use inlinecrypt_core::backing::{Backing as _, Durability};
-use inlinecrypt_core::reencrypt::state::{PREFIX_BYTES, State, StateFacts, repair_digests};
+use inlinecrypt_core::reencrypt::state::{MAGIC, PREFIX_BYTES, State, StateFacts, VERSION, repair_digests};
 use inlinecrypt_core::testing::MemBacking;
 use libfuzzer_sys::fuzz_target;
 use std::sync::Arc;
@@ -19,6 +19,8 @@ fuzz_target!(|data: &[u8]| {
     let rest = &rest[..rest.len().min(4096)];
     bytes[8192..8192 + rest.len()].copy_from_slice(rest);
     let _ = StateFacts::parse(&bytes);
+    bytes[..MAGIC.len()].copy_from_slice(MAGIC);
+    bytes[MAGIC.len()..][..4].copy_from_slice(&VERSION.to_le_bytes());
     repair_digests(&mut bytes);
     let Ok(facts) = StateFacts::parse(&bytes) else { return };
     assert!(facts.boundary <= facts.size_bytes);

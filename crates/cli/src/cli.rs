@@ -467,6 +467,8 @@ Examples:
     /// that requests to the part at hand wait for a moment. This command shows how far it is; ending it (Ctrl-C) leaves
     /// the server at work. If nobody serves it, this command does the work itself; ending it lets the work rest.
     ///
+    /// What is not asked for of the layout stays as it is, and --engine and --root are the volume's now.
+    ///
     /// At any moment all of it may be killed, or the power go: `serve` and --resume go on from there. Until it is done
     /// both keys are needed. The state lies beside the volume, in VOLUME.reencrypt; in the end VOLUME.toml names the new
     /// key and layout, and the old key's file stays unless --remove-old-key is given.
@@ -505,38 +507,38 @@ pub(crate) struct VolumeReencrypt {
     #[arg(long, value_name = "SPEC", value_parser = parse_core::<RootSpec>, help_heading = "Engine")]
     pub(crate) new_root: Option<RootSpec>,
     /// Most bytes in a second, as a size [default: as many as there are]
-    #[arg(long, value_name = "SIZE")]
+    #[arg(long, help_heading = "Re-encryption", value_name = "SIZE")]
     pub(crate) throttle: Option<Size>,
     /// How much is re-encrypted at once: a multiple of 256 KiB up to 64 MiB. Clients that come to that part wait for it
     /// [default: 1MiB]
-    #[arg(long, value_name = "SIZE", value_parser = parse_zone)]
+    #[arg(long, help_heading = "Re-encryption", value_name = "SIZE", value_parser = parse_zone)]
     pub(crate) zone: Option<u64>,
     /// Leave zones without storage as they are. They were never written or were trimmed; what is read there is noise, and
     /// changes to another
-    #[arg(long)]
+    #[arg(long, help_heading = "Re-encryption")]
     pub(crate) keep_holes: bool,
     /// Remove the file of the old key once nothing is under it any more
-    #[arg(long)]
+    #[arg(long, help_heading = "Re-encryption")]
     pub(crate) remove_old_key: bool,
     /// Go on with what was interrupted or paused; with --throttle, at that rate
-    #[arg(long, conflicts_with_all = ["key", "mode", "data_unit", "block", "iv_offset", "new_engine", "new_root", "zone",
-        "keep_holes", "remove_old_key"])]
+    #[arg(long, help_heading = "Re-encryption", conflicts_with_all = ["key", "mode", "data_unit", "block", "iv_offset",
+        "new_engine", "new_root", "zone", "keep_holes", "remove_old_key"])]
     pub(crate) resume: bool,
     /// Let the server rest after the part at hand
-    #[arg(long, conflicts_with_all = ["resume", "offline", "key", "mode", "data_unit", "block", "iv_offset", "zone",
-        "throttle"])]
+    #[arg(long, help_heading = "Re-encryption", conflicts_with_all = ["resume", "offline", "key", "mode", "data_unit",
+        "block", "iv_offset", "zone", "throttle"])]
     pub(crate) pause: bool,
     /// Do not ask any server
-    #[arg(long, conflicts_with = "control")]
+    #[arg(long, help_heading = "Re-encryption", conflicts_with = "control")]
     pub(crate) offline: bool,
     /// Control socket of the server that serves the volume [default: looked for among those of this user]
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, help_heading = "Re-encryption", value_name = "PATH")]
     pub(crate) control: Option<PathBuf>,
     /// Do not wait for the server to finish
-    #[arg(long, conflicts_with = "offline")]
+    #[arg(long, help_heading = "Re-encryption", conflicts_with = "offline")]
     pub(crate) detach: bool,
     /// Show progress as JSON, a line each half second, with the keys and units of `cryptsetup --progress-json`
-    #[arg(long)]
+    #[arg(long, help_heading = "Re-encryption")]
     pub(crate) progress_json: bool,
 }
 

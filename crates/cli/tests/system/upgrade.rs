@@ -18,7 +18,7 @@ fn taking_over(place: &Place, arguments: &[&str]) -> Vec<String> {
 }
 
 /// Starts a server that takes over from `old`, and waits until that has ended.
-fn upgrade(place: &Place, mut old: Server, arguments: &[&str]) -> Server {
+pub(crate) fn upgrade(place: &Place, mut old: Server, arguments: &[&str]) -> Server {
     let new = place.serve(taking_over(place, arguments));
     let ended = old.wait();
     assert!(ended.success(), "{ended}: {}", old.log());
