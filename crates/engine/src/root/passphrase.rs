@@ -72,15 +72,23 @@ impl Cost {
         })?;
         memory.resize(blocks, Block::default());
         let mut key = Box::new(Zeroizing::new([0; 32]));
-        let done = Argon2::new(Algorithm::Argon2id, Version::V0x13, params).hash_password_into_with_memory(
-            passphrase,
-            salt,
-            &mut **key,
-            &mut memory,
-        );
+        let argon2 = Argon2::new(Algorithm::Argon2id, Version::V0x13, params);
+        let done = on_this_thread(|| {
+            argon2.hash_password_into_with_memory(passphrase, salt, &mut **key, &mut memory)
+        });
         memory.zeroize();
         done.expect("argon2 fails for lengths out of bounds only");
         Ok(WrappingKey::derive(&key, b"inlinecrypt v1 root wrapped by a passphrase"))
+    }
+}
+
+/// Runs `work`, and what it would share out among threads, on this one: an engine process may start none, and other threads'
+/// stacks are no secret memory.
+fn on_this_thread<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    match rayon_core::ThreadPoolBuilder::new().num_threads(1).use_current_thread().build() {
+        Ok(pool) => pool.install(work),
+        // It has been here before, and that stays so for the life of a thread.
+        Err(_) => work(),
     }
 }
 
