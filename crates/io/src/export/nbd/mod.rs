@@ -9,8 +9,8 @@
 //! One thread serves a connection and blocks: it was measured that waking another thread for a request costs more than
 //! everything else. Requests that came together are answered together. Only the pieces of long requests go to a second
 //! thread, the helper, while the machine has a core for it: it encrypts and writes one piece while the next is received.
-//! Where the disk itself waits (a cold medium, direct I/O), [`ServerOptions::workers`] gives a connection threads of its
-//! own, so that several requests wait at once.
+//! Where the disk itself waits, small requests that came together wait together (direct I/O: one call of io_uring). For
+//! other media that wait (a cold page cache), [`ServerOptions::workers`] gives a connection threads of its own.
 //!
 //! Invariants:
 //!
