@@ -7,6 +7,7 @@ use super::ring::{Head, LANE_BYTES, Lane, PIECES_MAX, RESULT_LOST, WirePiece};
 use crate::blob::WrappingKeyId;
 use crate::root::RootMaterial;
 use crate::sys::{Part, Parts, Region};
+use inlinecrypt_cipher::kdf::key_identifier_raw;
 use inlinecrypt_core::caps::Capabilities;
 use inlinecrypt_core::config::KeyType;
 use inlinecrypt_core::engine::{
@@ -35,6 +36,12 @@ pub type RootGiver = dyn Fn() -> Result<RootMaterial, Error> + Send + Sync;
 
 /// Within which time [`Options::deaths_max`] ends are too many: something is wrong that another start does not cure.
 const DEATHS_TIME: Duration = Duration::from_secs(60);
+
+/// How long what keeps a process from being started again may take to pass.
+const START_TIME_MAX: Duration = Duration::from_secs(10);
+/// Between two attempts to start a process: first, and at the most.
+const START_PAUSE_MIN: Duration = Duration::from_millis(5);
+const START_PAUSE_MAX: Duration = Duration::from_millis(500);
 
 /// What is to run in an engine process, and how.
 #[derive(Clone, Debug)]
@@ -250,6 +257,8 @@ struct Prepared {
 #[derive(Debug)]
 struct Deposit {
     again: Option<Arc<dyn RawKeySource>>,
+    /// The key's public name: what is had again must have the same.
+    identifier: [u8; KEY_IDENTIFIER_BYTES],
     generation: u64,
     now: u64,
     /// Why it could not be had again, when that was last tried.
@@ -259,6 +268,10 @@ struct Deposit {
 /// What becomes of a raw key that nobody can give again.
 const NOT_AGAIN: &str = "the engine process was started again, and this raw key cannot be had again without asking; restart the \
                          server";
+
+/// What is said of a raw key that was read again and is another one.
+const ANOTHER_KEY: &str = "the engine process was started again, and where the raw key was there is another key now; bring the \
+                           key back";
 
 /// Why an order was not answered.
 enum Trouble {
@@ -356,7 +369,7 @@ impl Host {
     // The watch thread.
 
     fn watch(&self, report: &mpsc::Sender<Result<Opened, Error>>) {
-        let (mut child, opened) = match self.begin(1) {
+        let (mut child, opened) = match self.begin(1, None) {
             Ok(begun) => begun,
             Err(error) => {
                 let _ = report.send(Err(error));
@@ -380,32 +393,78 @@ impl Host {
             };
             // Every thread of the process has ended: what it was working on stays as it is.
             (0..self.busy.len()).for_each(|index| self.lane(index).take_back(ended_generation));
-            deaths.push_back(ended);
-            while deaths.front().is_some_and(|death| ended.duration_since(*death) > DEATHS_TIME) {
-                deaths.pop_front();
-            }
-            if deaths.len() >= self.options.deaths_max as usize {
-                return self.stop(format!(
-                    "the engine process ended {} times within a minute; see its messages, and restart the server",
-                    deaths.len()
-                ));
+            if !self.may_go_on(&mut deaths) {
+                return;
             }
             tracing::warn!("the engine process has ended; starting another");
-            match self.begin(generation) {
-                Ok((next, again)) if again == opened => child = next,
-                Ok((next, _)) => {
-                    drop(next);
-                    return self.stop("the engine came back as another one; restart the server".to_owned());
-                }
-                Err(error) => {
-                    return self
-                        .stop(format!("the engine process cannot be started again: {}", error.chain()));
-                }
+            match self.begin_again(generation, &opened, &mut deaths) {
+                Some(next) => child = next,
+                None => return,
             }
             self.tell_of_restart();
             let pause = ended.elapsed();
             self.line().last_pause_ns = u64::try_from(pause.as_nanos()).unwrap_or(u64::MAX);
             tracing::warn!(pause_ms = pause.as_millis(), "the engine process was started again");
+        }
+    }
+
+    /// Counts an end of the process, and stops if that was one too many.
+    fn may_go_on(&self, deaths: &mut VecDeque<Instant>) -> bool {
+        let now = Instant::now();
+        deaths.push_back(now);
+        while deaths.front().is_some_and(|death| now.duration_since(*death) > DEATHS_TIME) {
+            deaths.pop_front();
+        }
+        let goes_on = deaths.len() < self.options.deaths_max as usize;
+        if !goes_on {
+            self.stop(format!(
+                "the engine process ended {} times within a minute; see its messages, and restart the server",
+                deaths.len()
+            ));
+        }
+        goes_on
+    }
+
+    /// Starts a process as `opened` was, until one is there. One that ends at once counts as ended, and what else keeps it from
+    /// starting (a root that cannot be read, say) is given some time to pass. `None` if it was given up, and all were told.
+    fn begin_again(
+        &self,
+        generation: u64,
+        opened: &Opened,
+        deaths: &mut VecDeque<Instant>,
+    ) -> Option<Option<Child>> {
+        let since = Instant::now();
+        let mut pause = START_PAUSE_MIN;
+        loop {
+            let error = match self.begin(generation, Some(opened)) {
+                Ok((child, _)) => return Some(child),
+                Err(error) => error,
+            };
+            match error.kind() {
+                ErrorKind::Stopping => return None,
+                ErrorKind::EngineGone => {
+                    if !self.may_go_on(deaths) {
+                        return None;
+                    }
+                }
+                _ if since.elapsed() < START_TIME_MAX => {}
+                _ => {
+                    self.stop(format!("the engine process cannot be started again: {}", error.chain()));
+                    return None;
+                }
+            }
+            tracing::warn!("the engine process was not started, and is tried again: {}", error.chain());
+            let line = self.line();
+            let line = self
+                .changed
+                .wait_timeout_while(line, pause, |line| !line.is_closing)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+            if line.is_closing {
+                return None;
+            }
+            drop(line);
+            pause = (2 * pause).min(START_PAUSE_MAX);
         }
     }
 
@@ -424,10 +483,10 @@ impl Host {
         self.changed.notify_all();
     }
 
-    /// Starts a process and its engines, and tells them what others were told before.
-    fn begin(&self, generation: u64) -> Result<(Option<Child>, Opened), Error> {
+    /// Starts a process and its engines, which must be as `expected`, and tells them what others were told before.
+    fn begin(&self, generation: u64, expected: Option<&Opened>) -> Result<(Option<Child>, Opened), Error> {
         let Launched { socket, mut child } = self.launcher.launch()?;
-        let begun = self.greet(socket, generation);
+        let begun = self.greet(socket, generation, expected);
         if begun.is_err()
             && let Some(child) = &mut child
         {
@@ -437,7 +496,7 @@ impl Host {
         Ok((child, begun?))
     }
 
-    fn greet(&self, socket: OwnedFd, generation: u64) -> Result<Opened, Error> {
+    fn greet(&self, socket: OwnedFd, generation: u64, expected: Option<&Opened>) -> Result<Opened, Error> {
         let gone = |trouble| match trouble {
             Trouble::Gone => Error::new(ErrorKind::EngineGone, Op::Open)
                 .detail("the engine process ended as soon as it was started; see its messages"),
@@ -481,6 +540,11 @@ impl Host {
             other => Err(other.into_error(Op::Open)),
         });
         let opened = opened.map_err(gone)?;
+        if expected.is_some_and(|expected| *expected != opened) {
+            // Before anybody is given this process: keys and requests are another engine's.
+            return Err(Error::new(ErrorKind::Invalid, Op::Open)
+                .detail("the engine came back as another one, with another root or other abilities; bring the root back"));
+        }
         for (engine, committed) in (0u8..).zip(&self.committed) {
             let committed = *committed.lock().unwrap_or_else(PoisonError::into_inner);
             if let Some(key_type) = committed {
@@ -576,7 +640,11 @@ impl Host {
         if deposit.generation != session.generation {
             let gone = |why: String| Error::new(ErrorKind::EngineGone, Op::Program).detail(why);
             let again = deposit.again.as_ref().ok_or_else(|| gone(NOT_AGAIN.to_owned()))?;
-            let raw = again.read().inspect_err(|error| deposit.trouble = Some(error.chain()))?;
+            let raw = again.read().and_then(|raw| match key_identifier_raw(raw.expose()) {
+                identifier if identifier == deposit.identifier => Ok(raw),
+                _ => Err(Error::new(ErrorKind::KeyRejected, Op::Program).detail(ANOTHER_KEY)),
+            });
+            let raw = raw.inspect_err(|error| deposit.trouble = Some(error.chain()))?;
             deposit.now = session.deposit(&raw)?.ticket;
             deposit.generation = session.generation;
             deposit.trouble = None;
@@ -902,14 +970,15 @@ impl Engine for IsolatedEngine {
             self.host().ask(Op::InitKey, |session| Ok((session.deposit(&raw)?, session.generation)))?;
         // One number per start would not be unique over all of them.
         let ticket = generation << 32 | deposited.ticket;
-        let deposit = Deposit { again, generation, now: deposited.ticket, trouble: None };
+        let DepositedKey { identifier, ticket: now, .. } = deposited;
+        let deposit = Deposit { again, identifier, generation, now, trouble: None };
         self.host().deposits.lock().unwrap_or_else(PoisonError::into_inner).insert(ticket, deposit);
         Ok(KeyForm::Deposited(DepositedKey { ticket, ..deposited }))
     }
 
     fn key_identifier(&self, form: &KeyForm) -> Result<[u8; KEY_IDENTIFIER_BYTES], Error> {
         match form {
-            KeyForm::Raw(raw) => Ok(inlinecrypt_cipher::kdf::key_identifier_raw(raw.expose())),
+            KeyForm::Raw(raw) => Ok(key_identifier_raw(raw.expose())),
             KeyForm::Deposited(key) => Ok(key.identifier),
             KeyForm::Wrapped(blob) => self.host().ask(Op::DeriveSecret, |session| {
                 let blob = self.host().blob_now(session, self.index, blob.as_bytes())?;

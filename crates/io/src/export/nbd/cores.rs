@@ -100,7 +100,8 @@ impl Cores {
     pub(super) fn look_around(&self) -> Option<Looking<'_>> {
         let more = |looking: usize| (looking < self.count).then_some(looking + 1);
         let looks = self.looking.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_ok();
-        looks.then_some(Looking(&self.looking))
+        // Made only if counted: dropping it counts it off.
+        looks.then(|| Looking(&self.looking))
     }
 
     /// A helper that took a core goes to sleep.
@@ -141,6 +142,17 @@ impl Pace {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn as_many_look_around_as_there_are_cores() {
+        let cores = Cores::new(2);
+        for _ in 0..3 {
+            let looking = [cores.look_around(), cores.look_around()];
+            assert!(looking.iter().all(Option::is_some));
+            assert!(cores.look_around().is_none() && cores.look_around().is_none());
+        }
+        assert!(cores.look_around().is_some());
+    }
 
     #[test]
     fn a_helper_finds_a_core_while_fewer_connections_are_busy_than_there_are() {
