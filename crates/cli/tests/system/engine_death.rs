@@ -259,6 +259,21 @@ fn a_raw_key_comes_back_from_its_file_and_not_from_standard_input() {
     drop(client);
     server.stop();
 
+    // Another key in the file is not this volume's: nothing is read or written with it.
+    let server = serve("raw:v.raw");
+    let mut client = server.client("v");
+    fs::rename(place.path("v.raw"), place.path("away")).unwrap();
+    place.raw_key("v.raw", 64, 2);
+    kill_engine(&server, &place);
+    fails_with_eio(client.read(0, 4096));
+    fails_with_eio(client.write(0, &[9; 4096]));
+    let (state_now, reason) = state(&server);
+    assert!(state_now == "no_key" && reason.contains("another key"), "{state_now}: {reason}");
+    fs::rename(place.path("away"), place.path("v.raw")).unwrap();
+    assert!(client.read(0, 65536).unwrap() == [8; 65536]);
+    drop(client);
+    server.stop();
+
     let server = serve("raw:-");
     let mut client = server.client("v");
     assert!(client.read(0, 65536).unwrap() == [8; 65536]);
@@ -271,6 +286,70 @@ fn a_raw_key_comes_back_from_its_file_and_not_from_standard_input() {
         state_now == "no_key" && reason.contains("cannot be had again without asking"),
         "{state_now}: {reason}"
     );
+    drop(client);
+    server.stop();
+}
+
+#[test]
+fn a_root_that_is_away_for_a_moment_is_waited_for_and_another_one_is_told() {
+    let place = Place::new();
+    let server = place.start(serve_command(&place, &["--create", "1MiB", "v.img"]));
+    let mut client = server.client("v");
+    client.write(0, &[8; 65536]).unwrap();
+    let (root, away) = (place.path("home/root.key"), place.path("away"));
+    fs::rename(&root, &away).unwrap();
+    kill(engine_pid(&server, &place).unwrap().into());
+    thread::sleep(Duration::from_millis(300));
+    fs::rename(&away, &root).unwrap();
+    assert!(client.read(0, 65536).unwrap() == [8; 65536]);
+
+    fs::rename(&root, &away).unwrap();
+    assert!(place.run(["root", "create", "home/root.key"]).status.success());
+    kill(engine_pid(&server, &place).unwrap().into());
+    // Not for ever: an error, and the reason in the status.
+    fails_with_eio(client.read(0, 4096));
+    let stopped = engine(&server, &place)["process"]["stopped"].as_str().unwrap_or_default().to_owned();
+    assert!(stopped.contains("came back as another one"), "{stopped}");
+    drop(client);
+    server.stop();
+}
+
+/// Child processes of a process.
+fn children(pid: u32) -> Vec<u64> {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let of =
+        |thread: std::io::Result<fs::DirEntry>| fs::read_to_string(thread.ok()?.path().join("children")).ok();
+    let all: String = threads.filter_map(of).collect();
+    all.split_whitespace().map(|child| child.parse().unwrap()).collect()
+}
+
+#[test]
+fn an_engine_process_that_is_killed_while_it_starts_is_started_again() {
+    let place = Place::new();
+    place.raw_key("v.raw", 64, 1);
+    place.sparse("v.img", MIB);
+    let server = place.serve_config(
+        "[[engine]]\nname = \"e\"\ndeaths_max = 1000\n[[volume]]\npath = \"v.img\"\nkey = \"raw:v.raw\"\n",
+    );
+    let mut client = server.client("v");
+    client.write(0, &[8; 65536]).unwrap();
+    let mut killed = engine_pid(&server, &place).unwrap().into();
+    kill(killed);
+    // Whatever it is doing then: its first instruction, or its last message.
+    for delay_ms in [0, 0, 1, 2, 3, 5, 8, 12] {
+        let deadline = Instant::now() + PATIENCE;
+        let next = loop {
+            if let Some(next) = children(server.process.pid()).into_iter().find(|child| *child != killed) {
+                break next;
+            }
+            assert!(Instant::now() < deadline, "no other is started");
+            thread::sleep(Duration::from_micros(200));
+        };
+        thread::sleep(Duration::from_millis(delay_ms));
+        kill(next);
+        killed = next;
+    }
+    assert!(client.read(0, 65536).unwrap() == [8; 65536]);
     drop(client);
     server.stop();
 }
