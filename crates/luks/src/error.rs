@@ -69,6 +69,16 @@ impl Error {
         )
     }
 
+    /// None of those that could be tried; the others are named.
+    pub(crate) fn passphrase_but(left_out: &[String]) -> Self {
+        let Self { what, .. } = Self::passphrase();
+        Self::new(
+            ErrorKind::Passphrase,
+            format!("{what}; not tried: {}", left_out.join("; ")),
+            "Give another passphrase, or open with cryptsetup what is not tried here.",
+        )
+    }
+
     /// Whose fault it is.
     #[must_use]
     pub fn kind(&self) -> ErrorKind {

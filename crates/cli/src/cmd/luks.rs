@@ -384,8 +384,9 @@ fn remove_key(args: &LuksRemoveKey) -> Result<(), Failure> {
         None => container.open(&open.ask(path)?, None).map_err(at(path))?.keyslot,
     };
     let metadata = &container.header().metadata;
-    let others = metadata.keyslots().keys().any(|other| *other != number);
-    if !others && metadata.keyslots().contains_key(&number) && !force {
+    // Those that hold another key open nothing.
+    let others = metadata.bound_keyslots().any(|other| other != number);
+    if !others && metadata.digest_of_keyslot(number).is_some() && !force {
         let wrapped = WrappedKey::find(metadata)?.is_some();
         return Err(Failure::new(
             Code::Wrong,

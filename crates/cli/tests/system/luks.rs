@@ -287,6 +287,50 @@ fn a_container_with_a_detached_header_or_without_its_first_one_is_served() {
 }
 
 #[test]
+fn a_luks_keyslot_of_another_key_opens_nothing() {
+    if require_tool("cryptsetup").is_none() {
+        return;
+    }
+    let place = place();
+    format(&place, "disk", 20 * MIB, &[&["--type", "luks2", "--key-slot", "3"], &CHEAP[..]].concat());
+    let unbound = ["luksAddKey", "-q", "--unbound", "--key-size", "512", "--key-slot", "0"];
+    run(cryptsetup(&place, &unbound).args(CHEAP).args(["disk", "one"]));
+    // Also where both have one passphrase.
+    let unbound = ["luksAddKey", "-q", "--unbound", "--key-size", "512", "--key-slot", "1"];
+    run(cryptsetup(&place, &unbound).args(CHEAP).args(["disk", "zero"]));
+    assert_eq!(we_open(&place, "disk", "zero"), Some(3));
+    assert_eq!(we_open(&place, "disk", "one"), None);
+    let data = fill(&place, &["--passphrase-file", "zero", "disk"], "disk", 4 << 20);
+    let key = {
+        let more = ["--key-slot", "3", "--volume-key-file", "vk", "-d", "zero", "disk"];
+        run(cryptsetup(&place, &["luksDump", "-q", "--dump-volume-key"]).args(more));
+        fs::read(place.path("vk")).unwrap()
+    };
+    let begin = offset(&place, "disk");
+    let sector =
+        if run(&mut cryptsetup(&place, &["luksDump", "disk"])).contains("sector: 4096") { 4096 } else { 512 };
+    let disk = fs::read(place.path("disk")).unwrap()[begin..].to_vec();
+    assert!(decrypted(Mode::Aes256Xts, &key, sector, disk) == data);
+
+    let refused = |arguments: &[&str], code: i32, text: &str| {
+        let output = place.run([&["luks"], arguments, &["disk"]].concat());
+        assert!(output.status.code() == Some(code) && said(&output).contains(text), "{}", said(&output));
+    };
+    refused(&["test", "--slot", "0", "--passphrase-file", "one"], 1, "unbound");
+    let files = ["--passphrase-file", "one", "--new-passphrase-file", "two"];
+    refused(&[&["add-key"], &files[..], &CHEAP].concat(), 2, "no LUKS keyslot opens");
+    refused(&[&["change-key"], &files[..], &CHEAP].concat(), 2, "no LUKS keyslot opens");
+    refused(&["remove-key", "--slot", "3"], 1, "only passphrase");
+    let files = ["--passphrase-file", "zero", "--new-passphrase-file", "two"];
+    place.run_ok([&["luks", "add-key"], &files[..], &CHEAP, &["disk"]].concat());
+    assert_eq!(opens(&place, "disk", "two"), Some(2));
+    // Those of other keys go without --force, and nothing of the data goes with them.
+    place.run_ok(["luks", "remove-key", "--slot", "0", "disk"]);
+    place.run_ok(["luks", "remove-key", "--slot", "1", "disk"]);
+    assert_eq!(opens(&place, "disk", "zero"), Some(3));
+}
+
+#[test]
 fn what_we_make_cryptsetup_opens_and_changes_and_the_other_way_round() {
     if require_tool("cryptsetup").is_none() {
         return;

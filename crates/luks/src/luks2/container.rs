@@ -73,20 +73,23 @@ impl<S: Storage> Container<S> {
         &self.header.metadata
     }
 
-    /// The LUKS keyslots in the order in which they are tried: those of high priority first, those to be ignored not at all.
+    /// The LUKS keyslots of the data in the order in which they are tried: those of high priority first, those to be ignored not at
+    /// all.
     fn order(&self) -> Vec<u32> {
         let slots = self.metadata().keyslots();
         let mut order: Vec<u32> =
-            slots.iter().filter(|(_, slot)| slot.priority > 0).map(|(slot, _)| *slot).collect();
+            self.metadata().bound_keyslots().filter(|slot| slots[slot].priority > 0).collect();
         order.sort_by_key(|slot| (std::cmp::Reverse(slots[slot].priority), *slot));
         order
     }
 
-    /// Opens it with the first LUKS keyslot that takes `passphrase`, or with `only` that one.
+    /// Opens it with the first LUKS keyslot that takes `passphrase`, or with `only` that one. Those that hold another key than that of
+    /// the data are not tried.
     ///
     /// # Errors
     ///
-    /// [`Passphrase`](ErrorKind::Passphrase) if none does; if some could not be tried, why. [`Io`](ErrorKind::Io).
+    /// [`Passphrase`](ErrorKind::Passphrase) if none does; if none could be tried, or memory or the storage kept one from it, why.
+    /// [`Invalid`](ErrorKind::Invalid) if `only` is not there, or is unbound.
     ///
     /// # Blocking
     ///
@@ -94,7 +97,13 @@ impl<S: Storage> Container<S> {
     pub fn open(&mut self, passphrase: &[u8], only: Option<u32>) -> Result<Opened, Error> {
         let order = match only {
             None => self.order(),
-            Some(slot) if self.metadata().keyslots().contains_key(&slot) => vec![slot],
+            Some(slot) if self.metadata().digest_of_keyslot(slot).is_some() => vec![slot],
+            Some(slot) if self.metadata().keyslots().contains_key(&slot) => {
+                return Err(Error::invalid(
+                    format!("LUKS keyslot {slot} holds another key than that of the data (it is unbound)"),
+                    "Use cryptsetup for it; inlinecrypt luks dump shows which LUKS keyslots are of segment 0.",
+                ));
+            }
             Some(slot) => return Err(no_such_slot(slot)),
         };
         if order.is_empty() {
@@ -104,24 +113,41 @@ impl<S: Storage> Container<S> {
                 "If it was erased, restore the header from a backup: inlinecrypt luks header-restore",
             ));
         }
-        let mut trouble = None;
+        let mut trouble: Option<Error> = None;
+        let mut left_out = Vec::new();
+        let mut tried = false;
         for keyslot in order {
             match self.try_slot(keyslot, passphrase) {
                 Ok(Some((digest, key))) => return Ok(Opened { keyslot, digest, key }),
-                Ok(None) => {}
-                Err(error) => trouble = trouble.or(Some(error)),
+                Ok(None) => tried = true,
+                Err(error) => {
+                    if error.kind() == ErrorKind::Unsupported {
+                        left_out.push(error.to_string());
+                    }
+                    // One that time or memory may bring back counts for more than one that never opens here.
+                    trouble = match trouble {
+                        Some(first)
+                            if first.kind() != ErrorKind::Unsupported
+                                || error.kind() == ErrorKind::Unsupported =>
+                        {
+                            Some(first)
+                        }
+                        _ => Some(error),
+                    };
+                }
             }
         }
-        Err(trouble.unwrap_or_else(Error::passphrase))
+        match trouble {
+            Some(error) if !tried || error.kind() != ErrorKind::Unsupported => Err(error),
+            Some(_) => Err(Error::passphrase_but(&left_out)),
+            None => Err(Error::passphrase()),
+        }
     }
 
     fn try_slot(&mut self, number: u32, passphrase: &[u8]) -> Result<Option<(u32, VolumeKey)>, Error> {
         let Self { storage, header } = self;
         let slot = &header.metadata.keyslots()[&number];
-        let digests = header.metadata.digests();
-        let Some((digest_number, digest)) =
-            digests.iter().find(|(_, digest)| digest.keyslots.contains(&number))
-        else {
+        let Some((digest_number, digest)) = header.metadata.digest_of_keyslot(number) else {
             // Its key is of nothing.
             return Ok(None);
         };
@@ -135,7 +161,7 @@ impl<S: Storage> Container<S> {
         storage.read(slot.area_offset, &mut area).map_err(Error::io)?;
         AreaCipher::new(mode, &area_key)?.decrypt(&mut area);
         let key = af::merge(&area[..len], slot.key_bytes, slot.stripes, hash);
-        Ok(digest.matches(&key)?.then_some((*digest_number, key)))
+        Ok(digest.matches(&key)?.then_some((digest_number, key)))
     }
 
     /// Makes both copies of the header the same, if they are not. Says whether anything was written.

@@ -405,6 +405,19 @@ impl Metadata {
             .map(|(number, digest)| (*number, digest))
     }
 
+    /// The digest that tells the key in LUKS keyslot `number`, if that is the key of data. What holds another key is unbound, as
+    /// cryptsetup calls it, and opens nothing.
+    #[must_use]
+    pub fn digest_of_keyslot(&self, number: u32) -> Option<(u32, &Digest)> {
+        let mut of_data = self.segments.keys().filter_map(|segment| self.digest_of(*segment));
+        of_data.find(|(_, digest)| digest.keyslots.contains(&number))
+    }
+
+    /// The LUKS keyslots that hold the key of data and that passphrases open.
+    pub fn bound_keyslots(&self) -> impl Iterator<Item = u32> + '_ {
+        self.keyslots.keys().copied().filter(|number| self.digest_of_keyslot(*number).is_some())
+    }
+
     /// Changes the JSON by `change`, and makes the views anew. Nothing is changed if what comes out is refused.
     pub(super) fn change(
         &mut self,
