@@ -127,6 +127,15 @@ fn create(args: &LuksCreate) -> Result<(), Failure> {
         container, size, header, mode, sector_size, header_size, label, subsystem, uuid, ..
     } = args;
     let name = container.display().to_string();
+    if args.wrapped && (args.recovery || args.recovery_passphrase_file.is_some()) {
+        return Err(Failure::new(
+            Code::Wrong,
+            format!(
+                "{name}: a key that is made in the engine is known to nobody else, so no passphrase can open its data"
+            ),
+            "Leave the recovery passphrase out, or wrap a key of your own: --import FILE",
+        ));
+    }
     let data_exists = files::exists(container);
     let new_data = match (header, data_exists, size) {
         (None, true, _) => return Err(taken(container)),
@@ -345,6 +354,15 @@ fn open_locked(path: &Path) -> Result<Container<HeaderFile>, Failure> {
     Container::read(file).map_err(at(path))
 }
 
+/// The same, if its LUKS keyslots may be changed here: cryptsetup would lose its way in what it is re-encrypting.
+fn open_to_change(path: &Path) -> Result<Container<HeaderFile>, Failure> {
+    let container = open_locked(path)?;
+    container.header().metadata.check_requirements().map_err(|error| {
+        at(path)(error).advise("Let cryptsetup finish first, or change it with cryptsetup.")
+    })?;
+    Ok(container)
+}
+
 /// Says what an operation that writes finds damaged, as it mends it.
 fn tell_repair(path: &Path, container: &Container<HeaderFile>) {
     if !container.header().is_whole() {
@@ -354,7 +372,7 @@ fn tell_repair(path: &Path, container: &Container<HeaderFile>) {
 
 fn add_key(args: &LuksAddKey) -> Result<(), Failure> {
     let LuksAddKey { container: path, slot, open, new, kdf } = args;
-    let mut container = open_locked(path)?;
+    let mut container = open_to_change(path)?;
     let opened = container.open(&open.ask(path)?, None).map_err(at(path))?;
     let passphrase = new.ask(path)?;
     let kdf = kdf.choose()?;
@@ -367,7 +385,7 @@ fn add_key(args: &LuksAddKey) -> Result<(), Failure> {
 
 fn change_key(args: &LuksChangeKey) -> Result<(), Failure> {
     let LuksChangeKey { container: path, slot, open, new, kdf } = args;
-    let mut container = open_locked(path)?;
+    let mut container = open_to_change(path)?;
     let opened = container.open(&open.ask(path)?, *slot).map_err(at(path))?;
     let passphrase = new.ask(path)?;
     let kdf = kdf.choose()?;
@@ -378,7 +396,7 @@ fn change_key(args: &LuksChangeKey) -> Result<(), Failure> {
 
 fn remove_key(args: &LuksRemoveKey) -> Result<(), Failure> {
     let LuksRemoveKey { container: path, slot, open, force } = args;
-    let mut container = open_locked(path)?;
+    let mut container = open_to_change(path)?;
     let number = match slot {
         Some(number) => *number,
         None => container.open(&open.ask(path)?, None).map_err(at(path))?.keyslot,
@@ -575,7 +593,13 @@ fn restore(args: &LuksRestore) -> Result<(), Failure> {
     let mut file = HeaderFile::locked(path)?;
     let doubt = match detect(&mut file).map_err(at(path))? {
         Some(Kind::Luks2 | Kind::Luks2SecondOnly) => match Header::read(&mut file) {
-            Ok(present) if present.uuid == backup.uuid => None,
+            Ok(present) if present.uuid == backup.uuid => {
+                let present = &present.metadata;
+                let requires =
+                    [present, &backup.metadata].into_iter().find_map(|of| of.check_requirements().err());
+                let requires = requires.map(|why| format!("one of both headers is not to be changed: {why}"));
+                requires.or_else(|| backup.metadata.differs_from(present))
+            }
             Ok(present) => Some(format!("its UUID is {}, and the backup's is {}", present.uuid, backup.uuid)),
             Err(why) => Some(format!("its header cannot be read ({why})")),
         },
@@ -609,7 +633,7 @@ fn repair(args: &LuksRepair) -> Result<(), Failure> {
 
 fn erase(args: &LuksErase) -> Result<(), Failure> {
     let LuksErase { container: path, force } = args;
-    let mut container = open_locked(path)?;
+    let mut container = open_to_change(path)?;
     let metadata = &container.header().metadata;
     let keyslots = metadata.keyslots().len();
     let wrapped = if WrappedKey::find(metadata)?.is_some() { " and its wrapped key" } else { "" };
@@ -650,7 +674,28 @@ fn resize(args: &LuksResize) -> Result<(), Failure> {
     let there = detached.as_ref().map_or_else(|| container.storage().len_bytes(), Storage::len_bytes);
     let is_regular =
         detached.as_ref().map_or_else(|| container.storage().is_regular(), HeaderFile::is_regular);
-    let now = fixed.unwrap_or_else(|| there.saturating_sub(offset) / sector * sector);
+    let header_end = {
+        let header = container.header();
+        2 * header.size + header.metadata.keyslots_bytes()
+    };
+    if header.is_none() && offset < header_end {
+        return wrong(
+            format!(
+                "its data begins at byte {offset}, and its header ends at {header_end}: the data is not in this file"
+            ),
+            "Name the data, and give this file with --header.",
+        );
+    }
+    let Some(room) = there.checked_sub(offset) else {
+        return Err(Failure::new(
+            Code::File,
+            format!("{}: it ends at byte {there}, and its data begins at {offset}", path.display()),
+            "Name the whole container; with a detached header name the data, and give the header with --header.",
+        ));
+    };
+    let now = fixed.unwrap_or(room / sector * sector);
+    // What lies behind the data in its file is somebody else's.
+    let ends_with_data = there - there.min(offset + now) < sector;
     if *size < now && !shrink {
         return wrong(
             format!("it has {}, and would lose its end", Size(now)),
@@ -659,11 +704,7 @@ fn resize(args: &LuksResize) -> Result<(), Failure> {
     }
     if end > there && !is_regular {
         return wrong(
-            format!(
-                "{} are asked for, and the device has {} behind the header",
-                Size(*size),
-                Size(there - offset)
-            ),
+            format!("{} are asked for, and the device has {} behind the header", Size(*size), Size(room)),
             "Make the device larger first.",
         );
     }
@@ -683,7 +724,7 @@ fn resize(args: &LuksResize) -> Result<(), Failure> {
         tell_repair(&header_path, &container);
         container.resize(Some(*size), &mut random).map_err(at(&header_path))?;
     }
-    if end < there && is_regular {
+    if end < there && is_regular && ends_with_data {
         set_len(&mut container, &mut detached)?;
     }
     print(&format!("{}: has {} now, and had {}\n", path.display(), Size(*size), Size(now)))

@@ -1,6 +1,7 @@
 //! `luks`: what it says, and how it refuses. With cryptsetup: `tests/system/luks.rs`.
 
 use crate::place::Place;
+use inlinecrypt_luks::luks2::Container;
 use std::fs;
 
 const CHEAP: [&str; 4] = ["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"];
@@ -160,4 +161,53 @@ fn a_wrapped_key_needs_its_root_and_says_so() {
     place.run(["serve", "sealed"]).refused(4, &["root"]);
     place.run(["serve", "--recover", "--passphrase-file", "pass", "sealed"]).refused(2, &["no LUKS keyslot"]);
     place.run(["luks", "erase", "sealed"]).refused(1, &["and its wrapped key"]);
+}
+
+#[test]
+fn no_passphrase_is_taken_for_a_key_that_is_made_in_the_engine() {
+    let place = place();
+    let create = ["luks", "create", "--size", "1MiB", "--header-size", "1MiB", "--wrapped"];
+    let recovery = ["--recovery-passphrase-file", "pass", "sealed"];
+    place.run([&create[..], &recovery].concat()).refused(1, &["known to nobody else", "--import"]);
+    place.run([&create[..], &["--recovery", "sealed"]].concat()).refused(1, &["known to nobody else"]);
+    assert!(!place.path("sealed").exists());
+}
+
+#[test]
+fn resizing_cuts_nothing_but_the_end_of_the_data() {
+    let place = place();
+    let create = ["luks", "create", "--size", "1MiB", "--header", "head", "--passphrase-file", "pass"];
+    place.run([&create[..], &CHEAP, &["data"]].concat()).done();
+    let head = fs::read(place.path("head")).unwrap();
+    for size in ["4MiB", "64MiB"] {
+        let resize = ["luks", "resize", "--shrink", "--size", size, "head"];
+        place.run(resize).refused(1, &["its header ends at", "--header"]);
+    }
+    assert!(fs::read(place.path("head")).unwrap() == head);
+    place.run(["luks", "resize", "--size", "2MiB", "--header", "head", "data"]).done();
+    assert_eq!(fs::metadata(place.path("data")).unwrap().len(), 2 << 20);
+
+    // A file that ends before its data begins.
+    let disk = fs::read(place.path("disk")).unwrap();
+    fs::write(place.path("short"), &disk[..(1 << 20) - 4096]).unwrap();
+    place.run(["luks", "resize", "--size", "2MiB", "short"]).refused(4, &["its data begins at 1048576"]);
+
+    // A segment of a fixed length, and something behind it.
+    let mut container = Container::read(disk).unwrap();
+    let mut random = |bytes: &mut [u8]| {
+        bytes.fill(7);
+        Ok(())
+    };
+    container.resize(Some(1 << 20), &mut random).unwrap();
+    let mut disk = container.into_storage();
+    disk.resize(3 << 20, 0x55);
+    fs::write(place.path("fixed"), &disk).unwrap();
+    for (size, shrink) in [("1536KiB", None), ("512KiB", Some("--shrink"))] {
+        let arguments = ["luks", "resize", "--size", size].into_iter().chain(shrink).chain(["fixed"]);
+        place.run(arguments).done();
+        let now = fs::read(place.path("fixed")).unwrap();
+        assert!(now.len() == 3 << 20 && now[2 << 20..].iter().all(|&byte| byte == 0x55), "{size}");
+    }
+    place.run(["luks", "resize", "--size", "3MiB", "fixed"]).done();
+    assert_eq!(fs::metadata(place.path("fixed")).unwrap().len(), 4 << 20);
 }

@@ -331,6 +331,43 @@ fn a_luks_keyslot_of_another_key_opens_nothing() {
 }
 
 #[test]
+fn what_cryptsetup_is_re_encrypting_is_not_changed() {
+    if require_tool("cryptsetup").is_none() {
+        return;
+    }
+    let place = place();
+    format(&place, "disk", 40 * MIB, &[&["--type", "luks2"], &CHEAP[..]].concat());
+    place.run_ok(["luks", "header-backup", "--out", "before", "disk"]);
+    let output = cryptsetup(&place, &["reencrypt", "-q", "--init-only", "--reduce-device-size", "16M"])
+        .args(CHEAP)
+        .args(["-d", "zero", "disk"])
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", said(&output));
+    place.run_ok(["luks", "header-backup", "--out", "during", "disk"]);
+    let bytes = fs::read(place.path("disk")).unwrap();
+    let new = ["--passphrase-file", "zero", "--new-passphrase-file", "one"];
+    for arguments in [
+        &[&["add-key"], &new[..], &CHEAP].concat()[..],
+        &[&["change-key"], &new[..], &CHEAP].concat(),
+        &["remove-key", "--slot", "0", "--force"],
+        &["erase", "--force"],
+    ] {
+        let output = place.run([&["luks"], arguments, &["disk"]].concat());
+        let text = said(&output);
+        assert!(output.status.code() == Some(1) && text.contains("re-encrypted by cryptsetup"), "{text}");
+    }
+    for backup in ["before", "during"] {
+        let output = place.run(["luks", "header-restore", "--in", backup, "disk"]);
+        let text = said(&output);
+        assert!(output.status.code() == Some(1) && text.contains("--force"), "{text}");
+    }
+    assert!(fs::read(place.path("disk")).unwrap() == bytes);
+    place.run_ok(["luks", "header-restore", "--force", "--in", "before", "disk"]);
+    assert_eq!(we_open(&place, "disk", "zero"), Some(0));
+}
+
+#[test]
 fn what_we_make_cryptsetup_opens_and_changes_and_the_other_way_round() {
     if require_tool("cryptsetup").is_none() {
         return;

@@ -364,20 +364,47 @@ impl Metadata {
         }
     }
 
+    /// Refuses what asks for more than is done here: neither its data nor its header may be changed then.
+    ///
+    /// # Errors
+    ///
+    /// [`Unsupported`](crate::ErrorKind::Unsupported) with the reason.
+    pub fn check_requirements(&self) -> Result<(), Error> {
+        let [first, ..] = &self.requirements()[..] else { return Ok(()) };
+        Err(Error::unsupported(match first.as_str() {
+            "online-reencrypt" | "online-reencrypt-v2" | "online-reencrypt-v3" | "offline-reencrypt" => {
+                format!("it is being re-encrypted by cryptsetup ({first})")
+            }
+            other => format!("it requires {other:?}, which is not done here"),
+        }))
+    }
+
+    /// What keeps a header with this JSON from taking the place of one with the other's without a doubt: the data may be under
+    /// another key, or lie elsewhere. `None` if nothing does.
+    #[must_use]
+    pub fn differs_from(&self, other: &Self) -> Option<String> {
+        fn keys(metadata: &Metadata) -> Vec<(&[u32], &[u8], &[u8])> {
+            let digests = metadata.digests.values().filter(|digest| !digest.segments.is_empty());
+            digests.map(|digest| (&digest.segments[..], &digest.salt[..], &digest.value[..])).collect()
+        }
+        if self.requirements() != other.requirements() {
+            Some("one of both requires what the other does not".to_owned())
+        } else if self.segments != other.segments {
+            Some("their data segments differ".to_owned())
+        } else if keys(self) != keys(other) {
+            Some("they are of different volume keys".to_owned())
+        } else {
+            None
+        }
+    }
+
     /// The one segment that the data is, if it can be served.
     ///
     /// # Errors
     ///
     /// [`Unsupported`](crate::ErrorKind::Unsupported) with the reason.
     pub fn data(&self) -> Result<(u32, &Segment), Error> {
-        if let [first, ..] = &self.requirements()[..] {
-            return Err(Error::unsupported(match first.as_str() {
-                "online-reencrypt" | "online-reencrypt-v2" | "online-reencrypt-v3" | "offline-reencrypt" => {
-                    format!("it is being re-encrypted by cryptsetup ({first})")
-                }
-                other => format!("it requires {other:?}, which is not done here"),
-            }));
-        }
+        self.check_requirements()?;
         let (&number, segment) = match self.segments.len() {
             1 => self.segments.iter().next().expect("one"),
             0 => return Err(Error::damaged("it has no data segment")),
