@@ -18,7 +18,7 @@ use crate::report::{Code, Failure, note, print, print_json};
 use crate::size::Size;
 use inlinecrypt_cipher::kdf::inline_encryption_key;
 use inlinecrypt_core::key::{KeyForm, RawKey};
-use inlinecrypt_engine::{EngineSpec, Root};
+use inlinecrypt_engine::Root;
 use inlinecrypt_luks::kdf::{Argon2Variant, Kdf};
 use inlinecrypt_luks::luks2::{Container, CopyState, Header, NewContainer};
 use inlinecrypt_luks::{Error, Hash, Kind, Storage, VolumeKey, detect, luks1};
@@ -159,6 +159,28 @@ fn create(args: &LuksCreate) -> Result<(), Failure> {
     if let Some(header) = header.as_deref().filter(|header| files::exists(header)) {
         return Err(taken(header));
     }
+    if header.as_deref().is_some_and(|header| is_same_name(header, container)) {
+        return Err(Failure::new(
+            Code::Wrong,
+            format!("{name} would be header and data at once"),
+            "Leave --header out for a header before the data, or name another file.",
+        ));
+    }
+    let holds_passphrase =
+        (!args.wrapped && args.import.is_none()) || args.recovery || args.recovery_passphrase_file.is_some();
+    let limits = NewContainer::header_limits(holds_passphrase.then_some(*mode));
+    if !limits.contains(&header_size.0) || !header_size.0.is_multiple_of(4096) {
+        return Err(Failure::new(
+            Code::Wrong,
+            format!(
+                "{} bytes for the header; from {} to {} are possible",
+                header_size.0,
+                Size(*limits.start()),
+                Size(*limits.end())
+            ),
+            "Give a multiple of 4096 between them, or leave --header-size out.",
+        ));
+    }
     let data_bytes = match new_data {
         Some(bytes) => bytes,
         None => Medium::look(container)?.len_bytes,
@@ -171,6 +193,13 @@ fn create(args: &LuksCreate) -> Result<(), Failure> {
         ));
     }
     let data_offset = if header.is_some() { 0 } else { header_size.0 };
+    let Some(whole) = data_offset.checked_add(data_bytes) else {
+        return Err(Failure::new(
+            Code::Wrong,
+            format!("{name}: {data_bytes} bytes and a header before them are more than any file has"),
+            "Give another size.",
+        ));
+    };
     let uuid = match uuid {
         Some(uuid) => check_uuid(uuid)?,
         None => random_uuid()?,
@@ -189,7 +218,7 @@ fn create(args: &LuksCreate) -> Result<(), Failure> {
     };
     let place = header.as_deref().unwrap_or(container);
     let staged = Staged::beside(place);
-    let whole = if header.is_some() { header_size.0 } else { data_offset + data_bytes };
+    let whole = if header.is_some() { header_size.0 } else { whole };
     inlinecrypt_io::backing::create_file(staged.temporary(), whole)
         .map_err(|error| Failure::of_file(format!("cannot make {}", place.display()), &error))?;
     let file = HeaderFile::locked(staged.temporary())?;
@@ -215,10 +244,29 @@ fn create(args: &LuksCreate) -> Result<(), Failure> {
     if let Some(WrappedKey { key_id, .. }) = &key.wrapped {
         let _ = writeln!(text, "  key   {key_id}, wrapped, in its header");
     }
-    let option =
-        header.as_ref().map(|header| format!("--header {} ", shell_word(header))).unwrap_or_default();
+    let mut option = String::new();
+    if let Some(header) = header {
+        let _ = write!(option, "--header {} ", shell_word(header));
+    }
+    // What the header does not say, and serve has to be told as well.
+    if let (Some(engine), true) = (&args.engine.engine, key.wrapped.is_some()) {
+        let _ = write!(option, "--engine {} ", files::quoted(&engine.to_string()));
+    }
+    if let (Some(root), true) = (&args.engine.root, key.wrapped.is_some()) {
+        let _ = write!(option, "--root {} ", files::quoted(&root.to_string()));
+    }
     let _ = writeln!(text, "To serve it: inlinecrypt serve {option}{}", shell_word(container));
     print(&text)
+}
+
+/// Whether two names are one file's, which need not be there yet.
+fn is_same_name(one: &Path, other: &Path) -> bool {
+    let place = |path: &Path| {
+        let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        let directory = path.parent().and_then(|parent| parent.canonicalize().ok());
+        (directory, path.file_name().map(std::ffi::OsStr::to_owned))
+    };
+    place(one) == place(other)
 }
 
 fn taken(path: &Path) -> Failure {
@@ -282,13 +330,11 @@ impl NewKey {
             .prepare(&blob)
             .and_then(|key| Identifier::of(&KeyForm::Wrapped(key), &host.profile))
             .map_err(|error| Failure::of("the new key does not open", &error))?;
-        let derivation = match plan.spec {
-            EngineSpec::Software(spec) => spec.kdf,
-            EngineSpec::Ice(spec) => spec.kdf,
-        };
+        let derivation = token::derivation(&plan.spec);
         // The data is encrypted with what the engine derives, so this is the volume key for everybody else.
         let volume_key = master.map(|master| inline_encryption_key(derivation, &master, *mode));
-        let wrapped = Some(WrappedKey { blob: blob.as_bytes().to_vec(), mode: *mode, key_id });
+        let wrapped =
+            Some(WrappedKey { blob: blob.as_bytes().to_vec(), mode: *mode, key_id, kdf: Some(derivation) });
         Ok(Self { volume_key, passphrase, wrapped })
     }
 }

@@ -256,7 +256,7 @@ impl Prepared {
             ));
         }
         let header = description.settings.luks.header.as_deref();
-        if Luks::look(path, header, true).map_err(|failure| failure.within(label))?.is_some() {
+        if Luks::look(path, header, true, true).map_err(|failure| failure.within(label))?.is_some() {
             return Err(Failure::new(
                 Code::Wrong,
                 format!("{label} is a LUKS container, whose header names its key"),

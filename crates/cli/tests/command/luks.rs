@@ -134,7 +134,13 @@ fn what_cannot_be_made_is_refused_and_leaves_nothing() {
     create(&["--size", "1000", "new"]).refused(1, &["1000 bytes are not a multiple of the sector size"]);
     create(&["--size", "1MiB", "--uuid", "x", "new"]).refused(1, &["\"x\" is no UUID"]);
     create(&["--size", "1MiB", "--header-size", "1000", "new"]).refused(1, &["1000 bytes for the header"]);
-    create(&["--size", "1MiB", "--header-size", "64KiB", "new"]).refused(1, &["no room"]);
+    for size in ["36KiB", "64KiB", "129MiB", "1GiB"] {
+        create(&["--size", "1MiB", "--header-size", size, "new"])
+            .refused(1, &["for the header", "284 KiB", "(134250496 bytes)"]);
+    }
+    create(&["--size", "18446744073709551104", "--sector-size", "512", "new"])
+        .refused(1, &["more than any file has"]);
+    create(&["--size", "1MiB", "--header", "./new", "new"]).refused(1, &["header and data at once"]);
     create(&["--size", "1MiB", "--label", &"x".repeat(48), "new"]).refused(1, &["48 bytes"]);
     create(&["--size", "1MiB", "--hash", "md5", "new"]).refused(1, &["md5"]);
     place.write("short", b"not 32 bytes");
@@ -210,4 +216,32 @@ fn resizing_cuts_nothing_but_the_end_of_the_data() {
     }
     place.run(["luks", "resize", "--size", "3MiB", "fixed"]).done();
     assert_eq!(fs::metadata(place.path("fixed")).unwrap().len(), 4 << 20);
+}
+
+#[test]
+fn a_wrapped_key_is_not_for_an_engine_that_derives_another_from_it() {
+    let place = place();
+    place.write("master", &[7; 32]);
+    let create = ["luks", "create", "--size", "1MiB", "--header-size", "1MiB", "--import", "master"];
+    let said = place.run([&create[..], &["--engine", "software:kdf=legacykdf", "sealed"]].concat());
+    assert!(said.done().out.contains("inlinecrypt serve --engine software:kdf=legacykdf sealed"), "{said}");
+    place.run(["serve", "sealed"]).refused(1, &["legacykdf", "derives them by v1", "--engine"]);
+    fs::write(place.path("config"), "[[volume]]\npath = \"sealed\"\n").unwrap();
+    place.run(["check", "config"]).refused(1, &["legacykdf"]);
+    let engine = "[[engine]]\nname = \"e\"\nspec = \"software:kdf=legacykdf\"\n";
+    fs::write(place.path("config"), format!("{engine}[[volume]]\npath = \"sealed\"\nengine = \"e\"\n"))
+        .unwrap();
+    place.run(["check", "config"]).done();
+}
+
+#[test]
+fn a_container_without_its_first_header_is_not_taken_for_a_raw_volume() {
+    let place = place();
+    place.raw_key("key", 64);
+    let mut disk = fs::read(place.path("disk")).unwrap();
+    disk[..4096].fill(0);
+    fs::write(place.path("disk"), &disk).unwrap();
+    place.run(["serve", "--key", "raw:key", "disk"]).refused(2, &["first LUKS2 header", "luks repair disk"]);
+    place.run(["luks", "repair", "disk"]).done();
+    place.run(["luks", "test", "--passphrase-file", "pass", "disk"]).done();
 }

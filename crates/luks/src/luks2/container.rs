@@ -14,7 +14,7 @@ use subtle::ConstantTimeEq as _;
 use zeroize::Zeroizing;
 
 /// Stripes of what is made here: everybody's.
-const STRIPES: usize = 4000;
+pub(super) const STRIPES: usize = 4000;
 /// Bytes of salts.
 pub(super) const SALT_BYTES: usize = 32;
 

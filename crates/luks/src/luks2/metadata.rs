@@ -16,7 +16,7 @@ pub(super) const OBJECTS_MAX: u32 = 32;
 /// Areas and data begin at multiples of this, in bytes.
 pub(super) const ALIGN_BYTES: u64 = 4096;
 /// Most bytes for the areas of LUKS keyslots (cryptsetup's `LUKS2_MAX_KEYSLOTS_SIZE`).
-const KEYSLOTS_BYTES_MAX: u64 = 128 << 20;
+pub(super) const KEYSLOTS_BYTES_MAX: u64 = 128 << 20;
 /// Most stripes: everybody has 4000.
 const STRIPES_MAX: u32 = 16_384;
 /// Longest volume key in bytes.
