@@ -21,7 +21,7 @@ use inlinecrypt_core::key::{KeyForm, RawKey};
 use inlinecrypt_engine::Root;
 use inlinecrypt_luks::kdf::{Argon2Variant, Kdf};
 use inlinecrypt_luks::luks2::{Container, CopyState, Header, NewContainer};
-use inlinecrypt_luks::{Error, Hash, Kind, Storage, VolumeKey, detect, luks1};
+use inlinecrypt_luks::{Error, ErrorKind, Hash, Kind, Storage, VolumeKey, detect, luks1};
 use serde_json::{Value, json};
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -86,7 +86,13 @@ impl KdfArgs {
     /// What it says, measured on this machine unless told.
     fn choose(&self) -> Result<Kdf, Failure> {
         let Self { pbkdf, hash, iter_time, pbkdf_memory, pbkdf_parallel, pbkdf_force_iterations } = self;
-        let wrong = |error: Error| failure("the cost of the passphrase", &error);
+        let wrong = |error: Error| {
+            let failure = failure("the cost of the passphrase", &error);
+            match error.kind() {
+                ErrorKind::Cost => Failure { code: Code::Wrong, ..failure }.advise("Ask for less."),
+                _ => failure,
+            }
+        };
         let memory_kib = pbkdf_memory.unwrap_or_else(memory_kib_default);
         let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get().min(4));
         let lanes = pbkdf_parallel.unwrap_or_else(|| u32::try_from(cpus).unwrap_or(1));
@@ -416,8 +422,22 @@ fn tell_repair(path: &Path, container: &Container<HeaderFile>) {
     }
 }
 
+/// Standard input gives one passphrase: the second would be empty.
+fn check_stdin(open: &OpenArgs, new: &NewArgs) -> Result<(), Failure> {
+    let is_stdin = |file: &Option<PathBuf>| file.as_deref() == Some(Path::new("-"));
+    if is_stdin(&open.key_file) && is_stdin(&new.new_key_file) {
+        return Err(Failure::new(
+            Code::Wrong,
+            "both passphrases are to come from standard input",
+            "Name a file for one of them.",
+        ));
+    }
+    Ok(())
+}
+
 fn add_key(args: &LuksAddKey) -> Result<(), Failure> {
     let LuksAddKey { container: path, slot, open, new, kdf } = args;
+    check_stdin(open, new)?;
     let mut container = open_to_change(path)?;
     let opened = container.open(&open.ask(path)?, None).map_err(at(path))?;
     let passphrase = new.ask(path)?;
@@ -431,6 +451,7 @@ fn add_key(args: &LuksAddKey) -> Result<(), Failure> {
 
 fn change_key(args: &LuksChangeKey) -> Result<(), Failure> {
     let LuksChangeKey { container: path, slot, open, new, kdf } = args;
+    check_stdin(open, new)?;
     let mut container = open_to_change(path)?;
     let opened = container.open(&open.ask(path)?, *slot).map_err(at(path))?;
     let passphrase = new.ask(path)?;
@@ -477,7 +498,7 @@ fn test(args: &LuksTest) -> Result<(), Failure> {
     let passphrase = open.ask(path)?;
     let number = if detect(&mut file).map_err(at(path))? == Some(Kind::Luks1) {
         let header = luks1::Header::read(&mut file).map_err(at(path))?;
-        header.open(&mut file, &passphrase).map_err(at(path))?.0
+        header.open_with(&mut file, &passphrase, *slot).map_err(at(path))?.0
     } else {
         let mut container = Container::read(file).map_err(at(path))?;
         container.open(&passphrase, *slot).map_err(at(path))?.keyslot

@@ -148,7 +148,7 @@ fn what_cannot_be_made_is_refused_and_leaves_nothing() {
     let costly = ["--pbkdf", "argon2id", "--pbkdf-force-iterations", "4294967295"];
     let all =
         [&["luks", "create", "--size", "1MiB", "--passphrase-file", "pass"], &costly[..], &["new"]].concat();
-    place.run(all).refused(3, &["not sensible"]);
+    place.run(all).refused(1, &["not sensible", "Ask for less"]);
     let left: Vec<_> =
         fs::read_dir(place.folder()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert!(left.iter().all(|name| !name.to_string_lossy().contains("new")), "{left:?}");
@@ -244,4 +244,26 @@ fn a_container_without_its_first_header_is_not_taken_for_a_raw_volume() {
     place.run(["serve", "--key", "raw:key", "disk"]).refused(2, &["first LUKS2 header", "luks repair disk"]);
     place.run(["luks", "repair", "disk"]).done();
     place.run(["luks", "test", "--passphrase-file", "pass", "disk"]).done();
+}
+
+#[test]
+fn what_stands_in_the_way_is_said() {
+    let place = place();
+    // Before anybody is asked for a passphrase.
+    place.run(["volume", "reencrypt", "--offline", "disk"]).refused(1, &["cryptsetup reencrypt"]);
+    // Room for one area alone.
+    let create = ["luks", "create", "--size", "1MiB", "--header-size", "284KiB", "--passphrase-file", "pass"];
+    place.run([&create[..], &CHEAP, &["tight"]].concat()).done();
+    let files = ["--passphrase-file", "pass", "--new-passphrase-file", "other"];
+    place
+        .run([&["luks", "change-key"], &files[..], &CHEAP, &["tight"]].concat())
+        .refused(1, &["no room for a second area", "luksChangeKey"]);
+    place.run(["luks", "test", "--passphrase-file", "pass", "tight"]).done();
+    let both = ["--key-file", "-", "--new-key-file", "-", "disk"];
+    place.run([&["luks", "change-key"], &both[..]].concat()).refused(1, &["both passphrases"]);
+    let disk = fs::read(place.path("disk")).unwrap();
+    fs::write(place.path("short"), &disk[..64 << 10]).unwrap();
+    place
+        .run(["luks", "test", "--passphrase-file", "pass", "short"])
+        .refused(4, &["it ends at byte 65536, before"]);
 }

@@ -331,6 +331,27 @@ fn a_luks_keyslot_of_another_key_opens_nothing() {
 }
 
 #[test]
+fn one_luks_keyslot_is_tried_if_one_is_named_and_key_files_may_be_standard_input() {
+    if require_tool("cryptsetup").is_none() {
+        return;
+    }
+    let place = place();
+    format(&place, "disk", 20 * MIB, &[&["--type", "luks1"], &CHEAP_PBKDF2[..]].concat());
+    run(cryptsetup(&place, &["luksAddKey", "-d", "zero"]).args(CHEAP_PBKDF2).args(["disk", "one"]));
+    for (slot, code) in [("0", 0), ("1", 2), ("5", 1)] {
+        let output = place.run(["luks", "test", "--slot", slot, "--passphrase-file", "zero", "disk"]);
+        assert_eq!(output.status.code(), Some(code), "{slot}: {}", said(&output));
+    }
+    for (file, code) in [("zero", 0), ("two", 2)] {
+        let mut command = place.command();
+        command.args(["luks", "test", "--key-file", "-", "disk"]);
+        command.stdin(fs::File::open(place.path(file)).unwrap());
+        let output = command.output().unwrap();
+        assert_eq!(output.status.code(), Some(code), "{file}: {}", said(&output));
+    }
+}
+
+#[test]
 fn what_cryptsetup_is_re_encrypting_is_not_changed() {
     if require_tool("cryptsetup").is_none() {
         return;

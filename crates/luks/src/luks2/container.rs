@@ -104,13 +104,14 @@ impl<S: Storage> Container<S> {
                     "Use cryptsetup for it; inlinecrypt luks dump shows which LUKS keyslots are of segment 0.",
                 ));
             }
-            Some(slot) => return Err(no_such_slot(slot)),
+            Some(slot) => return Err(Error::no_such_slot(slot)),
         };
         if order.is_empty() {
             return Err(Error::new(
                 ErrorKind::Passphrase,
                 "it has no LUKS keyslot that a passphrase opens",
-                "If it was erased, restore the header from a backup: inlinecrypt luks header-restore",
+                "If it was erased, restore the header from a backup: inlinecrypt luks header-restore; a wrapped key in the \
+                 header takes no passphrase.",
             ));
         }
         let mut trouble: Option<Error> = None;
@@ -218,7 +219,7 @@ impl<S: Storage> Container<S> {
         let taken = self.metadata().json()["keyslots"].as_object().expect("it was looked at");
         let is_free = |number: &u32| !taken.contains_key(&number.to_string());
         match wanted {
-            Some(number) if number >= OBJECTS_MAX => Err(no_such_slot(number)),
+            Some(number) if number >= OBJECTS_MAX => Err(Error::no_such_slot(number)),
             Some(number) if !is_free(&number) => Err(Error::invalid(
                 format!("LUKS keyslot {number} is in use"),
                 "Choose another, or remove it first.",
@@ -245,8 +246,7 @@ impl<S: Storage> Container<S> {
         kdf.check()?;
         let hash = Hash::Sha256;
         let mode = Mode::Aes256Xts;
-        let len = (key.len() * STRIPES) as u64;
-        let area_bytes = len.next_multiple_of(ALIGN_BYTES);
+        let area_bytes = area_bytes(key);
         let area_offset = self.free_area(area_bytes)?;
         let mut salt = vec![0; SALT_BYTES];
         random(&mut salt).map_err(Error::io)?;
@@ -297,7 +297,14 @@ impl<S: Storage> Container<S> {
         random: &mut Random<'_>,
     ) -> Result<(), Error> {
         self.repair(random)?;
-        let old = self.metadata().keyslots().get(&number).cloned().ok_or_else(|| no_such_slot(number))?;
+        let old =
+            self.metadata().keyslots().get(&number).cloned().ok_or_else(|| Error::no_such_slot(number))?;
+        self.free_area(area_bytes(key)).map_err(|_no_room| {
+            Error::invalid(
+                "there is no room for a second area, and the old one stays until the new one is there",
+                "Remove another LUKS keyslot first, or use cryptsetup luksChangeKey, which writes over the old area.",
+            )
+        })?;
         let slot = self.write_area(key, passphrase, kdf, old.priority, random)?;
         self.change(random, |json| {
             object(json, "keyslots").insert(number.to_string(), slot.to_json());
@@ -315,7 +322,7 @@ impl<S: Storage> Container<S> {
         self.repair(random)?;
         let taken = self.metadata().json()["keyslots"].as_object().expect("it was looked at").clone();
         if let Some(missing) = numbers.iter().find(|number| !taken.contains_key(&number.to_string())) {
-            return Err(no_such_slot(*missing));
+            return Err(Error::no_such_slot(*missing));
         }
         let names: Vec<String> = numbers.iter().map(u32::to_string).collect();
         let areas = self.metadata().areas()?;
@@ -526,6 +533,11 @@ impl<S: Storage> Container<S> {
     }
 }
 
+/// Bytes of the area of a new LUKS keyslot for `key`.
+fn area_bytes(key: &[u8]) -> u64 {
+    ((key.len() * STRIPES) as u64).next_multiple_of(ALIGN_BYTES)
+}
+
 /// Where `bytes` are free between `begin` and `end`, beside what is taken.
 fn gap(mut taken: Vec<(u64, u64)>, begin: u64, end: u64, bytes: u64) -> Option<u64> {
     taken.sort_unstable();
@@ -582,13 +594,6 @@ fn object<'j>(json: &'j mut Map<String, Value>, name: &str) -> &'j mut Map<Strin
 fn list(digests: &mut Map<String, Value>, number: u32) -> &mut Vec<Value> {
     let digest = digests.get_mut(&number.to_string()).expect("a digest that was found");
     digest["keyslots"].as_array_mut().expect("it was looked at")
-}
-
-fn no_such_slot(number: u32) -> Error {
-    Error::invalid(
-        format!("there is no LUKS keyslot {number}"),
-        "inlinecrypt luks dump shows which there are.",
-    )
 }
 
 fn too_long(bytes: u64) -> Error {
