@@ -28,6 +28,8 @@ pub(crate) struct Asker {
     of_engine: Option<PathBuf>,
     /// A key file for LUKS containers.
     key_file: Option<PathBuf>,
+    /// What standard input was, if it was a key file.
+    stdin: Option<Arc<Zeroizing<Vec<u8>>>>,
     given: HashMap<PathBuf, Zeroizing<Vec<u8>>>,
 }
 
@@ -49,7 +51,7 @@ impl Asker {
             (None, Some(number)) => Source::Descriptor(format!("/dev/fd/{number}").into(), None),
             (None, None) => Source::Terminal,
         };
-        Self { source, of_engine: None, key_file: None, given: HashMap::new() }
+        Self { source, of_engine: None, key_file: None, stdin: None, given: HashMap::new() }
     }
 
     /// The same, with a key file for LUKS containers.
@@ -66,6 +68,15 @@ impl Asker {
         let given = |bytes| Ok(Passphrase::Given(Arc::new(bytes)));
         if let Some(file) = of_volume {
             return Ok(Passphrase::File(file.clone()));
+        }
+        if self.key_file.as_deref() == Some(Path::new("-")) {
+            // It gives what it has once.
+            let bytes = match &self.stdin {
+                Some(bytes) => bytes.clone(),
+                None => Arc::new(files::read_stdin("key file", inlinecrypt_luks::PASSPHRASE_BYTES_MAX)?),
+            };
+            self.stdin = Some(bytes.clone());
+            return Ok(Passphrase::Given(bytes));
         }
         if let Some(path) = &self.key_file {
             return Ok(Passphrase::File(PassphraseFile { path: path.clone(), whole: true }));
@@ -118,7 +129,13 @@ impl Asker {
             Source::File(path) => Source::File(path.clone()),
             Source::Terminal | Source::Descriptor(..) | Source::Nobody => Source::Nobody,
         };
-        Self { source, of_engine: engine.passphrase_file.clone(), key_file: None, given: HashMap::new() }
+        Self {
+            source,
+            of_engine: engine.passphrase_file.clone(),
+            key_file: None,
+            stdin: None,
+            given: HashMap::new(),
+        }
     }
 
     /// The same, for the root of `engine`: its config may name a file.

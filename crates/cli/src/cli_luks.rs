@@ -89,7 +89,7 @@ Examples:
 pub(crate) struct OpenArgs {
     #[command(flatten)]
     pub(crate) passphrase: PassphraseArgs,
-    /// The same, and every byte of FILE counts, as in cryptsetup's --key-file
+    /// The same, and every byte of FILE (- for standard input) counts, as in cryptsetup's --key-file
     #[arg(long, value_name = "FILE", conflicts_with_all = ["passphrase_file", "passphrase_fd"])]
     pub(crate) key_file: Option<PathBuf>,
 }
@@ -173,7 +173,7 @@ pub(crate) struct LuksCreate {
     /// UUID [default: a random one]
     #[arg(long, value_name = "UUID")]
     pub(crate) uuid: Option<String>,
-    /// Key file of the passphrase: every byte of FILE counts, as in cryptsetup's --key-file
+    /// Key file of the passphrase: every byte of FILE (- for standard input) counts, as in cryptsetup's --key-file
     #[arg(long, value_name = "FILE", conflicts_with_all = ["passphrase_file", "passphrase_fd", "wrapped", "import"])]
     pub(crate) key_file: Option<PathBuf>,
     #[command(flatten)]

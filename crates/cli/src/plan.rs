@@ -631,6 +631,12 @@ impl Builder {
                 Err(failure) => return self.failures.push(failure),
             },
         };
+        if let Some(wrapped) = luks.as_ref().and_then(|luks| luks.wrapped.as_ref())
+            && !settings.luks.recover
+            && let Err(failure) = wrapped.check_engine(&self.engines[engine].spec)
+        {
+            return self.failures.push(failure.within(&label));
+        }
         let sibling = beside(path, ".key");
         let key = match &settings.key {
             _ if luks.is_some() => {
@@ -760,7 +766,8 @@ fn find_luks(
     // What has lost its first header is not taken for LUKS where somebody says that it is something else.
     let surely = !is_described && settings.key.is_none();
     let detached = settings.luks.header.as_deref();
-    let found = Luks::look(path, detached, surely).map_err(|failure| host::relabel(failure, path, label))?;
+    let found = Luks::look(path, detached, surely, is_described)
+        .map_err(|failure| host::relabel(failure, path, label))?;
     let Some(luks) = found else {
         if settings.luks.recover || settings.luks.passphrase.is_some() {
             return Err(Failure::new(

@@ -14,8 +14,10 @@ pub enum ErrorKind {
     Unsupported,
     /// No LUKS keyslot opens with this passphrase.
     Passphrase,
-    /// A cost that looks like an attack, or memory that is not there.
+    /// A cost that looks like an attack.
     Cost,
+    /// Memory that is not there.
+    Memory,
     /// What was asked for cannot be: no such LUKS keyslot, none free, no room.
     Invalid,
     /// The storage failed.
@@ -66,6 +68,23 @@ impl Error {
             ErrorKind::Passphrase,
             "no LUKS keyslot opens with this passphrase",
             "Give another; in a key file of cryptsetup every byte counts, also a line feed at the end.",
+        )
+    }
+
+    pub(crate) fn no_such_slot(number: u32) -> Self {
+        Self::invalid(
+            format!("there is no LUKS keyslot {number}"),
+            "inlinecrypt luks dump shows which there are.",
+        )
+    }
+
+    /// None of those that could be tried; the others are named.
+    pub(crate) fn passphrase_but(left_out: &[String]) -> Self {
+        let Self { what, .. } = Self::passphrase();
+        Self::new(
+            ErrorKind::Passphrase,
+            format!("{what}; not tried: {}", left_out.join("; ")),
+            "Give another passphrase, or open with cryptsetup what is not tried here.",
         )
     }
 

@@ -82,7 +82,7 @@ impl Kdf {
     ///
     /// # Errors
     ///
-    /// [`Cost`](ErrorKind::Cost) if it costs too much, or the memory is not there.
+    /// [`Cost`](ErrorKind::Cost) if it costs too much, [`Memory`](ErrorKind::Memory) if that is not there.
     pub(crate) fn derive(
         &self,
         passphrase: &[u8],
@@ -95,7 +95,7 @@ impl Kdf {
             Self::Pbkdf2 { hash, iterations } => hash.pbkdf2(passphrase, salt, iterations, &mut key),
             Self::Argon2 { variant, passes, memory_kib, lanes } => {
                 let refused = |what: String| {
-                    Error::new(ErrorKind::Cost, what, "Free memory, or open it where there is more.")
+                    Error::new(ErrorKind::Memory, what, "Free memory, or open it where there is more.")
                 };
                 let params = Params::new(memory_kib, passes, lanes, Some(key_bytes))
                     .map_err(|why| Error::damaged(format!("the cost of a LUKS keyslot: {why}")))?;

@@ -157,10 +157,34 @@ impl Header {
     ///
     /// As long as the header says.
     pub fn open(&self, storage: &mut dyn Storage, passphrase: &[u8]) -> Result<(u32, VolumeKey), Error> {
+        self.open_with(storage, passphrase, None)
+    }
+
+    /// The same, with `only` by that LUKS keyslot.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`open`](Self::open), and [`Invalid`](crate::ErrorKind::Invalid) if `only` is not in use.
+    ///
+    /// # Blocking
+    ///
+    /// As long as the header says.
+    pub fn open_with(
+        &self,
+        storage: &mut dyn Storage,
+        passphrase: &[u8],
+        only: Option<u32>,
+    ) -> Result<(u32, VolumeKey), Error> {
+        if let Some(number) = only
+            && !self.keyslots.iter().any(|slot| slot.number == number)
+        {
+            return Err(Error::no_such_slot(number));
+        }
         let mode = self.mode()?;
         Kdf::Pbkdf2 { hash: self.hash, iterations: self.digest_iterations }.check()?;
         let mut trouble = None;
-        for slot in &self.keyslots {
+        let wanted = |slot: &&Keyslot| only.is_none_or(|only| only == slot.number);
+        for slot in self.keyslots.iter().filter(wanted) {
             match self.try_slot(slot, mode, storage, passphrase) {
                 Ok(Some(key)) => return Ok((slot.number, key)),
                 Ok(None) => {}

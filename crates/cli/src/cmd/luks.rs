@@ -18,10 +18,10 @@ use crate::report::{Code, Failure, note, print, print_json};
 use crate::size::Size;
 use inlinecrypt_cipher::kdf::inline_encryption_key;
 use inlinecrypt_core::key::{KeyForm, RawKey};
-use inlinecrypt_engine::{EngineSpec, Root};
+use inlinecrypt_engine::Root;
 use inlinecrypt_luks::kdf::{Argon2Variant, Kdf};
 use inlinecrypt_luks::luks2::{Container, CopyState, Header, NewContainer};
-use inlinecrypt_luks::{Error, Hash, Kind, Storage, VolumeKey, detect, luks1};
+use inlinecrypt_luks::{Error, ErrorKind, Hash, Kind, Storage, VolumeKey, detect, luks1};
 use serde_json::{Value, json};
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -86,7 +86,13 @@ impl KdfArgs {
     /// What it says, measured on this machine unless told.
     fn choose(&self) -> Result<Kdf, Failure> {
         let Self { pbkdf, hash, iter_time, pbkdf_memory, pbkdf_parallel, pbkdf_force_iterations } = self;
-        let wrong = |error: Error| failure("the cost of the passphrase", &error);
+        let wrong = |error: Error| {
+            let failure = failure("the cost of the passphrase", &error);
+            match error.kind() {
+                ErrorKind::Cost => Failure { code: Code::Wrong, ..failure }.advise("Ask for less."),
+                _ => failure,
+            }
+        };
         let memory_kib = pbkdf_memory.unwrap_or_else(memory_kib_default);
         let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get().min(4));
         let lanes = pbkdf_parallel.unwrap_or_else(|| u32::try_from(cpus).unwrap_or(1));
@@ -127,6 +133,15 @@ fn create(args: &LuksCreate) -> Result<(), Failure> {
         container, size, header, mode, sector_size, header_size, label, subsystem, uuid, ..
     } = args;
     let name = container.display().to_string();
+    if args.wrapped && (args.recovery || args.recovery_passphrase_file.is_some()) {
+        return Err(Failure::new(
+            Code::Wrong,
+            format!(
+                "{name}: a key that is made in the engine is known to nobody else, so no passphrase can open its data"
+            ),
+            "Leave the recovery passphrase out, or wrap a key of your own: --import FILE",
+        ));
+    }
     let data_exists = files::exists(container);
     let new_data = match (header, data_exists, size) {
         (None, true, _) => return Err(taken(container)),
@@ -150,6 +165,28 @@ fn create(args: &LuksCreate) -> Result<(), Failure> {
     if let Some(header) = header.as_deref().filter(|header| files::exists(header)) {
         return Err(taken(header));
     }
+    if header.as_deref().is_some_and(|header| is_same_name(header, container)) {
+        return Err(Failure::new(
+            Code::Wrong,
+            format!("{name} would be header and data at once"),
+            "Leave --header out for a header before the data, or name another file.",
+        ));
+    }
+    let holds_passphrase =
+        (!args.wrapped && args.import.is_none()) || args.recovery || args.recovery_passphrase_file.is_some();
+    let limits = NewContainer::header_limits(holds_passphrase.then_some(*mode));
+    if !limits.contains(&header_size.0) || !header_size.0.is_multiple_of(4096) {
+        return Err(Failure::new(
+            Code::Wrong,
+            format!(
+                "{} bytes for the header; from {} to {} are possible",
+                header_size.0,
+                Size(*limits.start()),
+                Size(*limits.end())
+            ),
+            "Give a multiple of 4096 between them, or leave --header-size out.",
+        ));
+    }
     let data_bytes = match new_data {
         Some(bytes) => bytes,
         None => Medium::look(container)?.len_bytes,
@@ -162,6 +199,13 @@ fn create(args: &LuksCreate) -> Result<(), Failure> {
         ));
     }
     let data_offset = if header.is_some() { 0 } else { header_size.0 };
+    let Some(whole) = data_offset.checked_add(data_bytes) else {
+        return Err(Failure::new(
+            Code::Wrong,
+            format!("{name}: {data_bytes} bytes and a header before them are more than any file has"),
+            "Give another size.",
+        ));
+    };
     let uuid = match uuid {
         Some(uuid) => check_uuid(uuid)?,
         None => random_uuid()?,
@@ -180,7 +224,7 @@ fn create(args: &LuksCreate) -> Result<(), Failure> {
     };
     let place = header.as_deref().unwrap_or(container);
     let staged = Staged::beside(place);
-    let whole = if header.is_some() { header_size.0 } else { data_offset + data_bytes };
+    let whole = if header.is_some() { header_size.0 } else { whole };
     inlinecrypt_io::backing::create_file(staged.temporary(), whole)
         .map_err(|error| Failure::of_file(format!("cannot make {}", place.display()), &error))?;
     let file = HeaderFile::locked(staged.temporary())?;
@@ -206,10 +250,29 @@ fn create(args: &LuksCreate) -> Result<(), Failure> {
     if let Some(WrappedKey { key_id, .. }) = &key.wrapped {
         let _ = writeln!(text, "  key   {key_id}, wrapped, in its header");
     }
-    let option =
-        header.as_ref().map(|header| format!("--header {} ", shell_word(header))).unwrap_or_default();
+    let mut option = String::new();
+    if let Some(header) = header {
+        let _ = write!(option, "--header {} ", shell_word(header));
+    }
+    // What the header does not say, and serve has to be told as well.
+    if let (Some(engine), true) = (&args.engine.engine, key.wrapped.is_some()) {
+        let _ = write!(option, "--engine {} ", files::quoted(&engine.to_string()));
+    }
+    if let (Some(root), true) = (&args.engine.root, key.wrapped.is_some()) {
+        let _ = write!(option, "--root {} ", files::quoted(&root.to_string()));
+    }
     let _ = writeln!(text, "To serve it: inlinecrypt serve {option}{}", shell_word(container));
     print(&text)
+}
+
+/// Whether two names are one file's, which need not be there yet.
+fn is_same_name(one: &Path, other: &Path) -> bool {
+    let place = |path: &Path| {
+        let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        let directory = path.parent().and_then(|parent| parent.canonicalize().ok());
+        (directory, path.file_name().map(std::ffi::OsStr::to_owned))
+    };
+    place(one) == place(other)
 }
 
 fn taken(path: &Path) -> Failure {
@@ -273,13 +336,11 @@ impl NewKey {
             .prepare(&blob)
             .and_then(|key| Identifier::of(&KeyForm::Wrapped(key), &host.profile))
             .map_err(|error| Failure::of("the new key does not open", &error))?;
-        let derivation = match plan.spec {
-            EngineSpec::Software(spec) => spec.kdf,
-            EngineSpec::Ice(spec) => spec.kdf,
-        };
+        let derivation = token::derivation(&plan.spec);
         // The data is encrypted with what the engine derives, so this is the volume key for everybody else.
         let volume_key = master.map(|master| inline_encryption_key(derivation, &master, *mode));
-        let wrapped = Some(WrappedKey { blob: blob.as_bytes().to_vec(), mode: *mode, key_id });
+        let wrapped =
+            Some(WrappedKey { blob: blob.as_bytes().to_vec(), mode: *mode, key_id, kdf: Some(derivation) });
         Ok(Self { volume_key, passphrase, wrapped })
     }
 }
@@ -345,6 +406,15 @@ fn open_locked(path: &Path) -> Result<Container<HeaderFile>, Failure> {
     Container::read(file).map_err(at(path))
 }
 
+/// The same, if its LUKS keyslots may be changed here: cryptsetup would lose its way in what it is re-encrypting.
+fn open_to_change(path: &Path) -> Result<Container<HeaderFile>, Failure> {
+    let container = open_locked(path)?;
+    container.header().metadata.check_requirements().map_err(|error| {
+        at(path)(error).advise("Let cryptsetup finish first, or change it with cryptsetup.")
+    })?;
+    Ok(container)
+}
+
 /// Says what an operation that writes finds damaged, as it mends it.
 fn tell_repair(path: &Path, container: &Container<HeaderFile>) {
     if !container.header().is_whole() {
@@ -352,9 +422,23 @@ fn tell_repair(path: &Path, container: &Container<HeaderFile>) {
     }
 }
 
+/// Standard input gives one passphrase: the second would be empty.
+fn check_stdin(open: &OpenArgs, new: &NewArgs) -> Result<(), Failure> {
+    let is_stdin = |file: &Option<PathBuf>| file.as_deref() == Some(Path::new("-"));
+    if is_stdin(&open.key_file) && is_stdin(&new.new_key_file) {
+        return Err(Failure::new(
+            Code::Wrong,
+            "both passphrases are to come from standard input",
+            "Name a file for one of them.",
+        ));
+    }
+    Ok(())
+}
+
 fn add_key(args: &LuksAddKey) -> Result<(), Failure> {
     let LuksAddKey { container: path, slot, open, new, kdf } = args;
-    let mut container = open_locked(path)?;
+    check_stdin(open, new)?;
+    let mut container = open_to_change(path)?;
     let opened = container.open(&open.ask(path)?, None).map_err(at(path))?;
     let passphrase = new.ask(path)?;
     let kdf = kdf.choose()?;
@@ -367,7 +451,8 @@ fn add_key(args: &LuksAddKey) -> Result<(), Failure> {
 
 fn change_key(args: &LuksChangeKey) -> Result<(), Failure> {
     let LuksChangeKey { container: path, slot, open, new, kdf } = args;
-    let mut container = open_locked(path)?;
+    check_stdin(open, new)?;
+    let mut container = open_to_change(path)?;
     let opened = container.open(&open.ask(path)?, *slot).map_err(at(path))?;
     let passphrase = new.ask(path)?;
     let kdf = kdf.choose()?;
@@ -378,14 +463,15 @@ fn change_key(args: &LuksChangeKey) -> Result<(), Failure> {
 
 fn remove_key(args: &LuksRemoveKey) -> Result<(), Failure> {
     let LuksRemoveKey { container: path, slot, open, force } = args;
-    let mut container = open_locked(path)?;
+    let mut container = open_to_change(path)?;
     let number = match slot {
         Some(number) => *number,
         None => container.open(&open.ask(path)?, None).map_err(at(path))?.keyslot,
     };
     let metadata = &container.header().metadata;
-    let others = metadata.keyslots().keys().any(|other| *other != number);
-    if !others && metadata.keyslots().contains_key(&number) && !force {
+    // Those that hold another key open nothing.
+    let others = metadata.bound_keyslots().any(|other| other != number);
+    if !others && metadata.digest_of_keyslot(number).is_some() && !force {
         let wrapped = WrappedKey::find(metadata)?.is_some();
         return Err(Failure::new(
             Code::Wrong,
@@ -412,7 +498,7 @@ fn test(args: &LuksTest) -> Result<(), Failure> {
     let passphrase = open.ask(path)?;
     let number = if detect(&mut file).map_err(at(path))? == Some(Kind::Luks1) {
         let header = luks1::Header::read(&mut file).map_err(at(path))?;
-        header.open(&mut file, &passphrase).map_err(at(path))?.0
+        header.open_with(&mut file, &passphrase, *slot).map_err(at(path))?.0
     } else {
         let mut container = Container::read(file).map_err(at(path))?;
         container.open(&passphrase, *slot).map_err(at(path))?.keyslot
@@ -574,7 +660,13 @@ fn restore(args: &LuksRestore) -> Result<(), Failure> {
     let mut file = HeaderFile::locked(path)?;
     let doubt = match detect(&mut file).map_err(at(path))? {
         Some(Kind::Luks2 | Kind::Luks2SecondOnly) => match Header::read(&mut file) {
-            Ok(present) if present.uuid == backup.uuid => None,
+            Ok(present) if present.uuid == backup.uuid => {
+                let present = &present.metadata;
+                let requires =
+                    [present, &backup.metadata].into_iter().find_map(|of| of.check_requirements().err());
+                let requires = requires.map(|why| format!("one of both headers is not to be changed: {why}"));
+                requires.or_else(|| backup.metadata.differs_from(present))
+            }
             Ok(present) => Some(format!("its UUID is {}, and the backup's is {}", present.uuid, backup.uuid)),
             Err(why) => Some(format!("its header cannot be read ({why})")),
         },
@@ -608,7 +700,7 @@ fn repair(args: &LuksRepair) -> Result<(), Failure> {
 
 fn erase(args: &LuksErase) -> Result<(), Failure> {
     let LuksErase { container: path, force } = args;
-    let mut container = open_locked(path)?;
+    let mut container = open_to_change(path)?;
     let metadata = &container.header().metadata;
     let keyslots = metadata.keyslots().len();
     let wrapped = if WrappedKey::find(metadata)?.is_some() { " and its wrapped key" } else { "" };
@@ -649,7 +741,28 @@ fn resize(args: &LuksResize) -> Result<(), Failure> {
     let there = detached.as_ref().map_or_else(|| container.storage().len_bytes(), Storage::len_bytes);
     let is_regular =
         detached.as_ref().map_or_else(|| container.storage().is_regular(), HeaderFile::is_regular);
-    let now = fixed.unwrap_or_else(|| there.saturating_sub(offset) / sector * sector);
+    let header_end = {
+        let header = container.header();
+        2 * header.size + header.metadata.keyslots_bytes()
+    };
+    if header.is_none() && offset < header_end {
+        return wrong(
+            format!(
+                "its data begins at byte {offset}, and its header ends at {header_end}: the data is not in this file"
+            ),
+            "Name the data, and give this file with --header.",
+        );
+    }
+    let Some(room) = there.checked_sub(offset) else {
+        return Err(Failure::new(
+            Code::File,
+            format!("{}: it ends at byte {there}, and its data begins at {offset}", path.display()),
+            "Name the whole container; with a detached header name the data, and give the header with --header.",
+        ));
+    };
+    let now = fixed.unwrap_or(room / sector * sector);
+    // What lies behind the data in its file is somebody else's.
+    let ends_with_data = there - there.min(offset + now) < sector;
     if *size < now && !shrink {
         return wrong(
             format!("it has {}, and would lose its end", Size(now)),
@@ -658,11 +771,7 @@ fn resize(args: &LuksResize) -> Result<(), Failure> {
     }
     if end > there && !is_regular {
         return wrong(
-            format!(
-                "{} are asked for, and the device has {} behind the header",
-                Size(*size),
-                Size(there - offset)
-            ),
+            format!("{} are asked for, and the device has {} behind the header", Size(*size), Size(room)),
             "Make the device larger first.",
         );
     }
@@ -682,7 +791,7 @@ fn resize(args: &LuksResize) -> Result<(), Failure> {
         tell_repair(&header_path, &container);
         container.resize(Some(*size), &mut random).map_err(at(&header_path))?;
     }
-    if end < there && is_regular {
+    if end < there && is_regular && ends_with_data {
         set_len(&mut container, &mut detached)?;
     }
     print(&format!("{}: has {} now, and had {}\n", path.display(), Size(*size), Size(now)))

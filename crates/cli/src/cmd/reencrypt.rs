@@ -192,6 +192,10 @@ fn offline(args: &VolumeReencrypt, mut progress: Progress) -> Result<(), Failure
     };
     plan.engines.iter_mut().for_each(|engine| engine.home = Some(Default::default()));
     let [volume] = &plan.volumes[..] else { unreachable!("one was planned") };
+    // Before anybody is asked for its passphrase.
+    if volume.luks.is_some() {
+        return Err(reencrypt::is_luks(&volume.label).into());
+    }
     match (&volume.next, args.resume) {
         (Some(_), false) => return Err(reencrypt::under_way(&volume.label).into()),
         (None, true) => {

@@ -129,7 +129,7 @@ fn info(args: &VolumeInfo) -> Result<(), Failures> {
         Ok(description) => description,
         Err(failures) => return Failures::check(failures),
     };
-    let luks = Luks::look(volume, None, description.is_none())?;
+    let luks = Luks::look(volume, None, description.is_none(), description.is_some())?;
     if let Some(Description { settings, .. }) = &mut description
         && let Some(key) = settings.key.clone().filter(|key| key.path().is_some())
         && let Err(failure) = settings.settle_mode(&key)

@@ -96,7 +96,13 @@ impl Storage for HeaderFile {
 
     fn read(&mut self, offset: u64, data: &mut [u8]) -> io::Result<()> {
         self.file.seek(SeekFrom::Start(offset))?;
-        self.file.read_exact(data)
+        self.file.read_exact(data).map_err(|error| match error.kind() {
+            io::ErrorKind::UnexpectedEof => io::Error::new(
+                error.kind(),
+                format!("it ends at byte {}, before its header and LUKS keyslots do", self.len_bytes),
+            ),
+            _ => error,
+        })
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {

@@ -3,6 +3,7 @@
 use super::failure;
 use super::file::HeaderFile;
 use super::token::WrappedKey;
+use crate::files::shell_word;
 use crate::keyfile::KeySource;
 use crate::plan::{LayoutPlan, Settings};
 use crate::report::{Code, Failure, note};
@@ -27,11 +28,13 @@ pub(crate) struct Luks {
 impl Luks {
     /// Looks at the container `volume`, whose header may be in another file. `None` if it is none.
     ///
-    /// Without `surely`, what has lost its first header is not looked for: then it may be anything.
+    /// Without `surely`, what has lost its first header is not taken for one: then it may be anything. Unless `is_described`, it is
+    /// refused if its second header is whole.
     pub(crate) fn look(
         volume: &Path,
         detached: Option<&Path>,
         surely: bool,
+        is_described: bool,
     ) -> Result<Option<Self>, Failure> {
         let path = detached.unwrap_or(volume);
         let mut file = match HeaderFile::read_only(path) {
@@ -49,7 +52,25 @@ impl Luks {
                 "Name the file that was given to cryptsetup luksFormat with --header.",
             )),
             None => Ok(None),
-            Some(Kind::Luks2SecondOnly) if detached.is_none() && !surely => Ok(None),
+            Some(Kind::Luks2SecondOnly) if detached.is_none() && !surely => {
+                match luks2::Header::read(&mut file) {
+                    // Nothing has been written over it: more likely the first one was lost than all of it given up.
+                    Ok(header) if !is_described => Err(Failure::new(
+                        Code::Refused,
+                        format!(
+                            "{name}: its first LUKS2 header is gone and the second is whole, so what is said of its key would \
+                             destroy a container"
+                        ),
+                        format!(
+                            "Mend it (inlinecrypt luks repair {}) and serve it without a key; if it is none any more, \
+                             overwrite 4096 bytes from byte {} on.",
+                            shell_word(path),
+                            header.size
+                        ),
+                    )),
+                    _ => Ok(None),
+                }
+            }
             Some(Kind::Luks1) => {
                 let header = luks1::Header::read(&mut file).map_err(|error| failure(&name, &error))?;
                 {

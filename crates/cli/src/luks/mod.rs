@@ -22,8 +22,8 @@ use std::io;
 pub(crate) fn failure(name: impl Display, error: &Error) -> Failure {
     let code = match error.kind() {
         ErrorKind::Passphrase => Code::Refused,
-        ErrorKind::Cost => Code::Memory,
-        ErrorKind::NotLuks | ErrorKind::Damaged => Code::File,
+        ErrorKind::Memory => Code::Memory,
+        ErrorKind::NotLuks | ErrorKind::Damaged | ErrorKind::Cost => Code::File,
         ErrorKind::Io => match error.source().and_then(|source| source.downcast_ref::<io::Error>()) {
             Some(source) => return Failure::of_io(name, source, error.advice()),
             None => Code::File,

@@ -4,7 +4,9 @@ use crate::identifier::Identifier;
 use crate::report::{Code, Failure};
 use base64ct::{Base64, Encoding as _};
 use inlinecrypt_cipher::Mode;
+use inlinecrypt_cipher::kdf::KdfVariant;
 use inlinecrypt_core::key::WRAPPED_KEY_BYTES_MAX;
+use inlinecrypt_engine::EngineSpec;
 use inlinecrypt_luks::luks2::Metadata;
 use serde_json::{Value, json};
 use std::fmt;
@@ -21,6 +23,8 @@ pub(crate) struct WrappedKey {
     pub(crate) blob: Vec<u8>,
     pub(crate) mode: Mode,
     pub(crate) key_id: Identifier,
+    /// How an engine derives from it what encrypts the data. `key_id` is the same for several of them. Older tokens do not say it.
+    pub(crate) kdf: Option<KdfVariant>,
 }
 
 impl WrappedKey {
@@ -55,20 +59,58 @@ impl WrappedKey {
         }
         let mode = Mode::from_name(text("mode")).ok_or_else(|| wrong("its mode is not known here"))?;
         let key_id = text("key_id").parse().map_err(|why: String| wrong(&why))?;
-        Ok(Some(Self { blob, mode, key_id }))
+        let kdf = match token.get("kdf") {
+            None => None,
+            Some(name) => {
+                let known = name.as_str().and_then(KdfVariant::from_name);
+                Some(known.ok_or_else(|| {
+                    wrong("its key derivation is not known here").advise("Use a newer inlinecrypt.")
+                })?)
+            }
+        };
+        Ok(Some(Self { blob, mode, key_id, kdf }))
+    }
+
+    /// Refuses an engine that derives another key from it: reads would give noise, and writes would destroy data.
+    pub(crate) fn check_engine(&self, spec: &EngineSpec) -> Result<(), Failure> {
+        let (theirs, Some(ours)) = (derivation(spec), self.kdf) else { return Ok(()) };
+        if ours == theirs {
+            return Ok(());
+        }
+        Err(Failure::new(
+            Code::Wrong,
+            format!(
+                "its wrapped key is for engines that derive keys by {}, and {spec} derives them by {}",
+                ours.name(),
+                theirs.name()
+            ),
+            format!("Name an engine that does: --engine software:kdf={}", ours.name()),
+        ))
     }
 
     /// The token.
     pub(crate) fn to_token(&self) -> Value {
-        let Self { blob, mode, key_id } = self;
-        json!({
+        let Self { blob, mode, key_id, kdf } = self;
+        let mut token = json!({
             "type": TYPE,
             "keyslots": [],
             "version": VERSION,
             "mode": mode.info().name,
             "key_id": key_id.to_string(),
             "blob": Base64::encode_string(blob),
-        })
+        });
+        if let Some(kdf) = kdf {
+            token["kdf"] = kdf.name().into();
+        }
+        token
+    }
+}
+
+/// How an engine derives keys.
+pub(crate) fn derivation(spec: &EngineSpec) -> KdfVariant {
+    match spec {
+        EngineSpec::Software(spec) => spec.kdf,
+        EngineSpec::Ice(spec) => spec.kdf,
     }
 }
 

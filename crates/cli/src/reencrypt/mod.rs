@@ -204,6 +204,15 @@ struct Present {
     pub(crate) slots: SlotsPlan,
 }
 
+/// Refuses a LUKS container.
+pub(crate) fn is_luks(label: &str) -> Failure {
+    Failure::new(
+        Code::Wrong,
+        format!("{label} is a LUKS container, whose header names its key"),
+        "Use cryptsetup reencrypt; for another passphrase: inlinecrypt luks change-key.",
+    )
+}
+
 /// All that has to be known before anything is written: the new key is admitted beside the old one.
 #[derive(Debug)]
 struct Prepared {
@@ -256,12 +265,8 @@ impl Prepared {
             ));
         }
         let header = description.settings.luks.header.as_deref();
-        if Luks::look(path, header, true).map_err(|failure| failure.within(label))?.is_some() {
-            return Err(Failure::new(
-                Code::Wrong,
-                format!("{label} is a LUKS container, whose header names its key"),
-                "Use cryptsetup reencrypt; for another passphrase: inlinecrypt luks change-key.",
-            ));
+        if Luks::look(path, header, true, true).map_err(|failure| failure.within(label))?.is_some() {
+            return Err(is_luks(label));
         }
         is_forgotten(path).map_err(|failure| failure.within(label))?;
         let planned = changed(*planned, &wish.layout);

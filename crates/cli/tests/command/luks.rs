@@ -1,6 +1,7 @@
 //! `luks`: what it says, and how it refuses. With cryptsetup: `tests/system/luks.rs`.
 
 use crate::place::Place;
+use inlinecrypt_luks::luks2::Container;
 use std::fs;
 
 const CHEAP: [&str; 4] = ["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"];
@@ -133,7 +134,13 @@ fn what_cannot_be_made_is_refused_and_leaves_nothing() {
     create(&["--size", "1000", "new"]).refused(1, &["1000 bytes are not a multiple of the sector size"]);
     create(&["--size", "1MiB", "--uuid", "x", "new"]).refused(1, &["\"x\" is no UUID"]);
     create(&["--size", "1MiB", "--header-size", "1000", "new"]).refused(1, &["1000 bytes for the header"]);
-    create(&["--size", "1MiB", "--header-size", "64KiB", "new"]).refused(1, &["no room"]);
+    for size in ["36KiB", "64KiB", "129MiB", "1GiB"] {
+        create(&["--size", "1MiB", "--header-size", size, "new"])
+            .refused(1, &["for the header", "284 KiB", "(134250496 bytes)"]);
+    }
+    create(&["--size", "18446744073709551104", "--sector-size", "512", "new"])
+        .refused(1, &["more than any file has"]);
+    create(&["--size", "1MiB", "--header", "./new", "new"]).refused(1, &["header and data at once"]);
     create(&["--size", "1MiB", "--label", &"x".repeat(48), "new"]).refused(1, &["48 bytes"]);
     create(&["--size", "1MiB", "--hash", "md5", "new"]).refused(1, &["md5"]);
     place.write("short", b"not 32 bytes");
@@ -141,7 +148,7 @@ fn what_cannot_be_made_is_refused_and_leaves_nothing() {
     let costly = ["--pbkdf", "argon2id", "--pbkdf-force-iterations", "4294967295"];
     let all =
         [&["luks", "create", "--size", "1MiB", "--passphrase-file", "pass"], &costly[..], &["new"]].concat();
-    place.run(all).refused(3, &["not sensible"]);
+    place.run(all).refused(1, &["not sensible", "Ask for less"]);
     let left: Vec<_> =
         fs::read_dir(place.folder()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert!(left.iter().all(|name| !name.to_string_lossy().contains("new")), "{left:?}");
@@ -160,4 +167,103 @@ fn a_wrapped_key_needs_its_root_and_says_so() {
     place.run(["serve", "sealed"]).refused(4, &["root"]);
     place.run(["serve", "--recover", "--passphrase-file", "pass", "sealed"]).refused(2, &["no LUKS keyslot"]);
     place.run(["luks", "erase", "sealed"]).refused(1, &["and its wrapped key"]);
+}
+
+#[test]
+fn no_passphrase_is_taken_for_a_key_that_is_made_in_the_engine() {
+    let place = place();
+    let create = ["luks", "create", "--size", "1MiB", "--header-size", "1MiB", "--wrapped"];
+    let recovery = ["--recovery-passphrase-file", "pass", "sealed"];
+    place.run([&create[..], &recovery].concat()).refused(1, &["known to nobody else", "--import"]);
+    place.run([&create[..], &["--recovery", "sealed"]].concat()).refused(1, &["known to nobody else"]);
+    assert!(!place.path("sealed").exists());
+}
+
+#[test]
+fn resizing_cuts_nothing_but_the_end_of_the_data() {
+    let place = place();
+    let create = ["luks", "create", "--size", "1MiB", "--header", "head", "--passphrase-file", "pass"];
+    place.run([&create[..], &CHEAP, &["data"]].concat()).done();
+    let head = fs::read(place.path("head")).unwrap();
+    for size in ["4MiB", "64MiB"] {
+        let resize = ["luks", "resize", "--shrink", "--size", size, "head"];
+        place.run(resize).refused(1, &["its header ends at", "--header"]);
+    }
+    assert!(fs::read(place.path("head")).unwrap() == head);
+    place.run(["luks", "resize", "--size", "2MiB", "--header", "head", "data"]).done();
+    assert_eq!(fs::metadata(place.path("data")).unwrap().len(), 2 << 20);
+
+    // A file that ends before its data begins.
+    let disk = fs::read(place.path("disk")).unwrap();
+    fs::write(place.path("short"), &disk[..(1 << 20) - 4096]).unwrap();
+    place.run(["luks", "resize", "--size", "2MiB", "short"]).refused(4, &["its data begins at 1048576"]);
+
+    // A segment of a fixed length, and something behind it.
+    let mut container = Container::read(disk).unwrap();
+    let mut random = |bytes: &mut [u8]| {
+        bytes.fill(7);
+        Ok(())
+    };
+    container.resize(Some(1 << 20), &mut random).unwrap();
+    let mut disk = container.into_storage();
+    disk.resize(3 << 20, 0x55);
+    fs::write(place.path("fixed"), &disk).unwrap();
+    for (size, shrink) in [("1536KiB", None), ("512KiB", Some("--shrink"))] {
+        let arguments = ["luks", "resize", "--size", size].into_iter().chain(shrink).chain(["fixed"]);
+        place.run(arguments).done();
+        let now = fs::read(place.path("fixed")).unwrap();
+        assert!(now.len() == 3 << 20 && now[2 << 20..].iter().all(|&byte| byte == 0x55), "{size}");
+    }
+    place.run(["luks", "resize", "--size", "3MiB", "fixed"]).done();
+    assert_eq!(fs::metadata(place.path("fixed")).unwrap().len(), 4 << 20);
+}
+
+#[test]
+fn a_wrapped_key_is_not_for_an_engine_that_derives_another_from_it() {
+    let place = place();
+    place.write("master", &[7; 32]);
+    let create = ["luks", "create", "--size", "1MiB", "--header-size", "1MiB", "--import", "master"];
+    let said = place.run([&create[..], &["--engine", "software:kdf=legacykdf", "sealed"]].concat());
+    assert!(said.done().out.contains("inlinecrypt serve --engine software:kdf=legacykdf sealed"), "{said}");
+    place.run(["serve", "sealed"]).refused(1, &["legacykdf", "derives them by v1", "--engine"]);
+    fs::write(place.path("config"), "[[volume]]\npath = \"sealed\"\n").unwrap();
+    place.run(["check", "config"]).refused(1, &["legacykdf"]);
+    let engine = "[[engine]]\nname = \"e\"\nspec = \"software:kdf=legacykdf\"\n";
+    fs::write(place.path("config"), format!("{engine}[[volume]]\npath = \"sealed\"\nengine = \"e\"\n"))
+        .unwrap();
+    place.run(["check", "config"]).done();
+}
+
+#[test]
+fn a_container_without_its_first_header_is_not_taken_for_a_raw_volume() {
+    let place = place();
+    place.raw_key("key", 64);
+    let mut disk = fs::read(place.path("disk")).unwrap();
+    disk[..4096].fill(0);
+    fs::write(place.path("disk"), &disk).unwrap();
+    place.run(["serve", "--key", "raw:key", "disk"]).refused(2, &["first LUKS2 header", "luks repair disk"]);
+    place.run(["luks", "repair", "disk"]).done();
+    place.run(["luks", "test", "--passphrase-file", "pass", "disk"]).done();
+}
+
+#[test]
+fn what_stands_in_the_way_is_said() {
+    let place = place();
+    // Before anybody is asked for a passphrase.
+    place.run(["volume", "reencrypt", "--offline", "disk"]).refused(1, &["cryptsetup reencrypt"]);
+    // Room for one area alone.
+    let create = ["luks", "create", "--size", "1MiB", "--header-size", "284KiB", "--passphrase-file", "pass"];
+    place.run([&create[..], &CHEAP, &["tight"]].concat()).done();
+    let files = ["--passphrase-file", "pass", "--new-passphrase-file", "other"];
+    place
+        .run([&["luks", "change-key"], &files[..], &CHEAP, &["tight"]].concat())
+        .refused(1, &["no room for a second area", "luksChangeKey"]);
+    place.run(["luks", "test", "--passphrase-file", "pass", "tight"]).done();
+    let both = ["--key-file", "-", "--new-key-file", "-", "disk"];
+    place.run([&["luks", "change-key"], &both[..]].concat()).refused(1, &["both passphrases"]);
+    let disk = fs::read(place.path("disk")).unwrap();
+    fs::write(place.path("short"), &disk[..64 << 10]).unwrap();
+    place
+        .run(["luks", "test", "--passphrase-file", "pass", "short"])
+        .refused(4, &["it ends at byte 65536, before"]);
 }

@@ -287,6 +287,108 @@ fn a_container_with_a_detached_header_or_without_its_first_one_is_served() {
 }
 
 #[test]
+fn a_luks_keyslot_of_another_key_opens_nothing() {
+    if require_tool("cryptsetup").is_none() {
+        return;
+    }
+    let place = place();
+    format(&place, "disk", 20 * MIB, &[&["--type", "luks2", "--key-slot", "3"], &CHEAP[..]].concat());
+    let unbound = ["luksAddKey", "-q", "--unbound", "--key-size", "512", "--key-slot", "0"];
+    run(cryptsetup(&place, &unbound).args(CHEAP).args(["disk", "one"]));
+    // Also where both have one passphrase.
+    let unbound = ["luksAddKey", "-q", "--unbound", "--key-size", "512", "--key-slot", "1"];
+    run(cryptsetup(&place, &unbound).args(CHEAP).args(["disk", "zero"]));
+    assert_eq!(we_open(&place, "disk", "zero"), Some(3));
+    assert_eq!(we_open(&place, "disk", "one"), None);
+    let data = fill(&place, &["--passphrase-file", "zero", "disk"], "disk", 4 << 20);
+    let key = {
+        let more = ["--key-slot", "3", "--volume-key-file", "vk", "-d", "zero", "disk"];
+        run(cryptsetup(&place, &["luksDump", "-q", "--dump-volume-key"]).args(more));
+        fs::read(place.path("vk")).unwrap()
+    };
+    let begin = offset(&place, "disk");
+    let sector =
+        if run(&mut cryptsetup(&place, &["luksDump", "disk"])).contains("sector: 4096") { 4096 } else { 512 };
+    let disk = fs::read(place.path("disk")).unwrap()[begin..].to_vec();
+    assert!(decrypted(Mode::Aes256Xts, &key, sector, disk) == data);
+
+    let refused = |arguments: &[&str], code: i32, text: &str| {
+        let output = place.run([&["luks"], arguments, &["disk"]].concat());
+        assert!(output.status.code() == Some(code) && said(&output).contains(text), "{}", said(&output));
+    };
+    refused(&["test", "--slot", "0", "--passphrase-file", "one"], 1, "unbound");
+    let files = ["--passphrase-file", "one", "--new-passphrase-file", "two"];
+    refused(&[&["add-key"], &files[..], &CHEAP].concat(), 2, "no LUKS keyslot opens");
+    refused(&[&["change-key"], &files[..], &CHEAP].concat(), 2, "no LUKS keyslot opens");
+    refused(&["remove-key", "--slot", "3"], 1, "only passphrase");
+    let files = ["--passphrase-file", "zero", "--new-passphrase-file", "two"];
+    place.run_ok([&["luks", "add-key"], &files[..], &CHEAP, &["disk"]].concat());
+    assert_eq!(opens(&place, "disk", "two"), Some(2));
+    // Those of other keys go without --force, and nothing of the data goes with them.
+    place.run_ok(["luks", "remove-key", "--slot", "0", "disk"]);
+    place.run_ok(["luks", "remove-key", "--slot", "1", "disk"]);
+    assert_eq!(opens(&place, "disk", "zero"), Some(3));
+}
+
+#[test]
+fn one_luks_keyslot_is_tried_if_one_is_named_and_key_files_may_be_standard_input() {
+    if require_tool("cryptsetup").is_none() {
+        return;
+    }
+    let place = place();
+    format(&place, "disk", 20 * MIB, &[&["--type", "luks1"], &CHEAP_PBKDF2[..]].concat());
+    run(cryptsetup(&place, &["luksAddKey", "-d", "zero"]).args(CHEAP_PBKDF2).args(["disk", "one"]));
+    for (slot, code) in [("0", 0), ("1", 2), ("5", 1)] {
+        let output = place.run(["luks", "test", "--slot", slot, "--passphrase-file", "zero", "disk"]);
+        assert_eq!(output.status.code(), Some(code), "{slot}: {}", said(&output));
+    }
+    for (file, code) in [("zero", 0), ("two", 2)] {
+        let mut command = place.command();
+        command.args(["luks", "test", "--key-file", "-", "disk"]);
+        command.stdin(fs::File::open(place.path(file)).unwrap());
+        let output = command.output().unwrap();
+        assert_eq!(output.status.code(), Some(code), "{file}: {}", said(&output));
+    }
+}
+
+#[test]
+fn what_cryptsetup_is_re_encrypting_is_not_changed() {
+    if require_tool("cryptsetup").is_none() {
+        return;
+    }
+    let place = place();
+    format(&place, "disk", 40 * MIB, &[&["--type", "luks2"], &CHEAP[..]].concat());
+    place.run_ok(["luks", "header-backup", "--out", "before", "disk"]);
+    let output = cryptsetup(&place, &["reencrypt", "-q", "--init-only", "--reduce-device-size", "16M"])
+        .args(CHEAP)
+        .args(["-d", "zero", "disk"])
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", said(&output));
+    place.run_ok(["luks", "header-backup", "--out", "during", "disk"]);
+    let bytes = fs::read(place.path("disk")).unwrap();
+    let new = ["--passphrase-file", "zero", "--new-passphrase-file", "one"];
+    for arguments in [
+        &[&["add-key"], &new[..], &CHEAP].concat()[..],
+        &[&["change-key"], &new[..], &CHEAP].concat(),
+        &["remove-key", "--slot", "0", "--force"],
+        &["erase", "--force"],
+    ] {
+        let output = place.run([&["luks"], arguments, &["disk"]].concat());
+        let text = said(&output);
+        assert!(output.status.code() == Some(1) && text.contains("re-encrypted by cryptsetup"), "{text}");
+    }
+    for backup in ["before", "during"] {
+        let output = place.run(["luks", "header-restore", "--in", backup, "disk"]);
+        let text = said(&output);
+        assert!(output.status.code() == Some(1) && text.contains("--force"), "{text}");
+    }
+    assert!(fs::read(place.path("disk")).unwrap() == bytes);
+    place.run_ok(["luks", "header-restore", "--force", "--in", "before", "disk"]);
+    assert_eq!(we_open(&place, "disk", "zero"), Some(0));
+}
+
+#[test]
 fn what_we_make_cryptsetup_opens_and_changes_and_the_other_way_round() {
     if require_tool("cryptsetup").is_none() {
         return;

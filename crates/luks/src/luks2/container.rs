@@ -14,7 +14,7 @@ use subtle::ConstantTimeEq as _;
 use zeroize::Zeroizing;
 
 /// Stripes of what is made here: everybody's.
-const STRIPES: usize = 4000;
+pub(super) const STRIPES: usize = 4000;
 /// Bytes of salts.
 pub(super) const SALT_BYTES: usize = 32;
 
@@ -73,20 +73,23 @@ impl<S: Storage> Container<S> {
         &self.header.metadata
     }
 
-    /// The LUKS keyslots in the order in which they are tried: those of high priority first, those to be ignored not at all.
+    /// The LUKS keyslots of the data in the order in which they are tried: those of high priority first, those to be ignored not at
+    /// all.
     fn order(&self) -> Vec<u32> {
         let slots = self.metadata().keyslots();
         let mut order: Vec<u32> =
-            slots.iter().filter(|(_, slot)| slot.priority > 0).map(|(slot, _)| *slot).collect();
+            self.metadata().bound_keyslots().filter(|slot| slots[slot].priority > 0).collect();
         order.sort_by_key(|slot| (std::cmp::Reverse(slots[slot].priority), *slot));
         order
     }
 
-    /// Opens it with the first LUKS keyslot that takes `passphrase`, or with `only` that one.
+    /// Opens it with the first LUKS keyslot that takes `passphrase`, or with `only` that one. Those that hold another key than that of
+    /// the data are not tried.
     ///
     /// # Errors
     ///
-    /// [`Passphrase`](ErrorKind::Passphrase) if none does; if some could not be tried, why. [`Io`](ErrorKind::Io).
+    /// [`Passphrase`](ErrorKind::Passphrase) if none does; if none could be tried, or memory or the storage kept one from it, why.
+    /// [`Invalid`](ErrorKind::Invalid) if `only` is not there, or is unbound.
     ///
     /// # Blocking
     ///
@@ -94,34 +97,58 @@ impl<S: Storage> Container<S> {
     pub fn open(&mut self, passphrase: &[u8], only: Option<u32>) -> Result<Opened, Error> {
         let order = match only {
             None => self.order(),
-            Some(slot) if self.metadata().keyslots().contains_key(&slot) => vec![slot],
-            Some(slot) => return Err(no_such_slot(slot)),
+            Some(slot) if self.metadata().digest_of_keyslot(slot).is_some() => vec![slot],
+            Some(slot) if self.metadata().keyslots().contains_key(&slot) => {
+                return Err(Error::invalid(
+                    format!("LUKS keyslot {slot} holds another key than that of the data (it is unbound)"),
+                    "Use cryptsetup for it; inlinecrypt luks dump shows which LUKS keyslots are of segment 0.",
+                ));
+            }
+            Some(slot) => return Err(Error::no_such_slot(slot)),
         };
         if order.is_empty() {
             return Err(Error::new(
                 ErrorKind::Passphrase,
                 "it has no LUKS keyslot that a passphrase opens",
-                "If it was erased, restore the header from a backup: inlinecrypt luks header-restore",
+                "If it was erased, restore the header from a backup: inlinecrypt luks header-restore; a wrapped key in the \
+                 header takes no passphrase.",
             ));
         }
-        let mut trouble = None;
+        let mut trouble: Option<Error> = None;
+        let mut left_out = Vec::new();
+        let mut tried = false;
         for keyslot in order {
             match self.try_slot(keyslot, passphrase) {
                 Ok(Some((digest, key))) => return Ok(Opened { keyslot, digest, key }),
-                Ok(None) => {}
-                Err(error) => trouble = trouble.or(Some(error)),
+                Ok(None) => tried = true,
+                Err(error) => {
+                    if error.kind() == ErrorKind::Unsupported {
+                        left_out.push(error.to_string());
+                    }
+                    // One that time or memory may bring back counts for more than one that never opens here.
+                    trouble = match trouble {
+                        Some(first)
+                            if first.kind() != ErrorKind::Unsupported
+                                || error.kind() == ErrorKind::Unsupported =>
+                        {
+                            Some(first)
+                        }
+                        _ => Some(error),
+                    };
+                }
             }
         }
-        Err(trouble.unwrap_or_else(Error::passphrase))
+        match trouble {
+            Some(error) if !tried || error.kind() != ErrorKind::Unsupported => Err(error),
+            Some(_) => Err(Error::passphrase_but(&left_out)),
+            None => Err(Error::passphrase()),
+        }
     }
 
     fn try_slot(&mut self, number: u32, passphrase: &[u8]) -> Result<Option<(u32, VolumeKey)>, Error> {
         let Self { storage, header } = self;
         let slot = &header.metadata.keyslots()[&number];
-        let digests = header.metadata.digests();
-        let Some((digest_number, digest)) =
-            digests.iter().find(|(_, digest)| digest.keyslots.contains(&number))
-        else {
+        let Some((digest_number, digest)) = header.metadata.digest_of_keyslot(number) else {
             // Its key is of nothing.
             return Ok(None);
         };
@@ -135,7 +162,7 @@ impl<S: Storage> Container<S> {
         storage.read(slot.area_offset, &mut area).map_err(Error::io)?;
         AreaCipher::new(mode, &area_key)?.decrypt(&mut area);
         let key = af::merge(&area[..len], slot.key_bytes, slot.stripes, hash);
-        Ok(digest.matches(&key)?.then_some((*digest_number, key)))
+        Ok(digest.matches(&key)?.then_some((digest_number, key)))
     }
 
     /// Makes both copies of the header the same, if they are not. Says whether anything was written.
@@ -192,7 +219,7 @@ impl<S: Storage> Container<S> {
         let taken = self.metadata().json()["keyslots"].as_object().expect("it was looked at");
         let is_free = |number: &u32| !taken.contains_key(&number.to_string());
         match wanted {
-            Some(number) if number >= OBJECTS_MAX => Err(no_such_slot(number)),
+            Some(number) if number >= OBJECTS_MAX => Err(Error::no_such_slot(number)),
             Some(number) if !is_free(&number) => Err(Error::invalid(
                 format!("LUKS keyslot {number} is in use"),
                 "Choose another, or remove it first.",
@@ -219,8 +246,7 @@ impl<S: Storage> Container<S> {
         kdf.check()?;
         let hash = Hash::Sha256;
         let mode = Mode::Aes256Xts;
-        let len = (key.len() * STRIPES) as u64;
-        let area_bytes = len.next_multiple_of(ALIGN_BYTES);
+        let area_bytes = area_bytes(key);
         let area_offset = self.free_area(area_bytes)?;
         let mut salt = vec![0; SALT_BYTES];
         random(&mut salt).map_err(Error::io)?;
@@ -271,7 +297,14 @@ impl<S: Storage> Container<S> {
         random: &mut Random<'_>,
     ) -> Result<(), Error> {
         self.repair(random)?;
-        let old = self.metadata().keyslots().get(&number).cloned().ok_or_else(|| no_such_slot(number))?;
+        let old =
+            self.metadata().keyslots().get(&number).cloned().ok_or_else(|| Error::no_such_slot(number))?;
+        self.free_area(area_bytes(key)).map_err(|_no_room| {
+            Error::invalid(
+                "there is no room for a second area, and the old one stays until the new one is there",
+                "Remove another LUKS keyslot first, or use cryptsetup luksChangeKey, which writes over the old area.",
+            )
+        })?;
         let slot = self.write_area(key, passphrase, kdf, old.priority, random)?;
         self.change(random, |json| {
             object(json, "keyslots").insert(number.to_string(), slot.to_json());
@@ -289,7 +322,7 @@ impl<S: Storage> Container<S> {
         self.repair(random)?;
         let taken = self.metadata().json()["keyslots"].as_object().expect("it was looked at").clone();
         if let Some(missing) = numbers.iter().find(|number| !taken.contains_key(&number.to_string())) {
-            return Err(no_such_slot(*missing));
+            return Err(Error::no_such_slot(*missing));
         }
         let names: Vec<String> = numbers.iter().map(u32::to_string).collect();
         let areas = self.metadata().areas()?;
@@ -500,6 +533,11 @@ impl<S: Storage> Container<S> {
     }
 }
 
+/// Bytes of the area of a new LUKS keyslot for `key`.
+fn area_bytes(key: &[u8]) -> u64 {
+    ((key.len() * STRIPES) as u64).next_multiple_of(ALIGN_BYTES)
+}
+
 /// Where `bytes` are free between `begin` and `end`, beside what is taken.
 fn gap(mut taken: Vec<(u64, u64)>, begin: u64, end: u64, bytes: u64) -> Option<u64> {
     taken.sort_unstable();
@@ -556,13 +594,6 @@ fn object<'j>(json: &'j mut Map<String, Value>, name: &str) -> &'j mut Map<Strin
 fn list(digests: &mut Map<String, Value>, number: u32) -> &mut Vec<Value> {
     let digest = digests.get_mut(&number.to_string()).expect("a digest that was found");
     digest["keyslots"].as_array_mut().expect("it was looked at")
-}
-
-fn no_such_slot(number: u32) -> Error {
-    Error::invalid(
-        format!("there is no LUKS keyslot {number}"),
-        "inlinecrypt luks dump shows which there are.",
-    )
 }
 
 fn too_long(bytes: u64) -> Error {

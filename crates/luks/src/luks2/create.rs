@@ -1,11 +1,12 @@
 //! New containers.
 
-use super::container::Container;
+use super::container::{Container, STRIPES};
 use super::header::{CopyState, HEADER_SIZES, Header};
-use super::metadata::{ALIGN_BYTES, Digest, Metadata};
+use super::metadata::{ALIGN_BYTES, Digest, KEYSLOTS_BYTES_MAX, Metadata};
 use crate::{Error, Hash, Random, Storage, encryption};
 use inlinecrypt_cipher::Mode;
 use serde_json::{Value, json};
+use std::ops::RangeInclusive;
 
 /// Where data begins unless told otherwise: 16 MiB, as cryptsetup has it.
 pub const DATA_OFFSET_DEFAULT: u64 = 16 << 20;
@@ -37,6 +38,13 @@ pub struct NewContainer<'a> {
 }
 
 impl NewContainer<'_> {
+    /// How many bytes header and areas may have together; with a mode, so that one LUKS keyslot for its key fits in.
+    #[must_use]
+    pub fn header_limits(mode: Option<Mode>) -> RangeInclusive<u64> {
+        let area = mode.map_or(ALIGN_BYTES, |mode| (mode.info().key_bytes * STRIPES) as u64);
+        2 * SIZE + area.next_multiple_of(ALIGN_BYTES)..=2 * SIZE + KEYSLOTS_BYTES_MAX
+    }
+
     /// Writes the header: no LUKS keyslot is in it yet. Digest 0 tells the key of segment 0.
     ///
     /// The second copy is written first: what has no first one is no LUKS for anybody who does not look for the second.

@@ -16,7 +16,7 @@ pub(super) const OBJECTS_MAX: u32 = 32;
 /// Areas and data begin at multiples of this, in bytes.
 pub(super) const ALIGN_BYTES: u64 = 4096;
 /// Most bytes for the areas of LUKS keyslots (cryptsetup's `LUKS2_MAX_KEYSLOTS_SIZE`).
-const KEYSLOTS_BYTES_MAX: u64 = 128 << 20;
+pub(super) const KEYSLOTS_BYTES_MAX: u64 = 128 << 20;
 /// Most stripes: everybody has 4000.
 const STRIPES_MAX: u32 = 16_384;
 /// Longest volume key in bytes.
@@ -364,20 +364,47 @@ impl Metadata {
         }
     }
 
+    /// Refuses what asks for more than is done here: neither its data nor its header may be changed then.
+    ///
+    /// # Errors
+    ///
+    /// [`Unsupported`](crate::ErrorKind::Unsupported) with the reason.
+    pub fn check_requirements(&self) -> Result<(), Error> {
+        let [first, ..] = &self.requirements()[..] else { return Ok(()) };
+        Err(Error::unsupported(match first.as_str() {
+            "online-reencrypt" | "online-reencrypt-v2" | "online-reencrypt-v3" | "offline-reencrypt" => {
+                format!("it is being re-encrypted by cryptsetup ({first})")
+            }
+            other => format!("it requires {other:?}, which is not done here"),
+        }))
+    }
+
+    /// What keeps a header with this JSON from taking the place of one with the other's without a doubt: the data may be under
+    /// another key, or lie elsewhere. `None` if nothing does.
+    #[must_use]
+    pub fn differs_from(&self, other: &Self) -> Option<String> {
+        fn keys(metadata: &Metadata) -> Vec<(&[u32], &[u8], &[u8])> {
+            let digests = metadata.digests.values().filter(|digest| !digest.segments.is_empty());
+            digests.map(|digest| (&digest.segments[..], &digest.salt[..], &digest.value[..])).collect()
+        }
+        if self.requirements() != other.requirements() {
+            Some("one of both requires what the other does not".to_owned())
+        } else if self.segments != other.segments {
+            Some("their data segments differ".to_owned())
+        } else if keys(self) != keys(other) {
+            Some("they are of different volume keys".to_owned())
+        } else {
+            None
+        }
+    }
+
     /// The one segment that the data is, if it can be served.
     ///
     /// # Errors
     ///
     /// [`Unsupported`](crate::ErrorKind::Unsupported) with the reason.
     pub fn data(&self) -> Result<(u32, &Segment), Error> {
-        if let [first, ..] = &self.requirements()[..] {
-            return Err(Error::unsupported(match first.as_str() {
-                "online-reencrypt" | "online-reencrypt-v2" | "online-reencrypt-v3" | "offline-reencrypt" => {
-                    format!("it is being re-encrypted by cryptsetup ({first})")
-                }
-                other => format!("it requires {other:?}, which is not done here"),
-            }));
-        }
+        self.check_requirements()?;
         let (&number, segment) = match self.segments.len() {
             1 => self.segments.iter().next().expect("one"),
             0 => return Err(Error::damaged("it has no data segment")),
@@ -403,6 +430,19 @@ impl Metadata {
             .iter()
             .find(|(_, digest)| digest.segments.contains(&segment))
             .map(|(number, digest)| (*number, digest))
+    }
+
+    /// The digest that tells the key in LUKS keyslot `number`, if that is the key of data. What holds another key is unbound, as
+    /// cryptsetup calls it, and opens nothing.
+    #[must_use]
+    pub fn digest_of_keyslot(&self, number: u32) -> Option<(u32, &Digest)> {
+        let mut of_data = self.segments.keys().filter_map(|segment| self.digest_of(*segment));
+        of_data.find(|(_, digest)| digest.keyslots.contains(&number))
+    }
+
+    /// The LUKS keyslots that hold the key of data and that passphrases open.
+    pub fn bound_keyslots(&self) -> impl Iterator<Item = u32> + '_ {
+        self.keyslots.keys().copied().filter(|number| self.digest_of_keyslot(*number).is_some())
     }
 
     /// Changes the JSON by `change`, and makes the views anew. Nothing is changed if what comes out is refused.

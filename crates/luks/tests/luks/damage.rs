@@ -297,3 +297,16 @@ fn luks1_headers_that_cannot_be_are_refused() {
     }
     assert_eq!(HEADER_BYTES % 4096, 0);
 }
+
+#[test]
+fn a_wrong_passphrase_is_one_also_where_a_keyslot_is_of_an_unknown_cipher() {
+    let strange: fn(&mut Value) =
+        |json| json["keyslots"]["0"]["area"]["encryption"] = "serpent-xts-plain64".into();
+    let mut container = Container::read(with_json(strange)).unwrap();
+    let error = container.open(b"wrong", None).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Passphrase, "{error}");
+    assert!(error.to_string().contains("not tried: LUKS keyslot 0: "), "{error}");
+    assert_eq!(container.open(b"one", None).unwrap().keyslot, 1);
+    let error = container.open(b"zero", Some(0)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+}
