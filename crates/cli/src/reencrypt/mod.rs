@@ -22,7 +22,7 @@ pub(crate) use job::Job;
 pub(crate) use progress::{EVERY, Progress, Show};
 
 use crate::cli::{FallbackArg, LayoutArgs};
-use crate::files::{self, Staged, shell_word};
+use crate::files::{self, Medium, Staged, shell_word};
 use crate::host;
 use crate::identifier::Identifier;
 use crate::keyfile::{KeySource, LoadedKey, Wanted};
@@ -308,11 +308,16 @@ impl Prepared {
             Some(key) => key.path().map(Path::to_owned),
             None => Some(beside(path, ".key")),
         };
-        let remove_old_key = match (wish.remove_old_key, old_key) {
-            (true, Some(file)) if source.path() != Some(file.as_path()) => {
-                Some(std::path::absolute(&file).unwrap_or(file))
+        let remove_old_key = match old_key.filter(|_| wish.remove_old_key) {
+            Some(file) if identifier == *old_identifier || is_one_file(source.path(), &file) => {
+                return Err(Failure::new(
+                    Code::Wrong,
+                    format!("{label}: --remove-old-key would remove {}, and the new key is that key", file.display()),
+                    "Leave --remove-old-key out; or leave --key out, for a new key.",
+                ));
             }
-            _ => None,
+            Some(file) => Some(std::path::absolute(&file).unwrap_or(file)),
+            None => None,
         };
         let state = state_path(path);
         let intent = Intent {
@@ -401,6 +406,13 @@ pub(crate) fn under_way(label: &str) -> Failure {
         format!("{label} is being re-encrypted already"),
         "To go on: inlinecrypt volume reencrypt --resume VOLUME. It takes another key once that is done.",
     )
+}
+
+/// Whether the new key's file is `old`, whatever it is called: through symbolic and hard links.
+fn is_one_file(new: Option<&Path>, old: &Path) -> bool {
+    let identity = |path: &Path| Medium::look(path).ok().map(|file| file.identity);
+    let Some(new) = new else { return false };
+    new == old || identity(new).is_some_and(|new| identity(old) == Some(new))
 }
 
 fn first(failures: Vec<Failure>) -> Failure {

@@ -324,3 +324,21 @@ fn a_config_that_names_the_key_is_told_of() {
     place.run(["serve", "--config", "c.toml"]).refused(2, &["wrong key", "v.img.toml"]);
     reads(&place, &[3; 512]);
 }
+
+/// The new key may be the old one, for another layout; whatever its file is called then, it is not removed.
+#[test]
+fn the_only_key_is_not_removed_as_the_old_one() {
+    let place = Place::new();
+    written(&place, &[4; 4096]);
+    std::os::unix::fs::symlink("v.img.key", place.path("other")).unwrap();
+    fs::hard_link(place.path("v.img.key"), place.path("hard")).unwrap();
+    fs::copy(place.path("v.img.key"), place.path("copy")).unwrap();
+    let absolute = place.path("v.img.key");
+    for key in ["v.img.key", "./v.img.key", absolute.to_str().unwrap(), "other", "hard", "copy"] {
+        let args = ["volume", "reencrypt", "--key", key, "--data-unit", "512", "--remove-old-key", "v.img"];
+        place.run(args).refused(1, &["--remove-old-key", "the new key is that key"]);
+        assert!(absolute.exists() && !place.path("v.img.reencrypt").exists(), "{key}");
+    }
+    place.run(["volume", "reencrypt", "--key", "./v.img.key", "--data-unit", "512", "v.img"]).done();
+    reads(&place, &[4; 4096]);
+}
