@@ -194,6 +194,14 @@ fn offline(args: &VolumeReencrypt, mut progress: Progress) -> Result<(), Failure
     let [volume] = &plan.volumes[..] else { unreachable!("one was planned") };
     match (&volume.next, args.resume) {
         (Some(_), false) => return Err(reencrypt::under_way(&volume.label).into()),
+        (None, true) if reencrypt::has_remains(&args.volume) => {
+            let path = std::path::absolute(&args.volume).unwrap_or_else(|_| args.volume.clone());
+            let _locked = FileBacking::open(&path, OpenOptions::default())
+                .map_err(|error| Failure::of_file(&volume.label, &error))?;
+            reencrypt::settle_remains(&path)?;
+            let key = volume.key_id.map_or_else(|| "?".to_owned(), |id| id.to_string());
+            return Ok(finished(args, &key)?);
+        }
         (None, true) => {
             return Err(Failure::new(
                 Code::Wrong,

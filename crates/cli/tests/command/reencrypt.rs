@@ -342,3 +342,114 @@ fn the_only_key_is_not_removed_as_the_old_one() {
     place.run(["volume", "reencrypt", "--key", "./v.img.key", "--data-unit", "512", "v.img"]).done();
     reads(&place, &[4; 4096]);
 }
+
+/// Begins to re-encrypt the 4 MiB of `v.img`, all ones, and stops half-way.
+fn half_way(place: &Place, name: &str) {
+    let server = place.serve("s.sock", ["--control", "c", "--nbd", "unix:s.sock", name]);
+    server.client("").write(0, &vec![1; 4 << 20]).unwrap();
+    let begin =
+        ["volume", "reencrypt", "--control", "c", "--zone", "256KiB", "--throttle", "1MiB", "--detach"];
+    place.run(begin.iter().chain(&[name])).done();
+    while place.run(["status", "--json", "--control", "c"]).json()["servers"][0]["volumes"][0]["reencrypt"]["done_bytes"]
+        == 0
+    {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    server.stop();
+}
+
+/// A link to a volume with a description of its own is another name of it: neither leads past a re-encryption by the other.
+#[test]
+fn another_name_of_the_volume_is_not_a_whole_volume() {
+    for (begun, other) in [("v.img", "real/w.img"), ("real/w.img", "v.img")] {
+        let place = Place::new();
+        fs::create_dir(place.path("real")).unwrap();
+        place.run(["volume", "create", "--size", "4MiB", "real/w.img"]).done();
+        std::os::unix::fs::symlink("real/w.img", place.path("v.img")).unwrap();
+        let text = fs::read_to_string(place.path("real/w.img.toml")).unwrap();
+        let text = text.replace("path = \"w.img\"", "path = \"v.img\"");
+        let text = text.replace("key = \"w.img.key\"", "key = \"real/w.img.key\"");
+        place.write("v.img.toml", text.as_bytes());
+        half_way(&place, begun);
+        place.run(["serve", other]).refused(2, &["are re-encrypted", "under which it was begun"]);
+        place.run(["volume", "reencrypt", other]).refused(2, &["are re-encrypted"]);
+        place.run(["volume", "reencrypt", "--resume", "--throttle", "0", begun]).done();
+        place.run(["serve", "v.img"]).refused(2, &["say different things", "v.img.toml", "w.img.toml"]);
+        place.write("gone", b"");
+        fs::rename(place.path(&format!("{other}.toml")), place.path("gone")).unwrap();
+        let server = place.serve("s.sock", ["--nbd", "unix:s.sock", begun]);
+        assert_eq!(server.client("").read(0, 4 << 20).unwrap(), vec![1; 4 << 20]);
+        server.stop();
+    }
+}
+
+/// A kill between the last steps leaves a state that is complete, and the old key; who comes next removes both.
+#[test]
+fn what_a_kill_at_the_very_end_leaves_is_removed() {
+    for by_server in [true, false] {
+        let place = Place::new();
+        place.run(["volume", "create", "--size", "4MiB", "v.img"]).done();
+        // All is under the new key, and the description cannot be written.
+        let server = place.serve("s.sock", ["--control", "c", "--nbd", "unix:s.sock", "v.img"]);
+        let begin = [
+            "volume",
+            "reencrypt",
+            "--control",
+            "c",
+            "--throttle",
+            "1MiB",
+            "--detach",
+            "--remove-old-key",
+            "v.img",
+        ];
+        place.run(begin).done();
+        fs::remove_file(place.path("v.img.toml")).unwrap();
+        fs::create_dir_all(place.path("v.img.toml/in")).unwrap();
+        place
+            .run([
+                "volume",
+                "reencrypt",
+                "--control",
+                "c",
+                "--resume",
+                "--throttle",
+                "0",
+                "--detach",
+                "v.img",
+            ])
+            .done();
+        let state = || {
+            place.run(["status", "--json", "--control", "c"]).json()["servers"][0]["volumes"][0]["reencrypt"]
+                ["state"]
+                .clone()
+        };
+        while state() != "failing" {
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        server.signal(rustix::process::Signal::KILL);
+        drop(server);
+        // The description is written, and nothing else was done.
+        let prefix = fs::read(place.path("v.img.reencrypt")).unwrap();
+        let len = usize::try_from(u64::from_le_bytes(prefix[64..72].try_into().unwrap())).unwrap();
+        let plan: Value = serde_json::from_slice(&prefix[8192..8192 + len]).unwrap();
+        fs::remove_dir_all(place.path("v.img.toml")).unwrap();
+        place.write("v.img.toml", plan["description"].as_str().unwrap().as_bytes());
+        if by_server {
+            place.serve("t.sock", ["--nbd", "unix:t.sock", "v.img"]).stop();
+        } else {
+            place.run(["volume", "reencrypt", "--resume", "v.img"]).done();
+        }
+        assert!(!place.path("v.img.key").exists() && !place.path("v.img.reencrypt").exists(), "{by_server}");
+        place.serve("u.sock", ["--nbd", "unix:u.sock", "v.img"]).stop();
+    }
+}
+
+/// A table could only name one of the keys.
+#[test]
+fn half_re_encrypted_there_is_no_dm_table() {
+    let place = Place::new();
+    place.run(["volume", "create", "--size", "4MiB", "v.img"]).done();
+    place.run(["volume", "info", "--dm-table", "v.img"]).done();
+    half_way(&place, "v.img");
+    place.run(["volume", "info", "--dm-table", "v.img"]).refused(2, &["half re-encrypted", "--resume"]);
+}
