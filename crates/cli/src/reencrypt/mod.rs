@@ -231,7 +231,12 @@ impl Prepared {
         profile: &Arc<CryptoProfile>,
     ) -> Result<(Self, Admission), Failure> {
         let Present { path, label, layout: old, planned, identifier: old_identifier, .. } = present;
-        let Some(description) = Description::find(path).map_err(first)? else {
+        let found = Description::find(path).map_err(first)?;
+        let header = found.as_ref().and_then(|found| found.settings.luks.header.as_deref());
+        if Luks::look(path, header, true).map_err(|failure| failure.within(label))?.is_some() {
+            return Err(is_luks(label));
+        }
+        let Some(description) = found else {
             return Err(Failure::new(
                 Code::File,
                 format!("{label} has no description, so nothing would say that it is half under another key"),
@@ -258,14 +263,6 @@ impl Prepared {
                     "{label}: its description says what it is by dm_table, which could not say half of it"
                 ),
                 "Write mode, data_unit, iv, iv_offset, offset and length there instead; volume info shows them.",
-            ));
-        }
-        let header = description.settings.luks.header.as_deref();
-        if Luks::look(path, header, true).map_err(|failure| failure.within(label))?.is_some() {
-            return Err(Failure::new(
-                Code::Wrong,
-                format!("{label} is a LUKS container, whose header names its key"),
-                "Use cryptsetup reencrypt; for another passphrase: inlinecrypt luks change-key.",
             ));
         }
         is_forgotten(path).map_err(|failure| failure.within(label))?;
@@ -426,6 +423,14 @@ pub(crate) fn settle_remains(volume: &Path) -> Result<(), Failure> {
         Some((state, intent)) => settle(volume, &state, &intent),
         None => Ok(()),
     }
+}
+
+pub(crate) fn is_luks(label: &str) -> Failure {
+    Failure::new(
+        Code::Wrong,
+        format!("{label} is a LUKS container, whose header names its key"),
+        "Use cryptsetup reencrypt; for another passphrase: inlinecrypt luks change-key.",
+    )
 }
 
 pub(crate) fn under_way(label: &str) -> Failure {

@@ -453,3 +453,54 @@ fn half_re_encrypted_there_is_no_dm_table() {
     half_way(&place, "v.img");
     place.run(["volume", "info", "--dm-table", "v.img"]).refused(2, &["half re-encrypted", "--resume"]);
 }
+
+/// The size that the volume had when it began is the one that both keys are for.
+#[test]
+fn a_volume_that_grew_half_way_is_told_how_long_it_was() {
+    let place = Place::new();
+    place.run(["volume", "create", "--size", "4MiB", "v.img"]).done();
+    half_way(&place, "v.img");
+    let file = fs::File::options().write(true).open(place.path("v.img")).unwrap();
+    file.set_len(8 << 20).unwrap();
+    place.run(["serve", "v.img"]).refused(4, &["when its re-encryption began", "truncate -s 4194304 v.img"]);
+    file.set_len(4 << 20).unwrap();
+    place.run(["volume", "reencrypt", "--resume", "--throttle", "0", "v.img"]).done();
+}
+
+/// Nobody is asked for a passphrase that would not be used.
+#[test]
+fn a_luks_container_is_cryptsetups() {
+    let place = Place::new();
+    place.write("p", b"word");
+    let args = ["luks", "create", "--size", "1MiB", "--pbkdf", "pbkdf2", "--passphrase-file", "p", "l.img"];
+    place.run(args).done();
+    place
+        .run(["volume", "reencrypt", "l.img"])
+        .refused(1, &["l.img is a LUKS container", "cryptsetup reencrypt"]);
+}
+
+/// What has no storage gets some, which is told before.
+#[test]
+fn that_holes_get_storage_is_told() {
+    let place = Place::new();
+    place.create("v.img");
+    let said = place.run(["volume", "reencrypt", "v.img"]);
+    assert!(said.done().err.contains("have no storage, and get it; --keep-holes"), "{said}");
+    let said = place.run(["volume", "reencrypt", "v.img"]);
+    assert!(!said.done().err.contains("no storage"), "{said}");
+}
+
+/// A faster throttle does not wait for what the slower one had left to wait.
+#[test]
+fn a_new_throttle_counts_at_once() {
+    let place = Place::new();
+    place.create("v.img");
+    let server = place.serve("s", ["--control", "c", "--nbd", "unix:s", "v.img"]);
+    // A zone an hour.
+    let begin = ["--zone", "256KiB", "--throttle", "72", "--detach", "v.img"];
+    place.run(["volume", "reencrypt", "--control", "c"].iter().chain(&begin)).done();
+    let mut again = place.command();
+    again.args(["volume", "reencrypt", "--control", "c", "--resume", "--throttle", "0", "v.img"]);
+    assert_eq!(crate::place::run_command(again).code, Some(0));
+    server.stop();
+}
