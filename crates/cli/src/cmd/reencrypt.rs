@@ -110,7 +110,7 @@ fn online(
     socket: &Path,
     mut progress: Progress,
 ) -> Result<(), Failure> {
-    if args.new_engine.is_some() || args.new_root.is_some() {
+    if args.new_engine.is_some() || args.new_root.is_some() || args.new_passphrase_file.is_some() {
         return Err(Failure::new(
             Code::Wrong,
             "a server cannot start another engine while it serves",
@@ -241,6 +241,21 @@ fn offline(args: &VolumeReencrypt, mut progress: Progress) -> Result<(), Failure
                 Code::Wrong,
                 format!("{} is not being re-encrypted", volume.label),
                 format!("To begin: inlinecrypt volume reencrypt {}", shell_word(&args.volume)),
+            )
+            .into());
+        }
+        _ => {}
+    }
+    match &volume.next {
+        Some(next) if next.engine != volume.engine && args.new_passphrase_file.is_some() => {
+            plan.engines[next.engine].passphrase_file.clone_from(&args.new_passphrase_file);
+        }
+        None if args.new_root.is_some() => {}
+        _ if args.new_passphrase_file.is_some() => {
+            return Err(Failure::new(
+                Code::Wrong,
+                format!("--new-passphrase-file is for a new root, and {} keeps its root", volume.label),
+                "Leave it out, or name the root with --new-root; the present one's is --passphrase-file.",
             )
             .into());
         }

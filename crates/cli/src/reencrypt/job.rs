@@ -66,7 +66,7 @@ impl Shared {
         let mut orders = self.orders();
         loop {
             // Anew each time: the throttle may be another meanwhile.
-            let left = rest.from_now(orders.throttle_bytes);
+            let left = rest.left(orders.throttle_bytes);
             if orders.is_stopping {
                 return false;
             }
@@ -93,7 +93,7 @@ enum Rest {
 
 impl Rest {
     /// How long it is still, if so many bytes may be moved in a second; 0 for as many as there are.
-    fn from_now(self, throttle_bytes: u64) -> Duration {
+    fn left(self, throttle_bytes: u64) -> Duration {
         match self {
             Self::No => Duration::ZERO,
             Self::Failed(when) => RETRY_AFTER.saturating_sub(when.elapsed()),

@@ -504,3 +504,25 @@ fn a_new_throttle_counts_at_once() {
     assert_eq!(crate::place::run_command(again).code, Some(0));
     server.stop();
 }
+
+/// Each of two roots has a passphrase of its own.
+#[test]
+fn two_roots_have_two_passphrases() {
+    let place = Place::new();
+    place.write("p", b"word");
+    place.write("q", b"other word");
+    place.run(["root", "create", "passphrase:r", "--passphrase-file", "p"]).done();
+    place.run(["root", "create", "passphrase:s", "--passphrase-file", "q"]).done();
+    let old = ["--root", "passphrase:r", "--passphrase-file", "p", "v.img"];
+    place.run(["volume", "create", "--size", "1MiB"].iter().chain(&old)).done();
+    let change = |more: &[&str]| {
+        let args = ["volume", "reencrypt", "--new-root", "passphrase:s", "--passphrase-file", "p"];
+        place.run(args.iter().chain(more).chain(&["v.img"]))
+    };
+    place
+        .run(["volume", "reencrypt", "--passphrase-file", "p", "--new-passphrase-file", "q", "v.img"])
+        .refused(1, &["--new-passphrase-file", "keeps its root"]);
+    assert_eq!(change(&[]).code, Some(2), "the old one is not the new root's");
+    change(&["--new-passphrase-file", "q"]).done();
+    place.serve("t", ["--nbd", "unix:t", "--passphrase-file", "q", "v.img"]).stop();
+}
