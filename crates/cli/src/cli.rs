@@ -507,6 +507,9 @@ pub(crate) struct VolumeReencrypt {
     /// Root of the new key, if another; not while the volume is served
     #[arg(long, value_name = "SPEC", value_parser = parse_core::<RootSpec>, help_heading = "Engine")]
     pub(crate) new_root: Option<RootSpec>,
+    /// Read the new root's passphrase from this file, if it has another than the present one; also with --resume
+    #[arg(long, value_name = "FILE", help_heading = "Engine")]
+    pub(crate) new_passphrase_file: Option<PathBuf>,
     /// Most bytes in a second, as a size [default: as many as there are]
     #[arg(long, help_heading = "Re-encryption", value_name = "SIZE")]
     pub(crate) throttle: Option<Size>,

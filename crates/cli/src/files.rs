@@ -118,6 +118,15 @@ pub(crate) fn exists(path: &Path) -> bool {
     path.symlink_metadata().is_ok()
 }
 
+/// The file that `path` leads to through symbolic links. A device's own name says nothing, and lies where nothing lasts:
+/// that stays as it is, as does what is not there.
+pub(crate) fn itself(path: &Path) -> PathBuf {
+    match path.canonicalize() {
+        Ok(file) if file.is_file() => file,
+        _ => path.to_owned(),
+    }
+}
+
 /// Writes a new file for its owner alone: under its name it appears complete and on the disk, or not at all.
 pub(crate) fn write_new(path: &Path, what: &str, bytes: &[u8]) -> Result<(), Failure> {
     let staged = Staged::beside(path);

@@ -341,6 +341,22 @@ fn admit_next(
 ) -> Result<ReadyNext, Failure> {
     let NextPlan { label, key, .. } = next;
     let layout = layout(&next.layout, medium.len_bytes, label)?;
+    if layout.size_bytes() != next.size_bytes {
+        let file_bytes = next.layout.offset.saturating_add(next.size_bytes);
+        return Err(Failure::new(
+            Code::File,
+            format!(
+                "{label}: the volume has {}, and had {} when its re-encryption began",
+                Size(layout.size_bytes()),
+                Size(next.size_bytes)
+            ),
+            format!(
+                "Give it that size until it is done: truncate -s {file_bytes} {}. What lies behind would be lost by that, so \
+                 copy it first.",
+                shell_word(&volume.path)
+            ),
+        ));
+    }
     let loaded = key.load().map_err(|failure| failure.within(label))?;
     let (admission, identifier) =
         admit_key(&loaded, key, &layout, volume.fallback, volume.slots, &engine.profile, label)

@@ -12,7 +12,7 @@ use crate::engine_process::EngineHome;
 use crate::files::{self, Medium};
 use crate::host;
 use crate::identifier::Identifier;
-use crate::keyfile::KeySource;
+use crate::keyfile::{KeySource, Wanted};
 use crate::luks::look::Luks;
 use crate::luks::unlock::{LuksKey, Passphrase, PassphraseFile};
 use crate::places::{self, beside, directory_of, relative_to};
@@ -435,6 +435,74 @@ impl Description {
         if failures.is_empty() { Ok(Self { path, settings, engine, text }) } else { Err(failures) }
     }
 
+    /// Refuses another description, beside the file that `volume` leads to, that says something else of key or layout:
+    /// one of the two is out of date.
+    fn check_itself(&self, volume: &Path) -> Result<(), Vec<Failure>> {
+        let itself = files::itself(volume);
+        let path = Self::path_for(&itself);
+        let is_same = path.canonicalize().ok() == self.path.canonicalize().ok();
+        if is_same || !files::exists(&path) {
+            return Ok(());
+        }
+        let Ok(Some(other)) = Self::find(&itself) else { return Ok(()) };
+        fn differ<T: PartialEq>(ours: &Option<T>, theirs: &Option<T>) -> bool {
+            ours.is_some() && theirs.is_some() && ours != theirs
+        }
+        let (ours, theirs) = (&self.settings, &other.settings);
+        let differ = differ(&ours.key_id, &theirs.key_id)
+            || differ(&ours.mode, &theirs.mode)
+            || differ(&ours.data_unit, &theirs.data_unit)
+            || differ(&ours.iv_offset, &theirs.iv_offset)
+            || differ(&ours.iv, &theirs.iv)
+            || differ(&ours.offset, &theirs.offset);
+        if !differ {
+            return Ok(());
+        }
+        Err(vec![Failure::new(
+            Code::Refused,
+            format!(
+                "{} leads to {}, and their descriptions say different things of key or layout",
+                volume.display(),
+                itself.display()
+            ),
+            format!(
+                "Move away the one that is out of date, {} or {}: the one that a re-encryption did not change, if there \
+                 was one.",
+                self.path.display(),
+                path.display()
+            ),
+        )])
+    }
+
+    /// Refuses an engine that derives other inline encryption keys from a wrapped key than the one that is described: the
+    /// key's identifier does not always tell. A description that says which key it is, and no engine, means what is usual.
+    fn check_kdf(&self, asked: &EngineSpec) -> Result<(), Failure> {
+        let described = match (&self.engine, self.settings.key_id) {
+            (Some(engine), _) => engine.spec,
+            (None, Some(_)) => EngineSpec::default(),
+            (None, None) => return Ok(()),
+        };
+        if described.kdf() == asked.kdf() {
+            return Ok(());
+        }
+        Err(Failure::new(
+            Code::Wrong,
+            format!(
+                "its description {} says {}engine {described}, which derives keys by {}, and engine {asked} derives them \
+                 by {}",
+                self.path.display(),
+                if self.engine.is_some() { "" } else { "by leaving it out " },
+                described.kdf(),
+                asked.kdf()
+            ),
+            format!(
+                "Leave the engine out, or add the option: kdf={}. With another derivation reads give noise and writes \
+                 destroy data.",
+                described.kdf()
+            ),
+        ))
+    }
+
     fn strange(path: &Path, volume: &Path, why: &str) -> Failure {
         Failure::new(
             Code::File,
@@ -591,7 +659,11 @@ impl Builder {
 
     /// Adds a volume with what is asked for and what its description says.
     fn volume(&mut self, label: String, path: &Path, asked: Settings, engine: Option<usize>) {
-        let description = match Description::find(path) {
+        let found = Description::find(path).and_then(|found| match found {
+            Some(found) => found.check_itself(path).map(|()| Some(found)),
+            None => Ok(None),
+        });
+        let description = match found {
             Ok(description) => description,
             Err(failures) => {
                 self.failures.extend(failures.into_iter().map(|failure| failure.within(&label)));
@@ -676,6 +748,13 @@ impl Builder {
             return self.failures.push(failure.within(&label));
         }
         if let Some(failure) = settings.table.as_ref().and_then(|terms| terms.refuse_key(&key)) {
+            return self.failures.push(failure.within(&label));
+        }
+        if luks.is_none()
+            && key.wanted == Wanted::Wrapped
+            && let Some(description) = &description
+            && let Err(failure) = description.check_kdf(&self.engines[engine].spec)
+        {
             return self.failures.push(failure.within(&label));
         }
         // A header says what a description would.

@@ -22,6 +22,10 @@ pub(crate) enum Code {
     File = 4,
     /// It exists already, or is in use.
     Busy = 5,
+    /// Interrupted by SIGINT, as a shell says it: what was begun rests, and can go on.
+    Interrupted = 130,
+    /// The same by SIGTERM.
+    Terminated = 143,
 }
 
 impl Code {
@@ -59,7 +63,8 @@ Exit codes:
   2  no permission, or a wrong key
   3  out of memory
   4  wrong or missing device or file
-  5  exists already, or in use";
+  5  exists already, or in use
+  130, 143  interrupted by SIGINT or SIGTERM: a re-encryption rests, and can go on";
 
 /// Something that failed, as people are told.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -206,7 +206,9 @@ impl LiveVolume {
     /// Begins to re-encrypt it, or goes on where `state` says. From now on it is served by both volumes, and each
     /// [`step`](Reencryption::step) moves the boundary.
     ///
-    /// A zone that was interrupted is completed first; so with such a state, nobody may have used the volume before.
+    /// A zone that was interrupted is completed first; so with such a state, nobody may have used the volume before. If the
+    /// backing does not let it, the zone is refused to clients until a step completes it
+    /// ([`unfinished`](Reencryption::unfinished)).
     ///
     /// # Errors
     ///
@@ -246,7 +248,9 @@ impl LiveVolume {
         if self.geometry.can_trim && !new.geometry().can_trim {
             return invalid("clients know that it can be trimmed, and the new volume could not be");
         }
-        state.recover(&**old.backing())?;
+        state.check_journal()?;
+        // The rest can be served, and a later step completes it: media come back, and disks get room.
+        let unfinished = state.redo(&**old.backing()).err();
 
         let new = Arc::new(new);
         let room = match old.try_large_buffer() {
@@ -259,9 +263,20 @@ impl LiveVolume {
         };
         let border = Arc::new(Border::default());
         border.boundary.store(state.boundary(), Ordering::Relaxed);
+        if state.is_interrupted() {
+            border.broken_end.store(state.next_zone().end, Ordering::Relaxed);
+        }
         let two = Two { old, new, border };
         self.change_sides(&mut sides, Sides::Two(two.clone()));
-        Ok(Reencryption { live: self.clone(), two, state, room, other_room, holes: Holes::Rewritten })
+        Ok(Reencryption {
+            live: self.clone(),
+            two,
+            state,
+            room,
+            other_room,
+            holes: Holes::Rewritten,
+            unfinished,
+        })
     }
 
     /// Does the pieces at these indices of `batch`, all of which are `volume`'s and locked.
@@ -475,6 +490,8 @@ pub struct Reencryption {
     /// If the new volume's engine has memory of its own.
     other_room: Option<Buffer>,
     holes: Holes,
+    /// Why the zone that was interrupted could not be completed when this began.
+    unfinished: Option<Error>,
 }
 
 /// How far it is.
@@ -499,6 +516,13 @@ impl Reencryption {
     #[must_use]
     pub fn with_holes(self, holes: Holes) -> Self {
         Self { holes, ..self }
+    }
+
+    /// Why the zone that was interrupted could not be completed at the beginning: until a [step](Self::step) does, it is
+    /// refused to clients.
+    #[must_use]
+    pub fn unfinished(&self) -> Option<&Error> {
+        self.unfinished.as_ref()
     }
 
     /// How far it is.

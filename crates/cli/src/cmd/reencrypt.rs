@@ -5,12 +5,13 @@ use super::status;
 use crate::ask::Asker;
 use crate::cli::{LayoutArgs, VolumeReencrypt};
 use crate::control::{self, ReencryptAction, ReencryptRequest};
-use crate::files::{self, shell_word};
+use crate::files::{self, Medium, shell_word};
 use crate::host::{Host, HostEngine, Ready};
 use crate::keyfile::{KeySource, Wanted};
 use crate::plan::{EnginePlan, Plan};
 use crate::reencrypt::{self, Job, Old, Progress, Show, Terms, Wish, ZONE_BYTES};
 use crate::report::{Code, Failure, Failures, note, print};
+use crate::size::Size;
 use crate::watch::Watched;
 use inlinecrypt_core::backing::Access;
 use inlinecrypt_core::error::Error;
@@ -19,6 +20,7 @@ use inlinecrypt_core::volume::Volume;
 use inlinecrypt_engine::Root;
 use inlinecrypt_io::backing::{DiscardPolicy, FileBacking, OpenOptions, Window};
 use serde_json::Value;
+use signal_hook::consts::SIGTERM;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
@@ -39,6 +41,9 @@ pub(super) fn run(args: VolumeReencrypt) -> Result<(), Failures> {
         )
         .into());
     }
+    if !args.resume && !args.pause && !args.keep_holes {
+        tell_of_holes(&volume);
+    }
     let server = match (&args.control, args.offline) {
         (_, true) => None,
         (Some(control), _) => Some(control.clone()),
@@ -54,6 +59,31 @@ pub(super) fn run(args: VolumeReencrypt) -> Result<(), Failures> {
         .into()),
         None => offline(&args, progress),
     }
+}
+
+/// Says how much storage a sparse volume gets, and whether there is so much.
+fn tell_of_holes(volume: &Path) {
+    let Ok(Medium { len_bytes, allocated_bytes: Some(allocated_bytes), .. }) = Medium::look(volume) else {
+        return;
+    };
+    let holes = len_bytes.saturating_sub(allocated_bytes);
+    let Some(free) = rustix::fs::statvfs(volume).ok().map(|fs| fs.f_bavail.saturating_mul(fs.f_frsize))
+    else {
+        return;
+    };
+    if holes == 0 {
+        return;
+    }
+    let lack = if holes > free {
+        format!(", and only {} are free: it will stop there until there is room", Size(free))
+    } else {
+        String::new()
+    };
+    note(format_args!(
+        "{} of {} have no storage, and get it{lack}; --keep-holes leaves them",
+        Size(holes),
+        volume.display()
+    ));
 }
 
 /// The control socket of the server that serves `volume`, if one of this user does.
@@ -80,7 +110,7 @@ fn online(
     socket: &Path,
     mut progress: Progress,
 ) -> Result<(), Failure> {
-    if args.new_engine.is_some() || args.new_root.is_some() {
+    if args.new_engine.is_some() || args.new_root.is_some() || args.new_passphrase_file.is_some() {
         return Err(Failure::new(
             Code::Wrong,
             "a server cannot start another engine while it serves",
@@ -198,11 +228,34 @@ fn offline(args: &VolumeReencrypt, mut progress: Progress) -> Result<(), Failure
     }
     match (&volume.next, args.resume) {
         (Some(_), false) => return Err(reencrypt::under_way(&volume.label).into()),
+        (None, true) if reencrypt::has_remains(&args.volume) => {
+            let path = std::path::absolute(&args.volume).unwrap_or_else(|_| args.volume.clone());
+            let _locked = FileBacking::open(&path, OpenOptions::default())
+                .map_err(|error| Failure::of_file(&volume.label, &error))?;
+            reencrypt::settle_remains(&path)?;
+            let key = volume.key_id.map_or_else(|| "?".to_owned(), |id| id.to_string());
+            return Ok(finished(args, &key)?);
+        }
         (None, true) => {
             return Err(Failure::new(
                 Code::Wrong,
                 format!("{} is not being re-encrypted", volume.label),
                 format!("To begin: inlinecrypt volume reencrypt {}", shell_word(&args.volume)),
+            )
+            .into());
+        }
+        _ => {}
+    }
+    match &volume.next {
+        Some(next) if next.engine != volume.engine && args.new_passphrase_file.is_some() => {
+            plan.engines[next.engine].passphrase_file.clone_from(&args.new_passphrase_file);
+        }
+        None if args.new_root.is_some() => {}
+        _ if args.new_passphrase_file.is_some() => {
+            return Err(Failure::new(
+                Code::Wrong,
+                format!("--new-passphrase-file is for a new root, and {} keeps its root", volume.label),
+                "Leave it out, or name the root with --new-root; the present one's is --passphrase-file.",
             )
             .into());
         }
@@ -260,7 +313,7 @@ fn offline(args: &VolumeReencrypt, mut progress: Progress) -> Result<(), Failure
             );
             return Err(failure.advise(more).into());
         }
-        if signals.pending().next().is_some() {
+        if let Some(signal) = signals.pending().next() {
             progress.end();
             job.stop();
             note(format_args!(
@@ -269,7 +322,7 @@ fn offline(args: &VolumeReencrypt, mut progress: Progress) -> Result<(), Failure
                 shell_word(&args.volume)
             ));
             return Err(Failure::new(
-                Code::Wrong,
+                if signal == SIGTERM { Code::Terminated } else { Code::Interrupted },
                 "interrupted",
                 "Nothing is lost: it can also be served as it is, and goes on then.",
             )
@@ -288,7 +341,7 @@ fn other_engine(args: &VolumeReencrypt, present: &EnginePlan) -> Option<EnginePl
         name: "new".to_owned(),
         spec: args.new_engine.unwrap_or(present.spec),
         root: args.new_root.clone().unwrap_or_else(|| present.root.clone()),
-        passphrase_file: None,
+        passphrase_file: args.new_passphrase_file.clone(),
         ..present.clone()
     })
 }

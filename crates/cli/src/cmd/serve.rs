@@ -963,7 +963,15 @@ impl Served {
         };
         let path = std::path::absolute(&plan.path).unwrap_or(plan.path);
         let (volume, job) = match next {
-            None => (Arc::new(LiveVolume::new(volume)), None),
+            None => {
+                if plan.access == Access::ReadWrite
+                    && let Err(failure) = reencrypt::settle_remains(&path)
+                {
+                    // It costs nobody anything but space, and is tried again at the next start.
+                    tracing::warn!(volume = %terms.label, "{}", failure.what);
+                }
+                (Arc::new(LiveVolume::new(volume)), None)
+            }
             Some(next) => {
                 let (volume, job) = reencrypt::go_on(volume, &path, lies_on, &terms, next)?;
                 (volume, Some(job))

@@ -189,6 +189,14 @@ fn info(args: &VolumeInfo) -> Result<(), Failures> {
         found = Some((layout, settings));
     }
     if *dm_table {
+        if info.reencrypt.is_some() {
+            return Err(Failure::new(
+                Code::Refused,
+                format!("{} is half re-encrypted, and a table names one key only", volume.display()),
+                format!("Complete it first: inlinecrypt volume reencrypt --resume {}", shell_word(volume)),
+            )
+            .into());
+        }
         return Ok(print_table(volume, found, key.as_ref(), *show_key)?);
     }
     if let Some(key) = &key {

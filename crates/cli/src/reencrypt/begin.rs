@@ -132,6 +132,9 @@ pub(crate) fn go_on(
     let state = open_state(&plan.state)?;
     let live = Arc::new(LiveVolume::new(old).for_clients_of(&new));
     let running = live.begin(new, state).map_err(failed)?;
+    if let Some(error) = running.unfinished() {
+        tracing::warn!(volume = %label, "one part of it is refused until it can be re-encrypted: {}", error.chain());
+    }
     let job = Job::start(running, path.to_owned(), plan.state, plan.intent, identifier)?;
     Ok((live, job))
 }

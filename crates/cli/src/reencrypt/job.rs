@@ -5,7 +5,7 @@ use crate::identifier::Identifier;
 use crate::report::Failure;
 use inlinecrypt_core::error::Error;
 use inlinecrypt_core::reencrypt::{Progress, Reencryption};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -61,12 +61,12 @@ impl Shared {
         self.orders.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits while paused, and at most `at_most` else. `false` if it is over.
-    fn rest(&self, at_most: Duration) -> bool {
-        let deadline = Instant::now() + at_most;
+    /// Waits while paused, and as long as `rest` says else. `false` if it is over.
+    fn rest(&self, rest: Rest) -> bool {
         let mut orders = self.orders();
         loop {
-            let left = deadline.saturating_duration_since(Instant::now());
+            // Anew each time: the throttle may be another meanwhile.
+            let left = rest.left(orders.throttle_bytes);
             if orders.is_stopping {
                 return false;
             }
@@ -76,6 +76,31 @@ impl Shared {
                 return true;
             } else {
                 orders = self.changed.wait_timeout(orders, left).unwrap_or_else(PoisonError::into_inner).0;
+            }
+        }
+    }
+}
+
+/// How long to wait before the next zone.
+#[derive(Clone, Copy, Debug)]
+enum Rest {
+    No,
+    /// So many bytes were moved since then.
+    Moved(Instant, u64),
+    /// An attempt failed then.
+    Failed(Instant),
+}
+
+impl Rest {
+    /// How long it is still, if so many bytes may be moved in a second; 0 for as many as there are.
+    fn left(self, throttle_bytes: u64) -> Duration {
+        match self {
+            Self::No => Duration::ZERO,
+            Self::Failed(when) => RETRY_AFTER.saturating_sub(when.elapsed()),
+            Self::Moved(began, bytes) => {
+                let nanos = (u128::from(bytes) * 1_000_000_000).checked_div(throttle_bytes.into());
+                let least = Duration::from_nanos(u64::try_from(nanos.unwrap_or(0)).unwrap_or(u64::MAX));
+                least.saturating_sub(began.elapsed())
             }
         }
     }
@@ -105,7 +130,7 @@ impl Job {
             throttle_bytes: intent.throttle_bytes,
             progress: running.progress(),
             phase: Phase::Working,
-            failure: None,
+            failure: running.unfinished().map(|error| failed_at(&volume, error)),
         };
         let shared = Arc::new(Shared { orders: Mutex::new(orders), changed: Condvar::new() });
         let running = running.with_holes(intent.holes());
@@ -145,6 +170,8 @@ impl Job {
     pub(crate) fn resume(&self, throttle_bytes: Option<u64>) {
         let mut orders = self.shared.orders();
         orders.is_paused = false;
+        // What failed is tried again.
+        orders.failure = None;
         if let Some(throttle_bytes) = throttle_bytes {
             orders.throttle_bytes = throttle_bytes;
         }
@@ -174,22 +201,25 @@ impl Drop for Job {
     }
 }
 
+fn failed_at(volume: &Path, error: &Error) -> Failure {
+    Failure::of(format!("{}: re-encryption", volume.display()), error)
+}
+
 impl Work {
     fn run(&mut self) {
-        let mut pause = Duration::ZERO;
-        while self.shared.rest(pause) {
+        let mut rest = Rest::No;
+        while self.shared.rest(rest) {
             let began = Instant::now();
             let before = self.running.progress().done_bytes;
             match self.step() {
                 Ok(true) => return,
                 Ok(false) => {
-                    let moved = self.running.progress().done_bytes - before;
-                    pause = self.shared.throttled(moved).saturating_sub(began.elapsed());
+                    rest = Rest::Moved(began, self.running.progress().done_bytes - before);
                 }
                 Err(failure) => {
                     tracing::warn!(volume = %self.volume.display(), "re-encryption: {}", failure.what);
                     self.shared.orders().failure = Some(failure);
-                    pause = RETRY_AFTER;
+                    rest = Rest::Failed(Instant::now());
                 }
             }
         }
@@ -199,7 +229,7 @@ impl Work {
     /// The next zone, or what comes after the last. Says whether that was all.
     fn step(&mut self) -> Result<bool, Failure> {
         let label = self.volume.display().to_string();
-        let failed = |error: Error| Failure::of(format!("{label}: re-encryption"), &error);
+        let failed = |error: Error| failed_at(&self.volume, &error);
         let progress = self.running.step().map_err(failed)?;
         let set = |phase| {
             let mut orders = self.shared.orders();
@@ -216,17 +246,5 @@ impl Work {
         set(Phase::Done);
         tracing::info!(volume = %label, mode = %new.layout().mode(), "re-encrypted");
         Ok(true)
-    }
-}
-
-impl Shared {
-    /// How long moving so many bytes may take at least.
-    fn throttled(&self, bytes: u64) -> Duration {
-        match self.orders().throttle_bytes {
-            0 => Duration::ZERO,
-            most => Duration::from_nanos(
-                u64::try_from(u128::from(bytes) * 1_000_000_000 / u128::from(most)).unwrap_or(u64::MAX),
-            ),
-        }
     }
 }

@@ -7,7 +7,7 @@
 //! ```
 //!
 //! In the order in which a crash spoils nothing: the new key, the state, the mark in the description; the zones; the new
-//! description, then the state goes, and the old key if that was asked for. Until the mark is there nothing has happened,
+//! description, then the old key goes if that was asked for, and the state. What a kill leaves of that goes at the next start. Until the mark is there nothing has happened,
 //! and what lies around is written anew. A program that does not know the mark refuses the description, as it should.
 //!
 //! The state is ours (`core::reencrypt::state`, docs/reencryption.md). LUKS2 keeps its own in its header; that would be
@@ -22,7 +22,7 @@ pub(crate) use job::Job;
 pub(crate) use progress::{EVERY, Progress, Show};
 
 use crate::cli::{FallbackArg, LayoutArgs};
-use crate::files::{self, Staged, shell_word};
+use crate::files::{self, Medium, Staged, shell_word};
 use crate::host;
 use crate::identifier::Identifier;
 use crate::keyfile::{KeySource, LoadedKey, Wanted};
@@ -90,9 +90,10 @@ pub(crate) struct NextPlan {
     pub(crate) size_bytes: u64,
 }
 
-/// Where the state of a re-encryption of `volume` is.
+/// Where the state of a re-encryption of `volume` is: beside the file itself, so that each name of it leads there.
+/// A device's is beside the name that was given, which is where its description is: /dev does not outlive a reboot.
 pub(crate) fn state_path(volume: &Path) -> PathBuf {
-    beside(volume, ".reencrypt")
+    beside(&files::itself(volume), ".reencrypt")
 }
 
 /// What the state at `path` says.
@@ -148,12 +149,15 @@ pub(crate) fn next_plan(
 
 /// Refuses a volume with a state that has begun, whose description does not say so.
 fn is_forgotten(volume: &Path) -> Result<(), Failure> {
-    let state = state_path(volume);
-    if !files::exists(&state) {
-        return Ok(());
-    }
+    [state_path(volume), beside(volume, ".reencrypt")]
+        .iter()
+        .filter(|state| files::exists(state))
+        .try_for_each(|state| is_not_of(state, volume))
+}
+
+fn is_not_of(state: &Path, volume: &Path) -> Result<(), Failure> {
     // What cannot be read as a state is somebody else's file.
-    let Ok((facts, intent)) = look(&state) else { return Ok(()) };
+    let Ok((facts, intent)) = look(state) else { return Ok(()) };
     let has_begun = facts.boundary > 0 || facts.is_interrupted;
     if !has_begun || (facts.is_complete() && is_described_as(volume, &intent)) {
         return Ok(());
@@ -166,8 +170,9 @@ fn is_forgotten(volume: &Path) -> Result<(), Failure> {
             state.display()
         ),
         format!(
-            "If the description was brought back from a copy, add the line: reencrypt = {:?}",
-            state.file_name().unwrap_or_default().to_string_lossy()
+            "If the description was brought back from a copy, add the line: reencrypt = {:?}. If this is a link, or \
+             the target of one, use the name under which it was begun.",
+            named_from(volume, state)
         ),
     ))
 }
@@ -235,7 +240,12 @@ impl Prepared {
         profile: &Arc<CryptoProfile>,
     ) -> Result<(Self, Admission), Failure> {
         let Present { path, label, layout: old, planned, identifier: old_identifier, .. } = present;
-        let Some(description) = Description::find(path).map_err(first)? else {
+        let found = Description::find(path).map_err(first)?;
+        let header = found.as_ref().and_then(|found| found.settings.luks.header.as_deref());
+        if Luks::look(path, header, true).map_err(|failure| failure.within(label))?.is_some() {
+            return Err(is_luks(label));
+        }
+        let Some(description) = found else {
             return Err(Failure::new(
                 Code::File,
                 format!("{label} has no description, so nothing would say that it is half under another key"),
@@ -313,11 +323,19 @@ impl Prepared {
             Some(key) => key.path().map(Path::to_owned),
             None => Some(beside(path, ".key")),
         };
-        let remove_old_key = match (wish.remove_old_key, old_key) {
-            (true, Some(file)) if source.path() != Some(file.as_path()) => {
-                Some(std::path::absolute(&file).unwrap_or(file))
+        let remove_old_key = match old_key.filter(|_| wish.remove_old_key) {
+            Some(file) if identifier == *old_identifier || is_one_file(source.path(), &file) => {
+                return Err(Failure::new(
+                    Code::Wrong,
+                    format!(
+                        "{label}: --remove-old-key would remove {}, and the new key is that key",
+                        file.display()
+                    ),
+                    "Leave --remove-old-key out; or leave --key out, for a new key.",
+                ));
             }
-            _ => None,
+            Some(file) => Some(std::path::absolute(&file).unwrap_or(file)),
+            None => None,
         };
         let state = state_path(path);
         let intent = Intent {
@@ -393,11 +411,39 @@ pub(crate) fn settle(volume: &Path, state: &Path, intent: &Intent) -> Result<(),
     if !is_described_as(volume, intent) {
         files::replace(&Description::path_for(volume), "description", intent.description.as_bytes())?;
     }
-    files::remove(state, "state of the re-encryption")?;
     if let Some(key) = &intent.remove_old_key {
         files::remove(key, "the old key")?;
     }
-    Ok(())
+    // Last, since it knows what else is to be done.
+    files::remove(state, "state of the re-encryption")
+}
+
+/// Whether all of `volume` is re-encrypted and described, and only what is of no use any more is left: the state, and
+/// perhaps the old key.
+pub(crate) fn has_remains(volume: &Path) -> bool {
+    remains(volume).is_some()
+}
+
+fn remains(volume: &Path) -> Option<(PathBuf, Intent)> {
+    let state = state_path(volume);
+    let (facts, intent) = look(&state).ok()?;
+    (facts.is_complete() && is_described_as(volume, &intent)).then_some((state, intent))
+}
+
+/// Removes what a kill at the very end left of a re-encryption. To be called by who has locked the volume.
+pub(crate) fn settle_remains(volume: &Path) -> Result<(), Failure> {
+    match remains(volume) {
+        Some((state, intent)) => settle(volume, &state, &intent),
+        None => Ok(()),
+    }
+}
+
+pub(crate) fn is_luks(label: &str) -> Failure {
+    Failure::new(
+        Code::Wrong,
+        format!("{label} is a LUKS container, whose header names its key"),
+        "Use cryptsetup reencrypt; for another passphrase: inlinecrypt luks change-key.",
+    )
 }
 
 pub(crate) fn under_way(label: &str) -> Failure {
@@ -406,6 +452,13 @@ pub(crate) fn under_way(label: &str) -> Failure {
         format!("{label} is being re-encrypted already"),
         "To go on: inlinecrypt volume reencrypt --resume VOLUME. It takes another key once that is done.",
     )
+}
+
+/// Whether the new key's file is `old`, whatever it is called: through symbolic and hard links.
+fn is_one_file(new: Option<&Path>, old: &Path) -> bool {
+    let identity = |path: &Path| Medium::look(path).ok().map(|file| file.identity);
+    let Some(new) = new else { return false };
+    new == old || identity(new).is_some_and(|new| identity(old) == Some(new))
 }
 
 fn first(failures: Vec<Failure>) -> Failure {
@@ -456,8 +509,20 @@ fn edited(
     Ok(format!("{}{table}", head(&description.text)))
 }
 
+/// How the description of `volume` names the state.
+fn named_from(volume: &Path, state: &Path) -> String {
+    let folder = |path: &Path| {
+        let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        directory_of(&path).canonicalize().ok()
+    };
+    match state.file_name() {
+        Some(name) if folder(volume) == folder(state) => name.to_string_lossy().into_owned(),
+        _ => state.display().to_string(),
+    }
+}
+
 fn with_mark(description: &Description, state: &Path) -> Result<String, Failure> {
-    let name = state.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let name = named_from(&description.path, state);
     edited(description, |_, volume| {
         volume.insert("reencrypt".to_owned(), toml::Value::String(name));
     })

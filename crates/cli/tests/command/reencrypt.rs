@@ -324,3 +324,205 @@ fn a_config_that_names_the_key_is_told_of() {
     place.run(["serve", "--config", "c.toml"]).refused(2, &["wrong key", "v.img.toml"]);
     reads(&place, &[3; 512]);
 }
+
+/// The new key may be the old one, for another layout; whatever its file is called then, it is not removed.
+#[test]
+fn the_only_key_is_not_removed_as_the_old_one() {
+    let place = Place::new();
+    written(&place, &[4; 4096]);
+    std::os::unix::fs::symlink("v.img.key", place.path("other")).unwrap();
+    fs::hard_link(place.path("v.img.key"), place.path("hard")).unwrap();
+    fs::copy(place.path("v.img.key"), place.path("copy")).unwrap();
+    let absolute = place.path("v.img.key");
+    for key in ["v.img.key", "./v.img.key", absolute.to_str().unwrap(), "other", "hard", "copy"] {
+        let args = ["volume", "reencrypt", "--key", key, "--data-unit", "512", "--remove-old-key", "v.img"];
+        place.run(args).refused(1, &["--remove-old-key", "the new key is that key"]);
+        assert!(absolute.exists() && !place.path("v.img.reencrypt").exists(), "{key}");
+    }
+    place.run(["volume", "reencrypt", "--key", "./v.img.key", "--data-unit", "512", "v.img"]).done();
+    reads(&place, &[4; 4096]);
+}
+
+/// Begins to re-encrypt the 4 MiB of `v.img`, all ones, and stops half-way.
+fn half_way(place: &Place, name: &str) {
+    let server = place.serve("s.sock", ["--control", "c", "--nbd", "unix:s.sock", name]);
+    server.client("").write(0, &vec![1; 4 << 20]).unwrap();
+    let begin =
+        ["volume", "reencrypt", "--control", "c", "--zone", "256KiB", "--throttle", "1MiB", "--detach"];
+    place.run(begin.iter().chain(&[name])).done();
+    while place.run(["status", "--json", "--control", "c"]).json()["servers"][0]["volumes"][0]["reencrypt"]["done_bytes"]
+        == 0
+    {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    server.stop();
+}
+
+/// A link to a volume with a description of its own is another name of it: neither leads past a re-encryption by the other.
+#[test]
+fn another_name_of_the_volume_is_not_a_whole_volume() {
+    for (begun, other) in [("v.img", "real/w.img"), ("real/w.img", "v.img")] {
+        let place = Place::new();
+        fs::create_dir(place.path("real")).unwrap();
+        place.run(["volume", "create", "--size", "4MiB", "real/w.img"]).done();
+        std::os::unix::fs::symlink("real/w.img", place.path("v.img")).unwrap();
+        let text = fs::read_to_string(place.path("real/w.img.toml")).unwrap();
+        let text = text.replace("path = \"w.img\"", "path = \"v.img\"");
+        let text = text.replace("key = \"w.img.key\"", "key = \"real/w.img.key\"");
+        place.write("v.img.toml", text.as_bytes());
+        half_way(&place, begun);
+        place.run(["serve", other]).refused(2, &["are re-encrypted", "under which it was begun"]);
+        place.run(["volume", "reencrypt", other]).refused(2, &["are re-encrypted"]);
+        place.run(["volume", "reencrypt", "--resume", "--throttle", "0", begun]).done();
+        place.run(["serve", "v.img"]).refused(2, &["say different things", "v.img.toml", "w.img.toml"]);
+        place.write("gone", b"");
+        fs::rename(place.path(&format!("{other}.toml")), place.path("gone")).unwrap();
+        let server = place.serve("s.sock", ["--nbd", "unix:s.sock", begun]);
+        assert_eq!(server.client("").read(0, 4 << 20).unwrap(), vec![1; 4 << 20]);
+        server.stop();
+    }
+}
+
+/// A kill between the last steps leaves a state that is complete, and the old key; who comes next removes both.
+#[test]
+fn what_a_kill_at_the_very_end_leaves_is_removed() {
+    for by_server in [true, false] {
+        let place = Place::new();
+        place.run(["volume", "create", "--size", "4MiB", "v.img"]).done();
+        // All is under the new key, and the description cannot be written.
+        let server = place.serve("s.sock", ["--control", "c", "--nbd", "unix:s.sock", "v.img"]);
+        let begin = [
+            "volume",
+            "reencrypt",
+            "--control",
+            "c",
+            "--throttle",
+            "1MiB",
+            "--detach",
+            "--remove-old-key",
+            "v.img",
+        ];
+        place.run(begin).done();
+        fs::remove_file(place.path("v.img.toml")).unwrap();
+        fs::create_dir_all(place.path("v.img.toml/in")).unwrap();
+        place
+            .run([
+                "volume",
+                "reencrypt",
+                "--control",
+                "c",
+                "--resume",
+                "--throttle",
+                "0",
+                "--detach",
+                "v.img",
+            ])
+            .done();
+        let state = || {
+            place.run(["status", "--json", "--control", "c"]).json()["servers"][0]["volumes"][0]["reencrypt"]
+                ["state"]
+                .clone()
+        };
+        while state() != "failing" {
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        server.signal(rustix::process::Signal::KILL);
+        drop(server);
+        // The description is written, and nothing else was done.
+        let prefix = fs::read(place.path("v.img.reencrypt")).unwrap();
+        let len = usize::try_from(u64::from_le_bytes(prefix[64..72].try_into().unwrap())).unwrap();
+        let plan: Value = serde_json::from_slice(&prefix[8192..8192 + len]).unwrap();
+        fs::remove_dir_all(place.path("v.img.toml")).unwrap();
+        place.write("v.img.toml", plan["description"].as_str().unwrap().as_bytes());
+        if by_server {
+            place.serve("t.sock", ["--nbd", "unix:t.sock", "v.img"]).stop();
+        } else {
+            place.run(["volume", "reencrypt", "--resume", "v.img"]).done();
+        }
+        assert!(!place.path("v.img.key").exists() && !place.path("v.img.reencrypt").exists(), "{by_server}");
+        place.serve("u.sock", ["--nbd", "unix:u.sock", "v.img"]).stop();
+    }
+}
+
+/// A table could only name one of the keys.
+#[test]
+fn half_re_encrypted_there_is_no_dm_table() {
+    let place = Place::new();
+    place.run(["volume", "create", "--size", "4MiB", "v.img"]).done();
+    place.run(["volume", "info", "--dm-table", "v.img"]).done();
+    half_way(&place, "v.img");
+    place.run(["volume", "info", "--dm-table", "v.img"]).refused(2, &["half re-encrypted", "--resume"]);
+}
+
+/// The size that the volume had when it began is the one that both keys are for.
+#[test]
+fn a_volume_that_grew_half_way_is_told_how_long_it_was() {
+    let place = Place::new();
+    place.run(["volume", "create", "--size", "4MiB", "v.img"]).done();
+    half_way(&place, "v.img");
+    let file = fs::File::options().write(true).open(place.path("v.img")).unwrap();
+    file.set_len(8 << 20).unwrap();
+    place.run(["serve", "v.img"]).refused(4, &["when its re-encryption began", "truncate -s 4194304 v.img"]);
+    file.set_len(4 << 20).unwrap();
+    place.run(["volume", "reencrypt", "--resume", "--throttle", "0", "v.img"]).done();
+}
+
+/// Nobody is asked for a passphrase that would not be used.
+#[test]
+fn a_luks_container_is_cryptsetups() {
+    let place = Place::new();
+    place.write("p", b"word");
+    let args = ["luks", "create", "--size", "1MiB", "--pbkdf", "pbkdf2", "--passphrase-file", "p", "l.img"];
+    place.run(args).done();
+    place
+        .run(["volume", "reencrypt", "l.img"])
+        .refused(1, &["l.img is a LUKS container", "cryptsetup reencrypt"]);
+}
+
+/// What has no storage gets some, which is told before.
+#[test]
+fn that_holes_get_storage_is_told() {
+    let place = Place::new();
+    place.create("v.img");
+    let said = place.run(["volume", "reencrypt", "v.img"]);
+    assert!(said.done().err.contains("have no storage, and get it; --keep-holes"), "{said}");
+    let said = place.run(["volume", "reencrypt", "v.img"]);
+    assert!(!said.done().err.contains("no storage"), "{said}");
+}
+
+/// A faster throttle does not wait for what the slower one had left to wait.
+#[test]
+fn a_new_throttle_counts_at_once() {
+    let place = Place::new();
+    place.create("v.img");
+    let server = place.serve("s", ["--control", "c", "--nbd", "unix:s", "v.img"]);
+    // A zone an hour.
+    let begin = ["--zone", "256KiB", "--throttle", "72", "--detach", "v.img"];
+    place.run(["volume", "reencrypt", "--control", "c"].iter().chain(&begin)).done();
+    let mut again = place.command();
+    again.args(["volume", "reencrypt", "--control", "c", "--resume", "--throttle", "0", "v.img"]);
+    assert_eq!(crate::place::run_command(again).code, Some(0));
+    server.stop();
+}
+
+/// Each of two roots has a passphrase of its own.
+#[test]
+fn two_roots_have_two_passphrases() {
+    let place = Place::new();
+    place.write("p", b"word");
+    place.write("q", b"other word");
+    place.run(["root", "create", "passphrase:r", "--passphrase-file", "p"]).done();
+    place.run(["root", "create", "passphrase:s", "--passphrase-file", "q"]).done();
+    let old = ["--root", "passphrase:r", "--passphrase-file", "p", "v.img"];
+    place.run(["volume", "create", "--size", "1MiB"].iter().chain(&old)).done();
+    let change = |more: &[&str]| {
+        let args = ["volume", "reencrypt", "--new-root", "passphrase:s", "--passphrase-file", "p"];
+        place.run(args.iter().chain(more).chain(&["v.img"]))
+    };
+    place
+        .run(["volume", "reencrypt", "--passphrase-file", "p", "--new-passphrase-file", "q", "v.img"])
+        .refused(1, &["--new-passphrase-file", "keeps its root"]);
+    assert_eq!(change(&[]).code, Some(2), "the old one is not the new root's");
+    change(&["--new-passphrase-file", "q"]).done();
+    place.serve("t", ["--nbd", "unix:t", "--passphrase-file", "q", "v.img"]).stop();
+}

@@ -458,3 +458,20 @@ fn direct_with_data_units_that_are_too_small_says_what_helps() {
         process.kill().unwrap();
     }
 }
+
+/// Other derivations may have the same key identifier, and another inline encryption key.
+#[test]
+fn an_engine_with_another_derivation_is_refused() {
+    let place = Place::new();
+    let create = ["volume", "create", "--size", "1MiB", "--engine"];
+    place.run(create.iter().chain(&["software:kdf=legacykdf", "kd.img"])).done();
+    place.create("usual.img");
+    place.run(["serve", "--engine", "software", "kd.img"]).refused(1, &["kd.img.toml", "legacykdf", "by v1"]);
+    place.write("c.toml", b"[[engine]]\nname = \"e\"\n[[volume]]\npath = \"kd.img\"\n");
+    place.run(["check", "c.toml"]).refused(1, &["kd.img.toml", "kdf=legacykdf"]);
+    let other = ["serve", "--engine", "software:kdf=legacykdf", "usual.img"];
+    place.run(other).refused(1, &["usual.img.toml", "by leaving it out", "kdf=v1"]);
+    // Another number of slots: the same keys.
+    place.serve("s", ["--nbd", "unix:s", "--engine", "software:slots=2,kdf=legacykdf", "kd.img"]).stop();
+    place.serve("t", ["--nbd", "unix:t", "--engine", "software:slots=3", "usual.img"]).stop();
+}

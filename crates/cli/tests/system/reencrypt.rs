@@ -302,7 +302,7 @@ fn it_rests_when_told_and_the_command_may_go() {
     eventually("it moves", || info()["reencrypt"]["done_bytes"].as_u64().unwrap_or(0) > 0);
     let pid = rustix::process::Pid::from_raw(command.id().try_into().unwrap()).unwrap();
     rustix::process::kill_process(pid, Signal::INT).unwrap();
-    assert_eq!(command.wait().unwrap().code(), Some(1));
+    assert_eq!(command.wait().unwrap().code(), Some(130), "as a shell says it");
     let checked = place.run_ok(["check", "v.img.toml"]);
     assert!(checked.contains("being re-encrypted"), "{checked}");
     let server = place.serve(["--pause-reencryption", "v.img"]);

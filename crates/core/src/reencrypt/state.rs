@@ -381,8 +381,17 @@ impl State {
     ///
     /// [`ErrorKind::Invalid`] if the journal is damaged: nothing was written then. Else what backing and medium say.
     pub fn recover(&mut self, backing: &dyn Backing) -> Result<(), Error> {
+        self.check_journal()?;
+        self.redo(backing)
+    }
+
+    /// Whether what is in the journal is what was put there, if it counts.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Invalid`] if it is damaged; what the medium says.
+    pub(super) fn check_journal(&self) -> Result<(), Error> {
         let Some(InJournal { len_bytes, digest }) = self.header.zone else { return Ok(()) };
-        // Aligned as any backing may ask.
         let mut room = HeapSource.allocate(CHUNK_BYTES)?;
         let room = room.bytes_mut();
         let mut found = Digest::default();
@@ -396,7 +405,14 @@ impl State {
                 "the journal is damaged, and this part of the volume was being written; bring the state back from a copy",
             ));
         }
-        self.write_zone(backing, room)?;
+        Ok(())
+    }
+
+    /// Writes the zone that was interrupted from the journal, which was [checked](Self::check_journal).
+    pub(super) fn redo(&mut self, backing: &dyn Backing) -> Result<(), Error> {
+        // Aligned as any backing may ask.
+        let mut room = HeapSource.allocate(CHUNK_BYTES)?;
+        self.write_zone(backing, room.bytes_mut())?;
         self.advance()
     }
 

@@ -301,6 +301,41 @@ fn failures_hit_the_zone_alone_and_are_made_good_by_the_next_step() {
     assert!(read(&*live, 0, SIZE) == content);
 }
 
+/// The same at a new start, when the backing still fails: all but the zone is served, and a later step completes it.
+#[test]
+fn a_zone_that_still_cannot_be_written_costs_nothing_but_itself() {
+    let profile = profile();
+    let shape = |key| Shape { mode: Mode::Aes256Xts, unit: 4096, iv_offset: 0, key };
+    let backing = Arc::new(Failing { inner: MemBacking::new(SIZE, 1), fails: AtomicBool::new(false) });
+    let medium = Arc::new(MemBacking::new(usize::try_from(State::medium_bytes(ZONE)).unwrap(), 1));
+    let content = noise(3, SIZE);
+    write(&shape(1).volume(&profile, backing.clone()), 0, &content);
+    let start = |state| {
+        let live = Arc::new(LiveVolume::new(shape(1).volume(&profile, backing.clone())));
+        let new = shape(2).volume(&profile, live.current().backing().clone());
+        let running = live.begin(new, state).unwrap();
+        (live, running)
+    };
+    let (_, mut running) = start(State::create(medium.clone(), SIZE as u64, ZONE, b"").unwrap());
+    running.step().unwrap();
+    backing.fails.store(true, Ordering::Relaxed);
+    running.step().unwrap_err();
+    drop(running);
+    let (live, mut running) = start(State::open(medium).unwrap());
+    assert_eq!(running.unfinished().unwrap().kind(), ErrorKind::Backing);
+    let zone = usize::try_from(ZONE).unwrap();
+    assert!(read(&*live, 0, zone) == content[..zone]);
+    assert!(read(&*live, 2 * zone, SIZE - 2 * zone) == content[2 * zone..]);
+    let mut buffer = live.private_buffer(LARGE_BUFFER_BYTES).unwrap();
+    let span = live.span(2 * ZONE - 512, 512, LARGE_BUFFER_BYTES);
+    assert_eq!(live.read(span, &mut buffer).unwrap_err().kind(), ErrorKind::Backing);
+    running.step().unwrap_err();
+    backing.fails.store(false, Ordering::Relaxed);
+    while !running.step().unwrap().is_complete() {}
+    running.finish().unwrap();
+    assert!(read(&*live, 0, SIZE) == content);
+}
+
 /// A header that may be on the medium or not refers to a journal that is written once more: to the same bytes, since nobody could
 /// change the zone meanwhile.
 #[test]
