@@ -210,12 +210,22 @@ fn a_volume_has_a_line_if_linux_has_its_layout_and_its_key_only_if_asked() {
     create("a b.img", &["--offset", "512"]);
     let said = place.run(["volume", "info", "--dm-table", "a b.img"]);
     let path = place.path("a b.img").display().to_string().replace(' ', "\\ ");
-    let expected = format!("0 2048 crypt aes-xts-plain64 - 0 {path} 1 2 sector_size:4096 iv_large_sectors\n");
+    let expected = format!(
+        "0 2048 crypt aes-xts-plain64 - 0 {path} 1 3 allow_discards sector_size:4096 iv_large_sectors\n"
+    );
     assert_eq!(said.done().out, expected);
     assert!(said.err.contains("- stands for the key") && said.err.contains("losetup"), "{said}");
     let said = place.run(["volume", "info", "--dm-table", "--show-key", "a b.img"]);
     let digits: String = (0..64).map(|byte: u8| format!("{:02x}", byte ^ 0xa5)).collect();
     assert_eq!(said.done().out, expected.replace(" - ", &format!(" {digits} ")));
+
+    // As it is served: discards are passed down unless the description says otherwise.
+    let description = fs::read_to_string(place.path("a b.img.toml")).unwrap();
+    for (says, has) in [("", true), ("discard = \"pass\"\n", true), ("discard = \"off\"\n", false)] {
+        place.write("a b.img.toml", format!("{description}{says}").as_bytes());
+        let said = place.run(["volume", "info", "--dm-table", "a b.img"]);
+        assert_eq!(said.done().out.contains("allow_discards"), has, "{says}: {said}");
+    }
 
     create("large.img", &["--data-unit", "64k"]);
     let said = place.run(["volume", "info", "--dm-table", "large.img"]);
