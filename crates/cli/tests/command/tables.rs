@@ -1,5 +1,6 @@
 use crate::place::{MIB, Place};
 use std::fs;
+use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt as _;
 
 const KEY: &str = "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f\
@@ -102,6 +103,26 @@ fn a_line_decides_mode_discards_and_place() {
             let err = server.stop();
             assert_eq!(err.contains("note: no_read_workqueue in the table"), trims, "{err}");
         }
+    }
+}
+
+/// A pipe gives its line once, as a shell's `<(...)` does.
+#[test]
+fn a_line_comes_through_a_pipe() {
+    let place = Place::new();
+    place.sparse("disk", MIB);
+    place.raw_key("key", 64);
+    let bare = "0 256 crypt aes-xts-plain64 - 0 disk 64\n".to_owned();
+    let with_key = bare.replace(" - ", &format!(" {KEY} "));
+    for (line, more) in [(bare, &["--key", "raw:key"][..]), (with_key, &[])] {
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        writer.write_all(line.as_bytes()).unwrap();
+        drop(writer);
+        let mut command = place.command();
+        command.args(["serve", "--nbd", "unix:s", "--dm-table-file", "/dev/stdin"]).args(more).stdin(reader);
+        let server = place.start("s", command);
+        assert_eq!(server.client("disk").export().size, 128 << 10);
+        server.stop();
     }
 }
 
