@@ -28,26 +28,53 @@ pub(crate) fn read(
     secrecy: Secrecy,
     len_max: usize,
 ) -> Result<Zeroizing<Vec<u8>>, Failure> {
+    Ok(read_judged(path, what, len_max, Some(secrecy), |_| secrecy)?.0)
+}
+
+/// The same where what is in the file decides who may be able to read it. Reads it once: also says whether it can be read
+/// again, which a pipe cannot.
+pub(crate) fn read_by_content(
+    path: &Path,
+    what: &str,
+    len_max: usize,
+    secrecy: impl FnOnce(&[u8]) -> Secrecy,
+) -> Result<(Zeroizing<Vec<u8>>, bool), Failure> {
+    read_judged(path, what, len_max, None, secrecy)
+}
+
+/// With `before`, a file that others can reach is not even read.
+fn read_judged(
+    path: &Path,
+    what: &str,
+    len_max: usize,
+    before: Option<Secrecy>,
+    after: impl FnOnce(&[u8]) -> Secrecy,
+) -> Result<(Zeroizing<Vec<u8>>, bool), Failure> {
     let name = format!("{what} {}", path.display());
     let refused = |errno: Errno| Failure::of_io(&name, &errno.into(), "Check the name.");
     // Not blocking: opening a fifo would wait for a writer. A pipe handed over as /dev/fd/N is open at both ends.
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK;
     let file = rustix::fs::open(path, flags, Mode::empty()).map_err(refused)?;
     let status = rustix::fs::fstat(&file).map_err(refused)?;
-    match FileType::from_raw_mode(status.st_mode) {
-        FileType::RegularFile if secrecy == Secrecy::Secret => {
-            check_secret(path, &name, status.st_mode & 0o7777, status.st_uid)?;
-        }
-        FileType::RegularFile | FileType::Fifo => {}
+    let is_regular = match FileType::from_raw_mode(status.st_mode) {
+        FileType::RegularFile => true,
+        FileType::Fifo => false,
         FileType::Directory => {
             return Err(Failure::new(Code::File, format!("{name} is a directory"), "Name a file in it."));
         }
         _ => return Err(Failure::new(Code::File, format!("{name} is not a file"), "Name a file.")),
-    }
+    };
+    let check = |secrecy| match secrecy {
+        Secrecy::Secret if is_regular => check_secret(path, &name, status.st_mode & 0o7777, status.st_uid),
+        Secrecy::Secret | Secrecy::Public => Ok(()),
+    };
+    before.map_or(Ok(()), check)?;
     rustix::fs::fcntl_setfl(&file, OFlags::empty()).map_err(refused)?;
-    read_bounded(File::from(file), len_max)
+    let bytes = read_bounded(File::from(file), len_max)
         .map_err(|error| Failure::of_io(&name, &error, "Check the medium."))?
-        .ok_or_else(|| too_long(&name, len_max))
+        .ok_or_else(|| too_long(&name, len_max))?;
+    check(after(&bytes))?;
+    Ok((bytes, is_regular))
 }
 
 /// Reads standard input to its end, at most `len_max` bytes.

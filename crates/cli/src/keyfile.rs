@@ -47,8 +47,8 @@ enum Place {
     Luks(LuksKey),
     /// A wrapped key in the header at this path.
     Token(PathBuf, Arc<Zeroizing<Vec<u8>>>),
-    /// In the line of a dm table in this file.
-    Table(PathBuf),
+    /// In the line of a dm table in this file; the key itself, if that was a pipe.
+    Table(PathBuf, Option<Arc<Zeroizing<Vec<u8>>>>),
 }
 
 impl KeySource {
@@ -79,15 +79,15 @@ impl KeySource {
     /// Whether a raw key can be read again without asking anybody.
     fn can_be_had_again(&self) -> bool {
         match &self.place {
-            Place::File(_) | Place::Table(_) => true,
+            Place::File(_) | Place::Table(_, None) => true,
             Place::Luks(key) => key.can_be_had_again(),
-            Place::Stdin | Place::Given(_) | Place::Token(..) => false,
+            Place::Stdin | Place::Given(_) | Place::Token(..) | Place::Table(_, Some(_)) => false,
         }
     }
 
-    /// The raw key in the line of a dm table, in a file.
-    pub(crate) fn in_table(path: PathBuf) -> Self {
-        Self { wanted: Wanted::Raw, place: Place::Table(path) }
+    /// The raw key in the line of a dm table, in a file. `kept` is what a pipe gave, which cannot be read again.
+    pub(crate) fn in_table(path: PathBuf, kept: Option<Zeroizing<Vec<u8>>>) -> Self {
+        Self { wanted: Wanted::Raw, place: Place::Table(path, kept.map(Arc::new)) }
     }
 
     /// A raw key that standard input gave.
@@ -129,7 +129,7 @@ impl KeySource {
             Place::File(path) => path.display().to_string(),
             Place::Stdin | Place::Given(_) => "-".to_owned(),
             Place::Luks(LuksKey { header, .. }) | Place::Token(header, _) => header.display().to_string(),
-            Place::Table(path) => return format!("FILE, as in {}", path.display()),
+            Place::Table(path, _) => return format!("FILE, as in {}", path.display()),
         };
         match self.wanted {
             Wanted::Wrapped => place,
@@ -141,7 +141,7 @@ impl KeySource {
     pub(crate) fn path(&self) -> Option<&Path> {
         match &self.place {
             Place::File(path) => Some(path),
-            Place::Stdin | Place::Given(_) | Place::Luks(_) | Place::Token(..) | Place::Table(_) => None,
+            Place::Stdin | Place::Given(_) | Place::Luks(_) | Place::Token(..) | Place::Table(..) => None,
         }
     }
 
@@ -162,9 +162,9 @@ impl KeySource {
         let bytes = match &self.place {
             Place::File(path) => Arc::new(files::read(path, "key file", secrecy, KEY_FILE_BYTES_MAX)?),
             Place::Stdin => Arc::new(files::read_stdin("key", KEY_FILE_BYTES_MAX)?),
-            Place::Given(bytes) | Place::Token(_, bytes) => bytes.clone(),
+            Place::Given(bytes) | Place::Token(_, bytes) | Place::Table(_, Some(bytes)) => bytes.clone(),
             Place::Luks(key) => return key.open().map(LoadedKey::Raw),
-            Place::Table(path) => Arc::new(crate::table::key_in(path)?),
+            Place::Table(path, None) => Arc::new(crate::table::key_in(path)?),
         };
         let refused =
             |what: String, advice: String| Failure::new(Code::Refused, format!("{self} {what}"), advice);
@@ -236,7 +236,7 @@ impl fmt::Display for KeySource {
             Place::Stdin | Place::Given(_) => f.write_str("the key on standard input"),
             Place::Luks(key) => write!(f, "the volume key of {}", key.header.display()),
             Place::Token(header, _) => write!(f, "the wrapped key in {}", header.display()),
-            Place::Table(path) => write!(f, "the key in table {}", path.display()),
+            Place::Table(path, _) => write!(f, "the key in table {}", path.display()),
         }
     }
 }

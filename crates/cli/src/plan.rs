@@ -232,43 +232,62 @@ impl Settings {
         Self { mode, data_unit, block, iv_offset, iv, offset, ..Self::default() }
     }
 
-    fn from_table(table: &VolumeTable, base: &Path) -> Result<Self, String> {
-        fn parsed<T, E: Display>(what: &str, value: Option<Result<T, E>>) -> Result<Option<T>, String> {
-            value.transpose().map_err(|error| format!("{what}: {error}"))
+    fn from_table(table: &VolumeTable, base: &Path) -> Result<Self, Vec<String>> {
+        /// Tells what is wrong, and goes on.
+        fn parsed<T, E: Display>(
+            whys: &mut Vec<String>,
+            what: &str,
+            value: Option<Result<T, E>>,
+        ) -> Option<T> {
+            value.transpose().unwrap_or_else(|error| {
+                whys.push(format!("{what}: {error}"));
+                None
+            })
         }
+        let mut whys = Vec::new();
         let block = table.block.map(|bytes| {
             let fits = bytes.is_power_of_two() && (512..=65_536).contains(&bytes);
             if fits { Ok(bytes) } else { Err(format!("{bytes} is no power of two from 512 to 65536")) }
         });
         let asked = Self {
             name: table.name.clone(),
-            key: parsed("key", table.key.as_ref().map(|key| KeySource::parse(key.as_ref(), base)))?,
-            key_id: parsed("key_id", table.key_id.as_ref().map(|id| id.parse()))?,
+            key: parsed(&mut whys, "key", table.key.as_ref().map(|key| KeySource::parse(key.as_ref(), base))),
+            key_id: parsed(&mut whys, "key_id", table.key_id.as_ref().map(|id| id.parse())),
             size: table.size,
-            mode: parsed("mode", table.mode.as_deref().map(crate::cli::parse_mode))?,
-            data_unit: parsed("data_unit", table.data_unit.map(|bytes| crate::cli::data_unit(bytes.into())))?,
-            block: parsed("block", block)?,
+            mode: parsed(&mut whys, "mode", table.mode.as_deref().map(crate::cli::parse_mode)),
+            data_unit: parsed(
+                &mut whys,
+                "data_unit",
+                table.data_unit.map(|bytes| crate::cli::data_unit(bytes.into())),
+            ),
+            block: parsed(&mut whys, "block", block),
             iv_offset: table.iv_offset,
-            iv: parsed("iv", table.iv.as_deref().map(crate::cli::parse_iv))?,
-            offset: parsed("offset", table.offset.map(crate::cli::offset))?,
+            iv: parsed(&mut whys, "iv", table.iv.as_deref().map(crate::cli::parse_iv)),
+            offset: parsed(&mut whys, "offset", table.offset.map(crate::cli::offset)),
             length: table.length,
             table: None,
             read_only: table.read_only,
-            fallback: parsed("fallback", table.fallback.as_deref().map(choice))?,
-            discard: parsed("discard", table.discard.as_deref().map(choice))?,
+            fallback: parsed(&mut whys, "fallback", table.fallback.as_deref().map(choice)),
+            discard: parsed(&mut whys, "discard", table.discard.as_deref().map(choice)),
             direct: table.direct,
-            priority: parsed("priority", table.priority.as_deref().map(choice))?,
+            priority: parsed(&mut whys, "priority", table.priority.as_deref().map(choice)),
             pin: table.pin,
             preprogram: table.preprogram,
             spill_after_us: table.spill_after_us,
             reencrypt: table.reencrypt.as_ref().map(|path| relative_to(base, Path::new(path))),
-            luks: LuksSettings::from_table(table, base)?,
+            luks: LuksSettings::from_table(table, base).unwrap_or_else(|why| {
+                whys.push(why);
+                LuksSettings::default()
+            }),
         };
+        if !whys.is_empty() {
+            return Err(whys);
+        }
         match &table.dm_table {
             None => Ok(asked),
             Some(line) => {
-                let found = table::in_config(line, base)?;
-                asked.over(&found.settings).map_err(|conflict| format!("dm_table says {conflict}"))
+                let found = table::in_config(line, base).map_err(|why| vec![why])?;
+                asked.over(&found.settings).map_err(|conflict| vec![format!("dm_table says {conflict}")])
             }
         }
     }
@@ -419,8 +438,8 @@ impl Description {
             return Err(vec![Self::strange(&path, volume, "its path is that of another volume")]);
         }
         let place = file.place(table);
-        let mut settings =
-            Settings::from_table(table.get_ref(), base).map_err(|why| vec![wrong(&place, &why)])?;
+        let mut settings = Settings::from_table(table.get_ref(), base)
+            .map_err(|whys| whys.iter().map(|why| wrong(&place, why)).collect::<Vec<_>>())?;
         if settings.mode.is_some() && settings.data_unit.is_some() && settings.iv_offset.is_some() {
             // It says all about the layout, so what it leaves out is as usual and cannot be overruled either.
             settings.iv.get_or_insert_default();
@@ -1065,6 +1084,12 @@ impl Plan {
 
     /// What a config asks for.
     pub(crate) fn for_config(path: &Path) -> Result<Self, Vec<Failure>> {
+        let (plan, failures) = Self::for_what_can_be(path)?;
+        if failures.is_empty() { Ok(plan) } else { Err(failures) }
+    }
+
+    /// What can be of what a config asks for, and why the rest cannot, for whoever looks for all that is wrong.
+    pub(crate) fn for_what_can_be(path: &Path) -> Result<(Self, Vec<Failure>), Vec<Failure>> {
         let file = ConfigFile::read(path)?;
         let base = directory_of(path).to_owned();
         let mut builder = Builder::default();
@@ -1114,7 +1139,7 @@ impl Plan {
             };
             match Settings::from_table(table, &base) {
                 Ok(asked) => builder.volume(format!("{place}: {}", path.display()), &path, asked, engine),
-                Err(why) => builder.failures.push(wrong(&place, &why)),
+                Err(whys) => builder.failures.extend(whys.iter().map(|why| wrong(&place, why))),
             }
         }
         let Some(first) = first else {
@@ -1123,14 +1148,21 @@ impl Plan {
         };
         let listen = ListenPlan::new(&file.config.listen, &first, &base, &mut builder.failures);
         let server = ServerPlan::new(&file, &base, &mut builder.failures);
-        Self::finish(builder, listen, server)
+        let (plan, failures) = Self::in_part(builder, listen, server);
+        // Without an engine that was meant, volumes would be tried with others.
+        if engines_fine { Ok((plan, failures)) } else { Err(failures) }
     }
 
-    fn finish(mut builder: Builder, listen: ListenPlan, server: ServerPlan) -> Result<Self, Vec<Failure>> {
+    fn finish(builder: Builder, listen: ListenPlan, server: ServerPlan) -> Result<Self, Vec<Failure>> {
+        let (plan, failures) = Self::in_part(builder, listen, server);
+        if failures.is_empty() { Ok(plan) } else { Err(failures) }
+    }
+
+    fn in_part(mut builder: Builder, listen: ListenPlan, server: ServerPlan) -> (Self, Vec<Failure>) {
         builder.check_names();
         builder.compare_volumes();
         let Builder { engines, volumes, failures } = builder;
-        if failures.is_empty() { Ok(Self { engines, volumes, listen, server }) } else { Err(failures) }
+        (Self { engines, volumes, listen, server }, failures)
     }
 }
 

@@ -7,6 +7,7 @@
 use crate::files::{self, Secrecy};
 use crate::report::{Code, Failure};
 use flate2::read::GzDecoder;
+use inlinecrypt_core::caps::DUN_BYTES_MAX;
 use inlinecrypt_core::config::Mode;
 use serde::Serialize;
 use std::collections::{BTreeMap, HashMap};
@@ -16,6 +17,9 @@ use std::path::{Path, PathBuf};
 
 /// Longest file of sysfs that is looked at, in bytes: a page is the most it gives.
 const ATTRIBUTE_BYTES_MAX: usize = 4096;
+
+/// Data unit numbers have no more bits anywhere (`BLK_CRYPTO_MAX_IV_SIZE`).
+const DUN_BITS_MAX: u32 = 8 * DUN_BYTES_MAX as u32;
 
 /// Longest kernel configuration, in bytes. Real ones have a third of a megabyte.
 const CONFIG_BYTES_MAX: usize = 8 << 20;
@@ -304,6 +308,11 @@ impl Device {
 
     fn dun_in_words(&self, bits: u32) -> String {
         let unit = self.modes.values().map(|mask| mask & 0x1fe00).fold(0, |all, mask| all | mask);
+        if !(1..=DUN_BITS_MAX).contains(&bits) {
+            return format!(
+                "data unit numbers of {bits} bits cannot be: kernels have 1 to {DUN_BITS_MAX}; nothing follows from it"
+            );
+        }
         let reach = |unit_log2: u32| {
             let log2 = bits + unit_log2;
             if log2 >= 64 { None } else { Some(crate::size::Size(1 << log2)) }

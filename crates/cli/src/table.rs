@@ -82,8 +82,14 @@ pub(crate) fn for_serve(args: &Serve) -> Result<Option<TableVolume>, Failure> {
             volume(&table, here, key).map_err(|(what, advice)| Failure::new(Code::Wrong, what, advice))?
         }
         (None, Some(path)) => {
-            let table = read(path)?;
-            let key = matches!(table.key, TableKey::Bytes(_)).then(|| KeySource::in_table(path.clone()));
+            let (table, again) = read(path)?;
+            let key = match &table.key {
+                // A pipe has given it once and for all.
+                TableKey::Bytes(bytes) => {
+                    Some(KeySource::in_table(path.clone(), (!again).then(|| bytes.clone())))
+                }
+                TableKey::Absent | TableKey::Keyring { .. } => None,
+            };
             volume(&table, here, key).map_err(|(what, advice)| Failure::new(Code::Wrong, what, advice))?
         }
         (None, None) => return Ok(None),
@@ -105,7 +111,7 @@ pub(crate) fn in_config(line: &str, base: &Path) -> Result<TableVolume, String> 
 
 /// The key in the line of a file, for whoever needs it again.
 pub(crate) fn key_in(path: &Path) -> Result<Zeroizing<Vec<u8>>, Failure> {
-    match read(path)?.key {
+    match read(path)?.0.key {
         TableKey::Bytes(bytes) => Ok(bytes),
         TableKey::Absent | TableKey::Keyring { .. } => Err(Failure::new(
             Code::File,
@@ -160,14 +166,15 @@ fn parse(text: &[u8], place: &str) -> Result<Table, Failure> {
     })
 }
 
-/// A line in a file, which is its owner's alone if there is a key in it.
-fn read(path: &Path) -> Result<Table, Failure> {
+/// A line in a file, which is its owner's alone if there is a key in it; and whether it can be read again.
+fn read(path: &Path) -> Result<(Table, bool), Failure> {
     let place = format!("table {}", path.display());
-    let table = parse(&files::read(path, "table", Secrecy::Public, TABLE_BYTES_MAX)?, &place)?;
-    match table.key {
-        TableKey::Bytes(_) => parse(&files::read(path, "table", Secrecy::Secret, TABLE_BYTES_MAX)?, &place),
-        TableKey::Absent | TableKey::Keyring { .. } => Ok(table),
-    }
+    let secrecy = |text: &[u8]| match parse(text, &place) {
+        Ok(Table { key: TableKey::Bytes(_), .. }) => Secrecy::Secret,
+        _ => Secrecy::Public,
+    };
+    let (text, again) = files::read_by_content(path, "table", TABLE_BYTES_MAX, secrecy)?;
+    Ok((parse(&text, &place)?, again))
 }
 
 fn volume(table: &Table, base: &Path, key: Option<KeySource>) -> Result<TableVolume, Refusal> {

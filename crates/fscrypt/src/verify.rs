@@ -145,9 +145,14 @@ pub fn verify<S: Source>(
     if image.fs().superblock().has_errors {
         verifier.problem(b"", None, "Linux has noted errors of the filesystem, and nobody has repaired them");
     }
-    let path = path.strip_suffix(b"/").unwrap_or(path).to_vec();
-    verifier.node(path, top, against)?;
+    verifier.node(from_top(path), top, against)?;
     Ok(verifier.finish())
+}
+
+/// A path with the slash that it begins with, and none behind; the top's is empty.
+fn from_top(path: &[u8]) -> Vec<u8> {
+    let names: Vec<&[u8]> = path.split(|&byte| byte == b'/').filter(|name| !name.is_empty()).collect();
+    names.iter().flat_map(|name| [&b"/"[..], name]).collect::<Vec<_>>().concat()
 }
 
 struct Verifier<'a, S> {
@@ -190,6 +195,9 @@ impl<S: Source> Verifier<'_, S> {
             }
             other => other.to_string(),
         };
+        // It is told with its inode.
+        let named = [format!("inode {inode}: "), format!("directory inode {inode}: ")];
+        let what = named.iter().find_map(|name| what.strip_prefix(name)).unwrap_or(&what);
         self.problem(path, Some(inode), what);
         Ok(())
     }

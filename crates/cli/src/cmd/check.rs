@@ -12,14 +12,13 @@ use std::fmt::Write as _;
 
 pub(super) fn run(args: &Check) -> Result<(), Failures> {
     // Engines are tried in this process: what is proven holds wherever they run.
-    let plan = match Plan::for_config(&args.config).map(|mut plan| {
-        plan.engines.iter_mut().for_each(|engine| engine.home = None);
-        plan
-    }) {
-        Ok(plan) => plan,
+    let (plan, mut failures) = match Plan::for_what_can_be(&args.config) {
+        Ok((mut plan, failures)) => {
+            plan.engines.iter_mut().for_each(|engine| engine.home = None);
+            (plan, failures)
+        }
         Err(failures) => return Failures::check(failures),
     };
-    let mut failures = Vec::new();
     plan.listen.check(&mut failures);
     failures.extend(plan.listen.places.iter().filter_map(plan::check_place));
     if failures.is_empty() {

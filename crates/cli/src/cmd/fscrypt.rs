@@ -24,7 +24,7 @@ use inlinecrypt_fscrypt::master::{EngineFailure, InlineEngine, MasterKey, Way};
 use inlinecrypt_fscrypt::policy::{KeyRef, Policy};
 use inlinecrypt_fscrypt::verify::{Counts, KeyState, Problem, Report, verify};
 use rustix::fs::{FileType, OFlags};
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use std::collections::HashMap;
 use std::fmt::{self, Write as _};
 use std::fs::File;
@@ -227,10 +227,15 @@ fn at_path(opened: &Opened, path: &[u8], error: &ImageError) -> Failure {
     }
 }
 
-/// A path for messages.
+/// A path for messages, from the top of the image on.
 fn shown(path: &[u8]) -> String {
-    let text = String::from_utf8_lossy(path);
-    printable(if text.is_empty() { "/" } else { &text })
+    let start = path.iter().take_while(|&&byte| byte == b'/').count();
+    format!("/{}", printable(&String::from_utf8_lossy(&path[start..])))
+}
+
+/// What lies at `below` from `path` on.
+fn joined(path: &[u8], below: &[u8]) -> Vec<u8> {
+    [path.strip_suffix(b"/").unwrap_or(path), below].join(&b'/')
 }
 
 fn key_failure(opened: &Opened, missing: KeyRef) -> Failure {
@@ -251,18 +256,39 @@ fn key_failure(opened: &Opened, missing: KeyRef) -> Failure {
     Failure::new(Code::Refused, what, advice)
 }
 
+/// A name that is listed, and what it leads to. What an inode that cannot be read would say is `None`.
 #[derive(Serialize)]
-struct ListedJson {
-    path: String,
+struct Row {
+    #[serde(serialize_with = "as_text")]
+    path: Vec<u8>,
+    /// Its bytes in hexadecimal, if they are no UTF-8.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    path_hex: Option<String>,
     inode: u32,
-    kind: &'static str,
-    size: u64,
-    encrypted: bool,
+    kind: Option<&'static str>,
+    size: Option<u64>,
+    encrypted: Option<bool>,
     /// Whether the name is decrypted, or needs no decryption.
     named: bool,
-    target: Option<String>,
+    #[serde(serialize_with = "as_optional_text")]
+    target: Option<Vec<u8>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    target_hex: Option<String>,
     policy: Option<String>,
     problem: Option<String>,
+}
+
+fn as_text<S: Serializer>(bytes: &[u8], to: S) -> Result<S::Ok, S::Error> {
+    to.serialize_str(&String::from_utf8_lossy(bytes))
+}
+
+fn as_optional_text<S: Serializer>(bytes: &Option<Vec<u8>>, to: S) -> Result<S::Ok, S::Error> {
+    bytes.as_deref().map(String::from_utf8_lossy).serialize(to)
+}
+
+/// What text cannot say of a name.
+fn hex_unless_text(bytes: &[u8]) -> Option<String> {
+    str::from_utf8(bytes).is_err().then(|| hex(bytes))
 }
 
 fn ls(args: &FscryptLs) -> Result<(), Failure> {
@@ -271,18 +297,20 @@ fn ls(args: &FscryptLs) -> Result<(), Failure> {
     let path = path.as_bytes();
     let top = opened.image.lookup(path).map_err(|error| at_path(&opened, path, &error))?;
     let top_policy = top.context.map(|context| context.policy);
-    let mut out = Vec::new();
-    let mut rows = Vec::new();
+    let mut rows: Vec<Row> = Vec::new();
     let mut unknown = None;
     let mut failure = None;
     let mut seen = std::collections::HashSet::from([top.inode.number]);
-    let mut pending = vec![(Vec::new(), top)];
-    while let Some((prefix, node)) = pending.pop() {
+    // Each with its row; the top has none.
+    let mut pending = vec![(Vec::new(), None, top)];
+    while let Some((prefix, at, node)) = pending.pop() {
         let mut entries = match opened.image.entries(&node) {
             Ok(entries) => entries,
-            Err(error) if prefix.is_empty() => return Err(at_path(&opened, path, &error)),
             Err(error) => {
-                failure.get_or_insert(at_path(&opened, &prefix, &error));
+                let Some(at) = at else { return Err(at_path(&opened, path, &error)) };
+                let row: &mut Row = &mut rows[at];
+                row.problem.get_or_insert(error.to_string());
+                failure.get_or_insert(at_path(&opened, &joined(path, &row.path), &error));
                 continue;
             }
         };
@@ -296,37 +324,32 @@ fn ls(args: &FscryptLs) -> Result<(), Failure> {
         for entry in entries {
             let Listed { name, inode, wrong, .. } = entry;
             let full = [&prefix[..], &name].concat();
-            let child = match opened.image.node(inode) {
-                Ok(child) => child,
-                Err(error) => {
-                    // The others are listed all the same.
-                    failure.get_or_insert(at_path(&opened, &full, &error));
-                    out.extend(full.iter().chain(b"\n"));
-                    continue;
-                }
-            };
             let named = wrong.is_none()
                 && node
                     .context
                     .is_none_or(|context| opened.image.keys().find(context.policy.key()).is_some());
-            rows.push(row(&opened, &full, &child, named, wrong.map(|why| why.to_string())));
-            let line = if *long { long_line(&rows[rows.len() - 1]).into_bytes() } else { full.clone() };
-            out.extend(line);
-            out.push(b'\n');
+            let child = match opened.image.node(inode) {
+                Ok(child) => child,
+                Err(error) => {
+                    // The others are listed all the same.
+                    failure.get_or_insert(at_path(&opened, &joined(path, &full), &error));
+                    rows.push(Row::damaged(full, inode, named, error.to_string()));
+                    continue;
+                }
+            };
             if *recursive && child.inode.kind == FileKind::Directory && seen.insert(inode) {
-                below.push(([&full[..], b"/"].concat(), child));
+                below.push(([&full[..], b"/"].concat(), Some(rows.len()), child.clone()));
             }
+            rows.push(Row::of(&opened, full, &child, named, wrong.map(|why| why.to_string())));
         }
         pending.extend(below.into_iter().rev());
     }
     if *json {
         print_json(&rows)?;
-    } else if io::stdout().is_terminal() {
-        // A terminal must not obey names.
-        let text: Vec<String> = String::from_utf8_lossy(&out).lines().map(printable).collect();
-        print(&text.iter().map(|line| format!("{line}\n")).collect::<String>())?;
     } else {
-        print_bytes(&out)?;
+        // A terminal must not obey names; whatever else reads them gets their bytes.
+        let names = if io::stdout().is_terminal() { escaped } else { <[u8]>::to_vec };
+        print_bytes(&rows.iter().map(|row| row.line(*long, names)).collect::<Vec<_>>().concat())?;
     }
     if let Some(failure) = failure {
         return Err(failure);
@@ -347,24 +370,90 @@ fn ls(args: &FscryptLs) -> Result<(), Failure> {
     }
 }
 
-fn row(opened: &Opened, path: &[u8], node: &Node, named: bool, problem: Option<String>) -> ListedJson {
-    let target = (node.inode.kind == FileKind::Link).then(|| opened.image.target(node));
-    let (target, problem) = match target {
-        Some(Ok(target)) => (Some(String::from_utf8_lossy(&target).into_owned()), problem),
-        Some(Err(error)) => (None, problem.or(Some(error.to_string()))),
-        None => (None, problem),
-    };
-    ListedJson {
-        path: String::from_utf8_lossy(path).into_owned(),
-        inode: node.inode.number,
-        kind: kind(node.inode.kind),
-        size: node.inode.size,
-        encrypted: node.context.is_some(),
-        named,
-        target,
-        policy: node.context.map(|context| context.policy.to_string()),
-        problem,
+impl Row {
+    fn of(opened: &Opened, path: Vec<u8>, node: &Node, named: bool, problem: Option<String>) -> Self {
+        let target = (node.inode.kind == FileKind::Link).then(|| opened.image.target(node));
+        let (target, problem) = match target {
+            Some(Ok(target)) => (Some(target), problem),
+            Some(Err(error)) => (None, problem.or(Some(error.to_string()))),
+            None => (None, problem),
+        };
+        Self {
+            path_hex: hex_unless_text(&path),
+            path,
+            inode: node.inode.number,
+            kind: Some(kind(node.inode.kind)),
+            size: Some(node.inode.size),
+            encrypted: Some(node.context.is_some()),
+            named,
+            target_hex: target.as_deref().and_then(hex_unless_text),
+            target,
+            policy: node.context.map(|context| context.policy.to_string()),
+            problem,
+        }
     }
+
+    /// A name whose inode cannot be read.
+    fn damaged(path: Vec<u8>, inode: u32, named: bool, problem: String) -> Self {
+        Self {
+            path_hex: hex_unless_text(&path),
+            path,
+            inode,
+            kind: None,
+            size: None,
+            encrypted: None,
+            named,
+            target: None,
+            target_hex: None,
+            policy: None,
+            problem: Some(problem),
+        }
+    }
+
+    /// Its line, with its names as `names` writes them.
+    fn line(&self, long: bool, names: fn(&[u8]) -> Vec<u8>) -> Vec<u8> {
+        let Self { path, inode, kind, size, encrypted, target, problem, .. } = self;
+        if !long {
+            return [&names(path)[..], b"\n"].concat();
+        }
+        let encrypted = match encrypted {
+            Some(true) => "encrypted",
+            Some(false) => "-",
+            None => "?",
+        };
+        let size = size.map_or_else(|| "?".to_owned(), |size| size.to_string());
+        let start = format!("{inode:>10}  {:<9}  {encrypted:<9}  {size:>14}  ", kind.unwrap_or("?"));
+        let mut line = [start.as_bytes(), &names(path)].concat();
+        if let Some(target) = target {
+            line.extend([&b" -> "[..], &names(target)].concat());
+        }
+        if let Some(problem) = problem {
+            line.extend(format!("  ({})", printable(problem)).bytes());
+        }
+        line.push(b'\n');
+        line
+    }
+}
+
+/// A name as a terminal may be shown it: what would steer it or is no UTF-8 as `\xNN`, which a backslash is, too.
+fn escaped(name: &[u8]) -> Vec<u8> {
+    let mut text = String::new();
+    let hide = |text: &mut String, bytes: &[u8]| {
+        for byte in bytes {
+            let _ = write!(text, "\\x{byte:02x}");
+        }
+    };
+    for chunk in name.utf8_chunks() {
+        for c in chunk.valid().chars() {
+            if c.is_control() || c == '\\' {
+                hide(&mut text, c.encode_utf8(&mut [0; 4]).as_bytes());
+            } else {
+                text.push(c);
+            }
+        }
+        hide(&mut text, chunk.invalid());
+    }
+    text.into_bytes()
 }
 
 fn kind(kind: FileKind) -> &'static str {
@@ -374,21 +463,6 @@ fn kind(kind: FileKind) -> &'static str {
         FileKind::Link => "link",
         FileKind::Special => "special",
     }
-}
-
-fn long_line(row: &ListedJson) -> String {
-    let ListedJson { path, inode, kind, size, encrypted, target, problem, .. } = row;
-    let mut line = format!(
-        "{inode:>10}  {kind:<9}  {:<9}  {size:>14}  {path}",
-        if *encrypted { "encrypted" } else { "-" }
-    );
-    if let Some(target) = target {
-        let _ = write!(line, " -> {target}");
-    }
-    if let Some(problem) = problem {
-        let _ = write!(line, "  ({problem})");
-    }
-    line
 }
 
 fn cat(args: &FscryptCat) -> Result<(), Failure> {
@@ -404,7 +478,12 @@ fn cat(args: &FscryptCat) -> Result<(), Failure> {
         let target = opened.image.target(&node).map_err(failed)?;
         return Err(Failure::new(
             Code::Wrong,
-            format!("{}: {} is a symbolic link to {}", opened.name, shown(path), shown(&target)),
+            format!(
+                "{}: {} is a symbolic link to {}",
+                opened.name,
+                shown(path),
+                printable(&String::from_utf8_lossy(&target))
+            ),
             "Links are not followed: name the file that it leads to.",
         ));
     }
@@ -786,5 +865,43 @@ fn hex(bytes: &[u8]) -> String {
 impl fmt::Debug for Opened {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Opened({})", self.name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_terminal_is_shown_names_and_obeys_none() {
+        let name = b"a\n\x1b[2J\xc3\xa9\xff\\\xc2\x9b";
+        assert_eq!(String::from_utf8(escaped(name)).unwrap(), "a\\x0a\\x1b[2J\u{e9}\\xff\\x5c\\xc2\\x9b");
+        let row = Row::damaged(name.to_vec(), 7, true, "is damaged".to_owned());
+        for long in [false, true] {
+            let line = row.line(long, escaped);
+            assert!(!line[..line.len() - 1].iter().any(u8::is_ascii_control), "{line:?}");
+            // Others get what there is.
+            let line = row.line(long, <[u8]>::to_vec);
+            assert!(line.windows(name.len()).any(|bytes| bytes == name), "{line:?}");
+        }
+    }
+
+    #[test]
+    fn names_that_are_no_text_are_in_json_too() {
+        let json = |name: &[u8]| {
+            serde_json::to_value(Row::damaged(name.to_vec(), 7, true, "is damaged".to_owned())).unwrap()
+        };
+        let row = json(b"a\xff");
+        assert_eq!((&row["path"], &row["path_hex"]), (&"a\u{fffd}".into(), &"61ff".into()));
+        assert_eq!(json("\u{e9}".as_bytes()).get("path_hex"), None);
+    }
+
+    #[test]
+    fn paths_begin_at_the_top() {
+        for (path, text) in [(&b""[..], "/"), (b"/", "/"), (b"a/b", "/a/b"), (b"//a", "/a")] {
+            assert_eq!(shown(path), text);
+        }
+        assert_eq!(shown(&joined(b"", b"a")), "/a");
+        assert_eq!(shown(&joined(b"d/", b"a")), "/d/a");
     }
 }

@@ -21,7 +21,12 @@ pub(super) fn run(args: &Status) -> Result<(), Failures> {
         return Ok(());
     }
     if servers.is_empty() {
-        print("no server of this user runs\n")?;
+        let places: Vec<String> =
+            places::control_directories().iter().map(|place| place.display().to_string()).collect();
+        print(&format!(
+            "no server with a control socket in {}; for another: inlinecrypt status --control PATH\n",
+            printable(&places.join(" or "))
+        ))?;
         return Ok(());
     }
     let texts: Vec<String> = servers.iter().map(describe).collect();

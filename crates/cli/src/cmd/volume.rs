@@ -248,7 +248,8 @@ fn print_table(
             "It can be read through us: inlinecrypt serve, and a copy from there to a volume of another layout.",
         )
     })?;
-    table.allow_discards = settings.discard == Some(DiscardArg::Pass);
+    // As it is served.
+    table.allow_discards = settings.discard != Some(DiscardArg::Off);
     let wanted = key.map(|key| key.wanted);
     match (show_key, key, wanted) {
         (true, Some(source), Some(Wanted::Raw)) => {

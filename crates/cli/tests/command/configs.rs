@@ -176,6 +176,46 @@ nbd = ["unix:s", "unix:s"]
     assert_eq!(snapshot(&place), before);
 }
 
+/// What cannot be converted hides nothing of what can.
+#[test]
+fn check_goes_on_behind_values_that_cannot_be() {
+    let place = Place::new();
+    place.create("a.img");
+    place.create("b.img");
+    place.write(
+        "c.toml",
+        br#"
+[[volume]]
+path = "a.img"
+offset = 100
+data_unit = 1000
+
+[[volume]]
+path = "b.img"
+key = "a.img.key"
+
+[[volume]]
+path = "missing.img"
+
+[listen]
+nbd = ["unix:s", "unix:s"]
+"#,
+    );
+    let before = snapshot(&place);
+    let saying = [
+        "c.toml:2: offset: 100 bytes are not a multiple of 512",
+        "c.toml:2: data_unit: ",
+        "c.toml:7: b.img: wrong key",
+        "c.toml:11: missing.img does not exist",
+        "two listeners on unix:",
+        "5 problems",
+    ];
+    place.run(["check", "c.toml"]).refused(1, &saying);
+    assert_eq!(snapshot(&place), before);
+    // Nothing of it is served.
+    place.run(["serve", "--config", "c.toml"]).refused(1, &saying[..2]);
+}
+
 #[test]
 fn values_that_cannot_be_are_told_with_their_line() {
     let place = Place::new();

@@ -9,7 +9,10 @@ use std::time::Instant;
 fn status_finds_every_server_of_the_user_and_says_what_it_does() {
     let place = Place::new();
     let said = place.run(["status"]);
-    assert!(said.done().out.contains("no server"), "{said}");
+    let usual = place.path("run/inlinecrypt").display().to_string();
+    for part in ["no server with a control socket in ", &usual, "--control PATH"] {
+        assert!(said.done().out.contains(part), "{part}: {said}");
+    }
     assert_eq!(place.run(["status", "--json"]).json()["servers"], json!([]));
 
     place.create("a.img");

@@ -83,7 +83,7 @@ fn an_image_of_linux_is_listed_read_and_verified() {
     failed(
         &compare(),
         4,
-        &["PROBLEM  xts_default/b5000 (inode 17): 1 data units from 1 on", "1 problem found"],
+        &["PROBLEM  /xts_default/b5000 (inode 17): 1 data units from 1 on", "1 problem found"],
     );
     fs::remove_file(place.path("plain/b5000")).unwrap();
     failed(&compare(), 4, &["xts_default/b5000", "nothing to compare it with"]);
@@ -174,7 +174,12 @@ fn a_damaged_image_is_code_4_and_every_problem_has_its_line() {
     failed(
         &verified,
         4,
-        &["PROBLEM  /xts_default/one-byte (inode 14)", "checksum", "NOT GOOD", "1 problem found"],
+        &[
+            "PROBLEM  /xts_default/one-byte (inode 14): it does not have its checksum",
+            "checksum",
+            "NOT GOOD",
+            "1 problem found",
+        ],
     );
     let json = place.run(["fscrypt", "verify", "--json", "disk", "--key", "raw:key"]);
     let parsed: serde_json::Value = serde_json::from_str(&json.out).unwrap();
@@ -184,7 +189,23 @@ fn a_damaged_image_is_code_4_and_every_problem_has_its_line() {
         .run(["fscrypt", "cat", "disk", "xts_default/one-byte", "--key", "raw:key"])
         .refused(4, &["is damaged"]);
     let listed = place.run(["fscrypt", "ls", "disk", "xts_default", "--key", "raw:key"]);
-    failed(&listed, 4, &["sparse\n", "one-byte is damaged: inode 14"]);
+    failed(&listed, 4, &["sparse\n", "one-byte\n", "/xts_default/one-byte is damaged: inode 14"]);
+    let long = place.run(["fscrypt", "ls", "-l", "disk", "xts_default", "--key", "raw:key"]);
+    failed(&long, 4, &["sparse\n", "/xts_default/one-byte is damaged"]);
+    let row = long.out.lines().find(|line| line.contains("one-byte")).unwrap();
+    assert!(row.trim_start().starts_with("14 ") && row.contains("checksum"), "{long}");
+    let json = place.run(["fscrypt", "ls", "-R", "--json", "disk", "--key", "raw:key"]);
+    assert_eq!(json.code, Some(4), "{json}");
+    assert!(json.err.contains("/xts_default/one-byte is damaged"), "{json}");
+    let rows: serde_json::Value = serde_json::from_str(&json.out).unwrap();
+    let row = |path: &str| rows.as_array().unwrap().iter().find(|row| row["path"] == path).unwrap().clone();
+    let damaged = row("xts_default/one-byte");
+    assert_eq!((&damaged["inode"], &damaged["size"]), (&14.into(), &serde_json::Value::Null));
+    assert!(damaged["problem"].as_str().unwrap().contains("checksum"), "{damaged}");
+    assert_eq!(row("xts_default/sparse")["problem"], serde_json::Value::Null);
+    // A path that is given leads to the same words.
+    let verified = place.run(["fscrypt", "verify", "disk", "xts_default", "--key", "raw:key"]);
+    failed(&verified, 4, &["PROBLEM  /xts_default/one-byte (inode 14): it does not have its checksum"]);
     // Cut off: the superblock is there, and little else.
     fs::write(place.path("disk"), &good[..40_960]).unwrap();
     failed(&place.run(["fscrypt", "verify", "disk", "--key", "raw:key"]), 4, &["the image ends before byte"]);

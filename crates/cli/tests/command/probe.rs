@@ -1,5 +1,6 @@
 use crate::place::Place;
 use serde_json::{Value, json};
+use std::fs;
 use std::io::Write as _;
 use std::path::PathBuf;
 
@@ -102,6 +103,29 @@ fn other_boards_are_put_into_their_own_words() {
     let strange = &sda["strange"];
     assert_eq!(strange, &json!(["max_dun_bits: \"many\"", "modes/AES-256-XTS: \"yes\""]));
     assert!(means(sda, "not known here: ChaCha-Disk"), "{sda}");
+}
+
+/// What no kernel says is told as such, and nothing is computed from it.
+#[test]
+fn numbers_that_cannot_be_are_told() {
+    let place = Place::new();
+    let crypto = place.path("sys/block/sda/queue/crypto");
+    fs::create_dir_all(crypto.join("modes")).unwrap();
+    fs::write(crypto.join("raw_keys"), "supported\n").unwrap();
+    fs::write(crypto.join("num_keyslots"), "32\n").unwrap();
+    fs::write(crypto.join("modes/AES-256-XTS"), "0x1000\n").unwrap();
+    for (bits, saying) in [
+        ("4294967295", "data unit numbers of 4294967295 bits cannot be"),
+        ("257", "data unit numbers of 257 bits cannot be"),
+        ("0", "data unit numbers of 0 bits cannot be"),
+        ("256", "every fscrypt policy fits"),
+        ("1", "a key reaches 8 KiB with data units of 4096 bytes"),
+    ] {
+        fs::write(crypto.join("max_dun_bits"), format!("{bits}\n")).unwrap();
+        let report = place.run(["probe", "--json", "--sysfs", "sys"]).json();
+        assert!(means(device(&report, "sda"), saying), "{report}");
+        place.run(["probe", "--sysfs", "sys"]).done();
+    }
 }
 
 #[test]

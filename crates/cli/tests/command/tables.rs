@@ -1,5 +1,6 @@
 use crate::place::{MIB, Place};
 use std::fs;
+use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt as _;
 
 const KEY: &str = "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f\
@@ -102,6 +103,26 @@ fn a_line_decides_mode_discards_and_place() {
             let err = server.stop();
             assert_eq!(err.contains("note: no_read_workqueue in the table"), trims, "{err}");
         }
+    }
+}
+
+/// A pipe gives its line once, as a shell's `<(...)` does.
+#[test]
+fn a_line_comes_through_a_pipe() {
+    let place = Place::new();
+    place.sparse("disk", MIB);
+    place.raw_key("key", 64);
+    let bare = "0 256 crypt aes-xts-plain64 - 0 disk 64\n".to_owned();
+    let with_key = bare.replace(" - ", &format!(" {KEY} "));
+    for (line, more) in [(bare, &["--key", "raw:key"][..]), (with_key, &[])] {
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        writer.write_all(line.as_bytes()).unwrap();
+        drop(writer);
+        let mut command = place.command();
+        command.args(["serve", "--nbd", "unix:s", "--dm-table-file", "/dev/stdin"]).args(more).stdin(reader);
+        let server = place.start("s", command);
+        assert_eq!(server.client("disk").export().size, 128 << 10);
+        server.stop();
     }
 }
 
@@ -210,12 +231,22 @@ fn a_volume_has_a_line_if_linux_has_its_layout_and_its_key_only_if_asked() {
     create("a b.img", &["--offset", "512"]);
     let said = place.run(["volume", "info", "--dm-table", "a b.img"]);
     let path = place.path("a b.img").display().to_string().replace(' ', "\\ ");
-    let expected = format!("0 2048 crypt aes-xts-plain64 - 0 {path} 1 2 sector_size:4096 iv_large_sectors\n");
+    let expected = format!(
+        "0 2048 crypt aes-xts-plain64 - 0 {path} 1 3 allow_discards sector_size:4096 iv_large_sectors\n"
+    );
     assert_eq!(said.done().out, expected);
     assert!(said.err.contains("- stands for the key") && said.err.contains("losetup"), "{said}");
     let said = place.run(["volume", "info", "--dm-table", "--show-key", "a b.img"]);
     let digits: String = (0..64).map(|byte: u8| format!("{:02x}", byte ^ 0xa5)).collect();
     assert_eq!(said.done().out, expected.replace(" - ", &format!(" {digits} ")));
+
+    // As it is served: discards are passed down unless the description says otherwise.
+    let description = fs::read_to_string(place.path("a b.img.toml")).unwrap();
+    for (says, has) in [("", true), ("discard = \"pass\"\n", true), ("discard = \"off\"\n", false)] {
+        place.write("a b.img.toml", format!("{description}{says}").as_bytes());
+        let said = place.run(["volume", "info", "--dm-table", "a b.img"]);
+        assert_eq!(said.done().out.contains("allow_discards"), has, "{says}: {said}");
+    }
 
     create("large.img", &["--data-unit", "64k"]);
     let said = place.run(["volume", "info", "--dm-table", "large.img"]);
