@@ -242,7 +242,7 @@ impl Prepared {
         let Present { path, label, layout: old, planned, identifier: old_identifier, .. } = present;
         let found = Description::find(path).map_err(first)?;
         let header = found.as_ref().and_then(|found| found.settings.luks.header.as_deref());
-        if Luks::look(path, header, true).map_err(|failure| failure.within(label))?.is_some() {
+        if Luks::look(path, header, true, true).map_err(|failure| failure.within(label))?.is_some() {
             return Err(is_luks(label));
         }
         let Some(description) = found else {
@@ -273,10 +273,6 @@ impl Prepared {
                 ),
                 "Write mode, data_unit, iv, iv_offset, offset and length there instead; volume info shows them.",
             ));
-        }
-        let header = description.settings.luks.header.as_deref();
-        if Luks::look(path, header, true, true).map_err(|failure| failure.within(label))?.is_some() {
-            return Err(is_luks(label));
         }
         is_forgotten(path).map_err(|failure| failure.within(label))?;
         let planned = changed(*planned, &wish.layout);
@@ -436,14 +432,6 @@ pub(crate) fn settle_remains(volume: &Path) -> Result<(), Failure> {
         Some((state, intent)) => settle(volume, &state, &intent),
         None => Ok(()),
     }
-}
-
-pub(crate) fn is_luks(label: &str) -> Failure {
-    Failure::new(
-        Code::Wrong,
-        format!("{label} is a LUKS container, whose header names its key"),
-        "Use cryptsetup reencrypt; for another passphrase: inlinecrypt luks change-key.",
-    )
 }
 
 pub(crate) fn under_way(label: &str) -> Failure {
