@@ -43,7 +43,7 @@ fn what_it_makes_is_shown() {
     let said = place.run(["volume", "info", "disk"]);
     assert!(said.done().out.contains("LUKS2"), "{said}");
     let line = place.run(["volume", "info", "--dm-table", "disk"]);
-    assert!(line.done().out.contains(" 2048 1 sector_size:4096"), "{line}");
+    assert!(line.done().out.contains(" 2048 2 allow_discards sector_size:4096"), "{line}");
 }
 
 #[test]
