@@ -3,7 +3,7 @@
 
 use crate::ask::Asker;
 use crate::cli::{FallbackArg, TlsArg};
-use crate::engine_process::{self, Started};
+use crate::engine_process::{self, EngineHome, Started};
 use crate::files::{self, Medium, quoted, shell_word};
 use crate::identifier::Identifier;
 use crate::keyfile::{KeySource, LoadedKey, Wanted};
@@ -252,6 +252,25 @@ impl Host {
             {
                 failures.push(Failure::of(format!("engine {}", engine.name), &Error::from(refusal)));
                 *slot = None;
+            }
+        }
+    }
+
+    /// Says which volumes an end of their engine's process would stop: their raw keys cannot be had again. Of LUKS containers
+    /// that is known (docs/luks.md).
+    pub(crate) fn tell_keys_given_once(&self, engines: &[EnginePlan]) {
+        for Ready { plan, .. } in &self.volumes {
+            let is_isolated = !matches!(engines[plan.engine].home, None | Some(EngineHome::None));
+            if is_isolated
+                && plan.luks.is_none()
+                && plan.key.wanted == Wanted::Raw
+                && !plan.key.can_be_had_again()
+            {
+                note(format_args!(
+                    "{}: {} is not kept and cannot be read again: if the engine process ends, the volume fails with EIO \
+                     until it is served anew. With --key raw:FILE it goes on.",
+                    plan.label, plan.key
+                ));
             }
         }
     }

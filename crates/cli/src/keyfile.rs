@@ -77,7 +77,7 @@ impl KeySource {
     }
 
     /// Whether a raw key can be read again without asking anybody.
-    fn can_be_had_again(&self) -> bool {
+    pub(crate) fn can_be_had_again(&self) -> bool {
         match &self.place {
             Place::File(_) | Place::Table(_, None) => true,
             Place::Luks(key) => key.can_be_had_again(),

@@ -20,6 +20,7 @@
 
 use crate::plan::ControlPlan;
 use crate::report::{Code, Failure};
+use crate::size::Size;
 use inlinecrypt_core::backing::Access;
 use inlinecrypt_core::disk::Geometry;
 use inlinecrypt_core::volume::{IvLayout, Layout};
@@ -124,21 +125,33 @@ impl VolumeFacts {
         }
     }
 
-    /// In what `other`, of the same name, differs, if it does.
-    fn difference(&self, other: &Self) -> Option<&'static str> {
-        let checks = [
-            ("the key", self.key_id == other.key_id),
-            ("the mode", self.mode == other.mode),
-            ("the data unit", self.data_unit_bytes == other.data_unit_bytes),
-            ("the IV offset", self.iv_offset_sectors == other.iv_offset_sectors),
-            ("the IV layout", self.iv == other.iv),
-            ("where it begins", self.offset_bytes == other.offset_bytes),
-            ("the size", self.size_bytes == other.size_bytes),
-            ("the logical block", self.block_bytes == other.block_bytes),
-            ("whether it can be written", self.read_only == other.read_only),
-            ("whether it can be trimmed", self.can_trim == other.can_trim),
-        ];
-        checks.into_iter().find(|(_, same)| !same).map(|(what, _)| what)
+    /// Why a server that would serve it as `here` says cannot take it over, if it cannot.
+    fn refusal(&self, here: &Self) -> Option<Failure> {
+        let name = &self.name;
+        if self.key_id != here.key_id {
+            return Some(unable(&format!("the key of {name:?} is not that of the running server")));
+        }
+        let mut both = self.terms().into_iter().zip(here.terms());
+        let ((what, there), (_, here)) = both.find(|((_, there), (_, here))| there != here)?;
+        Some(otherwise(&format!("{what} of {name:?} is {there} there, and {here} here")))
+    }
+
+    /// What clients would notice if it were another, beside the key.
+    fn terms(&self) -> [(&'static str, String); 9] {
+        let bytes = |bytes: u64| format!("{bytes} bytes");
+        let either = |is: bool, yes: &str, no: &str| if is { yes } else { no }.to_owned();
+        let iv = self.iv.clone().unwrap_or_else(|| IvLayout::default().to_string());
+        [
+            ("the mode", self.mode.clone()),
+            ("the data unit", bytes(self.data_unit_bytes.into())),
+            ("the IV offset", format!("{} sectors", self.iv_offset_sectors)),
+            ("the IV layout", iv),
+            ("the offset", bytes(self.offset_bytes.unwrap_or(0))),
+            ("the size", Size(self.size_bytes).to_string()),
+            ("the logical block", bytes(self.block_bytes.into())),
+            ("access", either(self.read_only, "read-only", "read-write")),
+            ("discard", either(self.can_trim, "pass", "off")),
+        ]
     }
 }
 
@@ -308,10 +321,10 @@ impl Predecessor {
     pub(crate) fn check(&self, ours: &[VolumeFacts]) -> Result<(), Failure> {
         for (theirs, _) in &self.volumes {
             let Some(our) = ours.iter().find(|our| our.name == theirs.name) else {
-                return Err(unable(&format!("it serves {:?}, and this one would not", theirs.name)));
+                return Err(otherwise(&format!("it serves {:?}, and this one would not", theirs.name)));
             };
-            if let Some(what) = theirs.difference(our) {
-                return Err(unable(&format!("{what} of {:?} is not that of the running server", our.name)));
+            if let Some(refusal) = theirs.refusal(our) {
+                return Err(refusal);
             }
         }
         Ok(())
@@ -385,4 +398,10 @@ fn unable(why: &str) -> Failure {
         format!("cannot take over from the running server: {}", crate::report::printable(why)),
         "It serves on as it was. Serve the same volumes with the same keys, or stop it and start anew.",
     )
+}
+
+/// The old server goes on, since this one was asked to serve otherwise.
+fn otherwise(why: &str) -> Failure {
+    Failure { code: Code::Wrong, ..unable(why) }
+        .advise("It serves on as it was. Ask for what it serves, in the same way, or stop it and start anew.")
 }

@@ -82,6 +82,7 @@ pub(super) fn run(mut args: Serve) -> Result<(), Failures> {
     }
     Failures::check(failures)?;
     host.tell_notes();
+    host.tell_keys_given_once(&plan.engines);
 
     let options = ServerOptions {
         workers: plan.server.workers,

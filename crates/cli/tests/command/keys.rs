@@ -1,6 +1,7 @@
 use crate::place::{MIB, Place, assert_same, run_command};
 use serde_json::json;
 use std::fs;
+use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt as _;
 
 fn chmod(path: impl AsRef<std::path::Path>, mode: u32) {
@@ -110,6 +111,36 @@ fn raw_keys_are_checked_for_length_halves_and_who_can_read_them() {
     let path = place.raw_key("raw", 64);
     chmod(path, 0o400);
     place.serve("v.img.sock", ["--key", "raw:raw", "v.img"]).stop();
+}
+
+/// Who serves with a key that was given once is told what an end of the engine process means.
+#[test]
+fn a_key_that_cannot_be_had_again_is_told_of() {
+    let place = Place::new();
+    place.sparse("v.img", 1 << 20);
+    let key = fs::read(place.raw_key("key", 64)).unwrap();
+    let digits: String = key.iter().map(|byte| format!("{byte:02x}")).collect();
+    let line = format!("0 2048 crypt aes-xts-plain64 {digits} 0 v.img 0\n").into_bytes();
+    place.write("table", &line);
+    let note = "cannot be read again: if the engine process ends";
+    for (arguments, input, told) in [
+        (&["--key", "raw:-", "v.img"][..], &key[..], true),
+        (&["--key", "raw:-", "--engine-process", "none", "v.img"], &key[..], false),
+        (&["--key", "raw:key", "v.img"], &[], false),
+        (&["--dm-table-file", "-"], &line[..], true),
+        (&["--dm-table-file", "/dev/stdin"], &line[..], true),
+        (&["--dm-table-file", "table"], &[], false),
+    ] {
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        writer.write_all(input).unwrap();
+        drop(writer);
+        let mut command = place.command();
+        command.args(["serve", "--nbd", "unix:s"]).args(arguments).stdin(reader);
+        let server = place.start("s", command);
+        server.greeting();
+        let err = server.stop();
+        assert_eq!(err.contains(note), told, "{arguments:?}: {err}");
+    }
 }
 
 #[test]

@@ -26,11 +26,13 @@ pub(crate) fn upgrade(place: &Place, mut old: Server, arguments: &[&str]) -> Ser
 }
 
 /// A server that is to take over and must not.
-fn refused(place: &Place, arguments: &[&str]) -> String {
+fn refused(place: &Place, arguments: &[&str]) -> (String, i32) {
     let mut command = place.command();
     command.arg("serve").args(taking_over(place, arguments));
     command.args(["--control", "control", "--nbd", "unix:nbd.sock"]);
-    run_to_fail(&mut command)
+    let output = command.output().unwrap();
+    assert!(!output.status.success(), "{command:?} succeeded");
+    (String::from_utf8_lossy(&output.stderr).into_owned(), output.status.code().unwrap())
 }
 
 #[test]
@@ -107,19 +109,56 @@ fn a_server_that_cannot_take_over_changes_nothing() {
     let mut server = place.serve(["--key", "raw:a.raw", "v.img"]);
     let mut client = server.client("v");
     client.write(0, &[7; 4096]).unwrap();
-    let cases: [(&[&str], &str); 8] = [
-        (&["--key", "raw:b.raw", "v.img"], "the key of \"v\" is not that of the running server"),
-        (&["--key", "raw:a.raw", "--data-unit", "512", "v.img"], "the data unit of \"v\""),
-        (&["--key", "raw:a.raw", "--iv-offset", "8", "v.img"], "the IV offset of \"v\""),
-        (&["--key", "raw:a.raw", "--iv", "sectors", "v.img"], "the IV layout of \"v\""),
-        (&["--key", "raw:a.raw", "--offset", "512", "v.img"], "where it begins of \"v\""),
-        (&["--key", "raw:a.raw", "--read-only", "v.img"], "in another way"),
-        (&["--key", "raw:a.raw", "--name", "v", "w.img"], "another file of that name"),
-        (&["--key", "raw:a.raw", "w.img"], "it serves \"v\", and this one would not"),
+    let line = "0 1024 crypt aes-xts-plain64 - 0 v.img 0 3 allow_discards sector_size:4096 iv_large_sectors";
+    let cases: [(&[&str], i32, &str); 12] = [
+        (&["--key", "raw:b.raw", "v.img"], 2, "the key of \"v\" is not that of the running server"),
+        (
+            &["--key", "raw:a.raw", "--data-unit", "512", "v.img"],
+            1,
+            "the data unit of \"v\" is 4096 bytes there",
+        ),
+        (
+            &["--key", "raw:a.raw", "--iv-offset", "8", "v.img"],
+            1,
+            "the IV offset of \"v\" is 0 sectors there",
+        ),
+        (
+            &["--key", "raw:a.raw", "--iv", "sectors", "v.img"],
+            1,
+            "the IV layout of \"v\" is data-units there",
+        ),
+        (&["--key", "raw:a.raw", "--offset", "4096", "v.img"], 1, "the offset of \"v\" is 0 bytes there"),
+        (
+            &["--key", "raw:a.raw", "--dm-table", line],
+            1,
+            "the size of \"v\" is 1 MiB there, and 512 KiB here",
+        ),
+        (
+            &["--key", "raw:a.raw", "--block", "4096", "v.img"],
+            1,
+            "the logical block of \"v\" is 512 bytes there",
+        ),
+        (
+            &["--key", "raw:a.raw", "--discard", "off", "v.img"],
+            1,
+            "discard of \"v\" is pass there, and off here",
+        ),
+        (
+            &["--key", "raw:a.raw", "--read-only", "v.img"],
+            1,
+            "serves it for reading and writing; leave --read-only",
+        ),
+        (&["--key", "raw:a.raw", "--direct", "v.img"], 1, "serves it through the page cache; leave --direct"),
+        (&["--key", "raw:a.raw", "--name", "v", "w.img"], 4, "another file of that name"),
+        (&["--key", "raw:a.raw", "w.img"], 1, "it serves \"v\", and this one would not"),
     ];
-    for (arguments, why) in cases {
-        let said = refused(&place, arguments);
+    for (arguments, code, why) in cases {
+        let (said, ended) = refused(&place, arguments);
+        let said = said.replace("\n  Leave", "; leave");
         assert!(said.contains(why), "{arguments:?}: {said}");
+        assert_eq!(ended, code, "{arguments:?}: {said}");
+        let what = said.lines().find(|line| line.starts_with("inlinecrypt: ")).unwrap();
+        assert!(what.matches(".img").count() < 2, "{said}");
         assert_eq!(client.read(0, 4096).unwrap(), [7; 4096]);
     }
     let said =

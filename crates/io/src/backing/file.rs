@@ -72,18 +72,20 @@ impl FileBacking {
     ///
     /// # Errors
     ///
-    /// [`Invalid`](ErrorKind::Invalid) if it is another file, or open in another way; else as [`open`](super::open).
+    /// [`Invalid`](ErrorKind::Invalid) if it is another file, [`Unsupported`](ErrorKind::Unsupported) if it is open in another
+    /// way; else as [`open`](super::open).
     pub fn adopt(path: impl Into<PathBuf>, file: OwnedFd, options: OpenOptions) -> Result<Self, Error> {
         let path = path.into();
         let failed = |errno| not_opened(&path, errno);
         let (is, named) =
             (rustix::fs::fstat(&file).map_err(failed)?, rustix::fs::stat(&path).map_err(failed)?);
         check_type(&is, &path)?;
-        let refuse = |why: &str| {
-            Err(Error::new(ErrorKind::Invalid, Op::Open).detail(format!("{}: {why}", path.display())))
-        };
+        let refuse = |kind, why: &'static str| Err(Error::new(kind, Op::Open).detail(why));
         if (is.st_dev, is.st_ino) != (named.st_dev, named.st_ino) {
-            return refuse("the other server serves another file of that name");
+            return refuse(
+                ErrorKind::Invalid,
+                "the other server serves another file of that name; name that one, or stop that server first",
+            );
         }
         let flags = rustix::fs::fcntl_getfl(&file).map_err(failed)?;
         let access = match flags & OFlags::RWMODE {
@@ -91,8 +93,29 @@ impl FileBacking {
             _ => Access::ReadWrite,
         };
         let caching = if flags.contains(OFlags::DIRECT) { Caching::Direct } else { Caching::PageCache };
-        if (access, caching) != (options.access, options.caching) {
-            return refuse("the other server serves it in another way (--read-only, --direct)");
+        if access != options.access {
+            return refuse(
+                ErrorKind::Unsupported,
+                match access {
+                    Access::ReadOnly => {
+                        "the other server serves it for reading alone; say --read-only here, too"
+                    }
+                    Access::ReadWrite => {
+                        "the other server serves it for reading and writing; leave --read-only (read_only) out"
+                    }
+                },
+            );
+        }
+        if caching != options.caching {
+            return refuse(
+                ErrorKind::Unsupported,
+                match caching {
+                    Caching::Direct => "the other server serves it with direct I/O; say --direct here, too",
+                    Caching::PageCache => {
+                        "the other server serves it through the page cache; leave --direct (direct) out"
+                    }
+                },
+            );
         }
         // It is, in this very opening, so that this changes nothing.
         let file = lock::lock(file, &is, access, &path)?;
