@@ -885,7 +885,7 @@ mod loom_tests {
     impl OneType {
         fn profile(fails: bool) -> (Arc<Self>, Arc<CryptoProfile>) {
             let capabilities = Capabilities {
-                units: [UnitMask::SERVED; 4],
+                units: [UnitMask::SERVED; crate::config::Mode::ALL.len()],
                 dun_bytes_max: 8,
                 key_types: KeyTypes::BOTH,
                 keyslots: 2,
