@@ -1,11 +1,12 @@
 //! The one definition of the command line: parsing, help, manual pages and completions all come from it.
 
 mod fscrypt;
+pub(crate) mod luks;
 
 pub(crate) use fscrypt::{FscryptCat, FscryptCommand, FscryptImage, FscryptInfo, FscryptLs, FscryptVerify};
 
+use self::luks::LuksCommand;
 use crate::ask::HELPER;
-use crate::cli_luks::LuksCommand;
 use crate::engine_process::EngineHome;
 use crate::keyfile::KeySource;
 use crate::luks::unlock::HELPER as LUKS_HELPER;

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   cli          what can be written on the command line: the one definition for parsing, help, man pages, completions
-//!   cli_luks     the same for what stands behind `inlinecrypt luks`
+//!     luks, fscrypt   the same for what stands behind these verbs
 //!   cmd/VERB     one file per verb
 //!     config     TOML files: configs, and the descriptions that lie beside volumes
 //!     plan       command line + config + descriptions -> what is to be served; every problem found is reported
@@ -25,7 +25,6 @@
 
 mod ask;
 mod cli;
-mod cli_luks;
 mod cmd;
 mod config;
 mod control;

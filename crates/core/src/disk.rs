@@ -249,6 +249,9 @@ pub trait Disk: fmt::Debug + Send + Sync {
 
     /// Makes a range read as zeroes. `scratch` is any buffer of [`SMALL_BUFFER_BYTES`] or more; the larger, the faster.
     ///
+    /// Writes them, unless a disk knows better. An encrypted one does not: a hole would not read as zeroes, it decrypts to
+    /// noise, here as in dm-crypt.
+    ///
     /// # Errors
     ///
     /// [`Unsupported`](crate::error::ErrorKind::Unsupported) at once, if it had to be fast and is not.
@@ -259,7 +262,23 @@ pub trait Disk: fmt::Debug + Send + Sync {
         zeroing: Zeroing,
         durability: Durability,
         scratch: &mut Buffer,
-    ) -> Result<(), Error>;
+    ) -> Result<(), Error> {
+        self.check(offset, len, Access::ReadWrite)?;
+        if zeroing == Zeroing::OnlyIfFast {
+            return Err(Error::new(ErrorKind::Unsupported, Op::WriteZeroes).at(offset, len));
+        }
+        let (mut at, end) = (offset, offset + len);
+        while at < end {
+            let span = self.span(at, end - at, scratch.bytes().len());
+            scratch.bytes_mut()[span.payload()].fill(0);
+            self.write(span, scratch, Durability::Cached)?;
+            at += span.len as u64;
+        }
+        match durability {
+            Durability::Cached => Ok(()),
+            Durability::Durable => self.flush(),
+        }
+    }
 
     /// Which runs of a range are allocated, at most `extents_max` of them, in order and without gaps.
     ///

@@ -24,10 +24,10 @@
 
 pub mod state;
 
-use crate::backing::{Access, Durability, Extent};
+use crate::backing::{Access, Extent};
 use crate::batch::{Batch, Item, Transfer};
 use crate::config::Mode;
-use crate::disk::{CHUNK_BYTES, Disk, Geometry, LARGE_BUFFER_BYTES, Span, Unaligned, Zeroing};
+use crate::disk::{CHUNK_BYTES, Disk, Geometry, LARGE_BUFFER_BYTES, Span, Unaligned};
 use crate::error::{Error, ErrorKind, Op};
 use crate::memory::Buffer;
 use crate::profile::CryptoProfile;
@@ -431,31 +431,6 @@ impl Disk for LiveVolume {
         let behind = border.broken_end.load(Ordering::Relaxed).clamp(boundary, range.end);
         new.trim_locked(range.start..boundary)?;
         old.trim_locked(behind..range.end)
-    }
-
-    fn write_zeroes(
-        &self,
-        offset: u64,
-        len: u64,
-        zeroing: Zeroing,
-        durability: Durability,
-        scratch: &mut Buffer,
-    ) -> Result<(), Error> {
-        self.check(offset, len, Access::ReadWrite)?;
-        if zeroing == Zeroing::OnlyIfFast {
-            return Err(Error::new(ErrorKind::Unsupported, Op::WriteZeroes).at(offset, len));
-        }
-        let (mut at, end) = (offset, offset + len);
-        while at < end {
-            let span = self.span(at, end - at, scratch.bytes().len());
-            scratch.bytes_mut()[span.payload()].fill(0);
-            self.write(span, scratch, Durability::Cached)?;
-            at += span.payload().len() as u64;
-        }
-        match durability {
-            Durability::Cached => Ok(()),
-            Durability::Durable => self.flush(),
-        }
     }
 
     fn extents(&self, offset: u64, len: u64, extents_max: usize) -> Result<Vec<Extent>, Error> {

@@ -28,7 +28,7 @@
 use crate::backing::{Access, Backing, Durability, Extent};
 use crate::batch::{Batch, Item, Transfer};
 use crate::config::{CryptoConfig, DataUnitSize, Mode};
-use crate::disk::{Disk, Geometry, Span, Unaligned, Zeroing};
+use crate::disk::{Disk, Geometry, Span, Unaligned};
 use crate::engine::{Direction, Piece};
 use crate::error::{Error, ErrorKind, Op};
 use crate::memory::Buffer;
@@ -563,32 +563,6 @@ impl Disk for Volume {
         // Held until the storage is given back, so that no later write is lost to an earlier trim.
         let _guard = self.locks.take(range.clone(), Sharing::Exclusive);
         self.trim_locked(range)
-    }
-
-    fn write_zeroes(
-        &self,
-        offset: u64,
-        len: u64,
-        zeroing: Zeroing,
-        durability: Durability,
-        scratch: &mut Buffer,
-    ) -> Result<(), Error> {
-        self.check(offset, len, Access::ReadWrite)?;
-        if zeroing == Zeroing::OnlyIfFast {
-            // A hole would not read as zeroes: it decrypts to noise, here as in dm-crypt.
-            return Err(Error::new(ErrorKind::Unsupported, Op::WriteZeroes).at(offset, len));
-        }
-        let (mut at, end) = (offset, offset + len);
-        while at < end {
-            let span = self.span(at, end - at, scratch.bytes().len());
-            scratch.bytes_mut()[span.payload()].fill(0);
-            self.write(span, scratch, Durability::Cached)?;
-            at += span.len as u64;
-        }
-        match durability {
-            Durability::Cached => Ok(()),
-            Durability::Durable => self.flush(),
-        }
     }
 
     fn extents(&self, offset: u64, len: u64, extents_max: usize) -> Result<Vec<Extent>, Error> {

@@ -2,7 +2,7 @@
 
 use crate::ask::Asker;
 use crate::cli::PassphraseArgs;
-use crate::cli_luks::{
+use crate::cli::luks::{
     KdfArg, KdfArgs, LuksAddKey, LuksBackup, LuksChangeKey, LuksCommand, LuksCreate, LuksDump, LuksErase,
     LuksRemoveKey, LuksRepair, LuksResize, LuksRestore, LuksTest, NewArgs, OpenArgs,
 };

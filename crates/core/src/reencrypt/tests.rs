@@ -1,6 +1,6 @@
 use super::*;
 use crate::admission::Fallback;
-use crate::backing::Backing;
+use crate::backing::{Backing, Durability};
 use crate::config::{DataUnitSize, Hardware};
 use crate::key::{Key, KeyForm, RawKey};
 use crate::keyslot::Policy;

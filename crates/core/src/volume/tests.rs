@@ -2,7 +2,7 @@ use super::*;
 use crate::admission::Fallback;
 use crate::caps::{Capabilities, KeyTypes, UnitMask};
 use crate::config::Hardware;
-use crate::disk::{LARGE_BUFFER_BYTES, SMALL_BUFFER_BYTES};
+use crate::disk::{LARGE_BUFFER_BYTES, SMALL_BUFFER_BYTES, Zeroing};
 use crate::engine::Engine;
 use crate::key::{Key, KeyForm, RawKey};
 use crate::keyslot::Policy;
