@@ -11,7 +11,7 @@ use super::negotiate::{REQUEST_BYTES_MAX, Terms};
 use super::reply::{Failure, Shared};
 use super::request::{Asked, Request, Rules, payload_len};
 use super::status::NbdError;
-use super::stream::{INBOX_BYTES, Inbox, Outbox};
+use super::stream::{Inbox, Outbox};
 use super::wire::{REQUEST_BYTES, RequestHeader};
 use super::workers::{CloseWhenDropped, Workers};
 use std::fmt;
@@ -240,6 +240,7 @@ impl<'a> Session<'a> {
                 return Ok(Ended::Violation("a write is absurdly long"));
             }
             let len = usize::try_from(payload_len).expect("at most DISCARD_BYTES_MAX");
+            inbox.expect_long(payload_len > LONG_BYTES_MIN);
             // What was sent before we stopped is served. A client that goes on and on is told.
             late_requests += u32::from(self.stopping.load(Ordering::Acquire));
             let admitted = match rules.admit(&header) {
@@ -326,14 +327,14 @@ fn besides<R: Read>(inbox: &Inbox<R>) -> Besides {
     if inbox.available().len() < REQUEST_BYTES { Besides::Nothing } else { Besides::More }
 }
 
-/// Receives a payload that fits the inbox whole, before any buffer is taken for it: so a client that stalls in it keeps
+/// Receives a short payload whole, before any buffer is taken for it: so a client that stalls in it keeps
 /// nothing from others.
 fn receive_small<R: Read, W: Write>(
     inbox: &mut Inbox<R>,
     shared: &Shared<'_, W>,
     len: usize,
 ) -> Result<(), Failure> {
-    if len <= INBOX_BYTES && inbox.available().len() < len {
+    if len <= LONG_BYTES_MIN as usize && inbox.available().len() < len {
         shared.flush()?;
         inbox.need(len)?;
     }

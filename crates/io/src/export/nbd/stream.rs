@@ -6,8 +6,12 @@
 
 use std::io::{self, ErrorKind, IoSlice, Read, Write};
 
-/// Room for what is received, in bytes: fifteen writes of 4 KiB, or the heads of two thousand requests.
-pub const INBOX_BYTES: usize = 64 * 1024;
+/// Room for what is received, in bytes: 35 writes of 4 KiB, or the heads of five thousand requests.
+pub const INBOX_BYTES: usize = 144 * 1024;
+
+/// How much is received at once while long payloads come: the head of the next request, and not much of its payload, which is
+/// then received where it belongs.
+const LITTLE_BYTES: usize = 4 * 1024;
 
 /// Replies are sent at the latest when so many bytes of them have gathered.
 ///
@@ -24,13 +28,16 @@ pub struct Inbox<R> {
     bytes: Box<[u8]>,
     start: usize,
     end: usize,
+    /// Most that is received at once, unless more is needed.
+    at_once: usize,
 }
 
 impl<R: Read> Inbox<R> {
     /// An empty inbox.
     #[must_use]
     pub fn new(reader: R) -> Self {
-        Self { reader, bytes: vec![0; INBOX_BYTES].into_boxed_slice(), start: 0, end: 0 }
+        let bytes = vec![0; INBOX_BYTES].into_boxed_slice();
+        Self { reader, bytes, start: 0, end: 0, at_once: INBOX_BYTES }
     }
 
     /// An inbox in which `bytes` are already.
@@ -65,6 +72,12 @@ impl<R: Read> Inbox<R> {
         }
     }
 
+    /// Says whether long payloads come, which are better not received here: from now on as much is received at once as there
+    /// is, or little.
+    pub fn expect_long(&mut self, long: bool) {
+        self.at_once = if long { LITTLE_BYTES } else { INBOX_BYTES };
+    }
+
     /// Receives once. Returns how much came; 0 is the end.
     ///
     /// # Errors
@@ -75,7 +88,7 @@ impl<R: Read> Inbox<R> {
     ///
     /// If there is no room: ask for at most [`INBOX_BYTES`] before using what is there.
     pub fn fill(&mut self) -> io::Result<usize> {
-        Ok(self.fill_unless(|| false)?.expect("nobody interrupts"))
+        Ok(self.receive(self.at_once, || false)?.expect("nobody interrupts"))
     }
 
     /// The same; `None`, and nothing has changed, if `interrupted` says so before or while waiting. Whoever makes it say so
@@ -89,13 +102,18 @@ impl<R: Read> Inbox<R> {
     ///
     /// As [`fill`](Self::fill).
     pub fn fill_unless(&mut self, interrupted: impl Fn() -> bool) -> io::Result<Option<usize>> {
+        self.receive(self.at_once, interrupted)
+    }
+
+    fn receive(&mut self, len_max: usize, interrupted: impl Fn() -> bool) -> io::Result<Option<usize>> {
         if self.start > 0 {
             self.bytes.copy_within(self.start..self.end, 0);
             (self.start, self.end) = (0, self.end - self.start);
         }
         assert!(self.end < self.bytes.len(), "never more than INBOX_BYTES are waited for");
         while !interrupted() {
-            match self.reader.read(&mut self.bytes[self.end..]) {
+            let end = self.bytes.len().min(self.end + len_max);
+            match self.reader.read(&mut self.bytes[self.end..end]) {
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 received => {
                     let len = received?;
@@ -118,7 +136,8 @@ impl<R: Read> Inbox<R> {
     /// If `len` is over [`INBOX_BYTES`].
     pub fn need(&mut self, len: usize) -> io::Result<()> {
         while self.available().len() < len {
-            if self.fill()? == 0 {
+            let missing = len - self.available().len();
+            if self.receive(self.at_once.max(missing), || false)? == Some(0) {
                 return Err(ErrorKind::UnexpectedEof.into());
             }
         }
@@ -277,6 +296,19 @@ mod tests {
         fn flush(&mut self) -> io::Result<()> {
             self.0.flush()
         }
+    }
+
+    #[test]
+    fn little_is_received_while_long_payloads_come_and_never_less_than_needed() {
+        let bytes = vec![7u8; INBOX_BYTES];
+        let mut inbox = Inbox::new(&bytes[..]);
+        inbox.expect_long(true);
+        assert_eq!(inbox.fill().unwrap(), LITTLE_BYTES);
+        inbox.need(10 * LITTLE_BYTES).unwrap();
+        assert_eq!(inbox.available().len(), 10 * LITTLE_BYTES, "in one more go, and no further");
+        inbox.consume(10 * LITTLE_BYTES);
+        inbox.expect_long(false);
+        assert_eq!(inbox.fill().unwrap(), INBOX_BYTES - 10 * LITTLE_BYTES);
     }
 
     #[test]
