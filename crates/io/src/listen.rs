@@ -702,6 +702,14 @@ impl Stream {
         }
     }
 
+    /// Whether the other end is on this machine, as far as can be told.
+    pub(crate) fn is_local(&self) -> bool {
+        match self {
+            Self::Unix(_) => true,
+            Self::Tcp(stream) => stream.peer_addr().is_ok_and(|peer| peer.ip().to_canonical().is_loopback()),
+        }
+    }
+
     /// Lets a unix socket hold so many bytes that the client has not read yet, as far as the system allows
     /// (`/proc/sys/net/core/wmem_max`); TCP sockets size themselves. With room for several pieces, the next is read and
     /// decrypted while the client still takes the last.

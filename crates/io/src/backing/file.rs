@@ -6,7 +6,7 @@
 use super::lock::{self, LockedFile};
 use super::stable::{Failed, Ledger, SHORTER};
 use super::{Caching, DiscardPolicy, OpenOptions};
-use crate::sys::{self, Memory, TOGETHER_MAX};
+use crate::sys::{self, Memory, Moved, TOGETHER_MAX, Which};
 use inlinecrypt_core::backing::{Access, Backing, BackingFacts, Durability, Extent, Part};
 use inlinecrypt_core::error::{Error, ErrorKind, Op};
 use rustix::fs::{
@@ -14,7 +14,7 @@ use rustix::fs::{
 };
 use rustix::io::{Errno, IoSlice, ReadWriteFlags, retry_on_intr};
 use std::fs;
-use std::io;
+use std::io::{self, IoSliceMut};
 use std::num::NonZeroU64;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
@@ -38,6 +38,8 @@ pub struct FileBacking {
     facts: BackingFacts,
     /// Whether the system takes `RWF_DSYNC` for this file. Only ever becomes false.
     takes_dsync: AtomicBool,
+    /// Whether the system takes `RWF_NOWAIT` for this file. Only ever becomes false.
+    reads_at_once: AtomicBool,
     /// Whether the medium was ever found shorter than it was when opened. Only ever becomes true.
     shorter: AtomicBool,
     ledger: Ledger,
@@ -189,6 +191,7 @@ impl FileBacking {
             caching,
             facts: BackingFacts { len_bytes, align_bytes, access, can_discard },
             takes_dsync: AtomicBool::new(true),
+            reads_at_once: AtomicBool::new(true),
             shorter: AtomicBool::new(false),
             ledger: Ledger::default(),
         })
@@ -205,10 +208,40 @@ impl FileBacking {
         transferred - transferred % self.facts.align_bytes as usize
     }
 
+    /// Reads as much as can be read without waiting for the medium. `None` if there is no way to ask for that.
+    fn read_at_once(&self, into: &mut [u8], offset: u64) -> Option<usize> {
+        if !self.reads_at_once.load(Ordering::Relaxed) {
+            return None;
+        }
+        let into = &mut [IoSliceMut::new(into)];
+        match rustix::io::preadv2(&self.file, into, offset, ReadWriteFlags::NOWAIT) {
+            Ok(read) => Some(read),
+            // Not on every file system, as of tmpfs, which never waits either.
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => {
+                self.reads_at_once.store(false, Ordering::Relaxed);
+                None
+            }
+            // What is wrong with it shows when it is waited for.
+            Err(_) => Some(0),
+        }
+    }
+
     fn read_all(&self, offset: u64, data: &mut [u8]) -> Result<(), Error> {
         let len = data.len() as u64;
         let mut rest = data;
         let mut at = offset;
+        match self.caching {
+            Caching::Direct => sys::take_turn_at_once(),
+            Caching::PageCache => match self.read_at_once(rest, at) {
+                Some(read) if read == rest.len() => return Ok(()),
+                Some(read) => {
+                    rest = &mut rest[read..];
+                    at += read as u64;
+                    sys::take_turn_at_once();
+                }
+                None => {}
+            },
+        }
         while !rest.is_empty() {
             let read = retry_on_intr(|| rustix::io::pread(&self.file, &mut *rest, at))
                 .map_err(|errno| world_error(Op::Read, errno, offset, len))?;
@@ -281,10 +314,20 @@ impl FileBacking {
         op: Op,
         finish: impl Fn(&mut Memory<'_>, &Part, usize) -> Result<(), Error>,
     ) {
-        let waits = self.caching == Caching::Direct && parts.len() > 1;
         for parts in parts.chunks_mut(TOGETHER_MAX) {
-            let moved = waits.then(|| sys::transfer_together(self.file.as_fd(), &mut memory, parts));
-            let moved = moved.flatten().unwrap_or([Ok(0); TOGETHER_MAX]);
+            let mut moved = [Ok(0); TOGETHER_MAX];
+            let waiting = match (self.caching, &mut memory) {
+                (Caching::Direct, _) => Which::first(parts.len()),
+                (Caching::PageCache, Memory::Read(memory)) => {
+                    self.read_what_is_there(memory, parts, &mut moved)
+                }
+                // The page cache takes them.
+                (Caching::PageCache, Memory::Write(_)) => Which::default(),
+            };
+            if waiting.count() > 1 {
+                sys::take_turn_at_once();
+                sys::transfer_together(self.file.as_fd(), &mut memory, parts, waiting, &mut moved);
+            }
             for (part, moved) in parts.iter_mut().zip(moved) {
                 let len = part.range.len();
                 part.result = match moved {
@@ -297,11 +340,32 @@ impl FileBacking {
         }
     }
 
+    /// Reads what the page cache has, and says which parts are left to be waited for: all of which it has not all. Nothing is
+    /// left if there is no way to ask for that, or but one part.
+    fn read_what_is_there(&self, memory: &mut [u8], parts: &[Part], moved: &mut [Moved]) -> Which {
+        let mut left = Which::default();
+        if parts.len() < 2 {
+            return left;
+        }
+        for (index, part) in parts.iter().enumerate() {
+            match self.read_at_once(&mut memory[part.range.clone()], part.offset) {
+                Some(read) if read == part.range.len() => moved[index] = Ok(read),
+                Some(_) => left.add(index),
+                None => break,
+            }
+        }
+        left
+    }
+
     fn write_cached(&self, offset: u64, data: &[u8]) -> Result<(), Errno> {
+        if self.caching == Caching::Direct {
+            sys::take_turn_at_once();
+        }
         self.write_all(offset, data, |rest, at| rustix::io::pwrite(&self.file, rest, at))
     }
 
     fn write_durable(&self, offset: u64, data: &[u8]) -> Result<(), Failed> {
+        sys::take_turn_at_once();
         if self.takes_dsync.load(Ordering::Relaxed) {
             let written = self.write_all(offset, data, |rest, at| {
                 rustix::io::pwritev2(&self.file, &[IoSlice::new(rest)], at, ReadWriteFlags::DSYNC)
@@ -409,6 +473,7 @@ impl Backing for FileBacking {
         // Also makes stable what is needed to find the data: new length, new blocks.
         self.ledger.settle(Op::Flush, None, || {
             looked.map_err(Failed::Lost)?;
+            sys::take_turn_at_once();
             retry_on_intr(|| rustix::fs::fdatasync(&self.file)).map_err(Failed::Lost)
         })
     }

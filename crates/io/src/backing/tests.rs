@@ -10,6 +10,7 @@ use rustix::io::Errno;
 use std::cell::Cell;
 use std::fs::{self, File};
 use std::io::Write as _;
+use std::num::NonZeroU64;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::Path;
 use std::process::Command;
@@ -378,6 +379,42 @@ fn a_file_that_became_shorter_fails_reads_and_keeps_extents_whole() {
         assert!(backing.extents(3 * MIB, MIB, 8).expect("no error").iter().all(|run| run.allocated));
         shorter.set_len(4 * MIB).expect("as it was");
     }
+}
+
+#[test]
+fn what_the_page_cache_has_and_what_it_has_not_are_read_alike() {
+    let directory = directory();
+    let path = directory.path().join("image");
+    let content: Vec<u8> = (0..256u32).flat_map(|page| [page.to_le_bytes(); 1024].concat()).collect();
+    fs::write(&path, &content).expect("room");
+    let backing = open_default(&path).expect("our own");
+    let drop_from_cache = |page: u64| {
+        let file = File::open(&path).expect("our own");
+        file.sync_all().expect("a sound disk");
+        let len = NonZeroU64::new(4096);
+        rustix::fs::fadvise(&file, page * 4096, len, rustix::fs::Advice::DontNeed).expect("a regular file");
+    };
+    // Pages far apart, so that reading one does not bring in the next; every other one is gone. One part lies across both.
+    let pages: Vec<u64> = (0..70).map(|index| index * 3).collect();
+    pages.iter().step_by(2).for_each(|page| drop_from_cache(*page));
+    drop_from_cache(250);
+    let mut buffer = vec![0; 72 * 8192];
+    let mut parts: Vec<_> = pages
+        .iter()
+        .zip(0..)
+        .map(|(page, at)| Part { offset: page * 4096, range: at * 8192..at * 8192 + 4096, result: Ok(()) })
+        .collect();
+    parts.push(Part { offset: 249 * 4096, range: 71 * 8192..72 * 8192, result: Ok(()) });
+    backing.read_parts(&mut buffer, &mut parts);
+    for Part { offset, range, result } in parts {
+        assert!(result.is_ok(), "{result:?}");
+        let at = usize::try_from(offset).expect("small");
+        assert!(buffer[range.clone()] == content[at..at + range.len()], "at {offset}");
+    }
+    drop_from_cache(7);
+    let mut two = [0; 8192];
+    backing.read(6 * 4096, &mut two).expect("all there");
+    assert!(two == content[6 * 4096..8 * 4096]);
 }
 
 /// Written again, a file that was cut short would be as long as before, and what was cut off would read as noise.

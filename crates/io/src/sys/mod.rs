@@ -2,9 +2,11 @@
 #![allow(unsafe_code)]
 
 pub(crate) mod blk_crypto;
+mod turn;
 mod uring;
 
-pub(crate) use uring::{Memory, TOGETHER_MAX, transfer_together};
+pub(crate) use turn::{let_waker_finish, take_turn_at_once};
+pub(crate) use uring::{Memory, Moved, TOGETHER_MAX, Which, transfer_together};
 
 use rustix::io::Errno;
 use std::io;
@@ -89,27 +91,6 @@ pub(crate) fn interrupt(thread: rustix::thread::Pid) {
             thread.as_raw_nonzero().get(),
             libc::SIGURG,
         );
-    }
-}
-
-/// Has this thread, and what it starts from now on, no longer take the core from whoever wakes it: `SCHED_BATCH` of
-/// sched(7). It runs as soon as that one sleeps, or at once on a core that has nothing to do. Left alone is a thread that its
-/// administrator gave another policy than the usual one.
-///
-/// # Errors
-///
-/// The system's; the thread goes on as before.
-pub(crate) fn let_wakers_finish() -> io::Result<()> {
-    // SAFETY: takes a number, and touches no memory.
-    let policy = unsafe { libc::sched_getscheduler(0) };
-    if policy != libc::SCHED_OTHER {
-        return if policy < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
-    }
-    let no_priority = libc::sched_param { sched_priority: 0 };
-    // SAFETY: `no_priority` lives during the call and is only read.
-    match unsafe { libc::sched_setscheduler(0, libc::SCHED_BATCH, &raw const no_priority) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
     }
 }
 

@@ -7,6 +7,7 @@ use inlinecrypt_core::backing::Part;
 use io_uring::{IoUring, opcode, types};
 use rustix::io::Errno;
 use std::cell::RefCell;
+use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -32,7 +33,35 @@ pub(crate) enum Memory<'m> {
 /// How many bytes were moved, or why none.
 pub(crate) type Moved = Result<usize, Errno>;
 
-/// Does all `parts` at once and tells of each how it went. `None`, and nothing was moved, if it cannot.
+/// Some of as many as [`TOGETHER_MAX`] parts.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Which(u64);
+
+const _: () = assert!(TOGETHER_MAX == u64::BITS as usize);
+
+impl Which {
+    /// The first `count`.
+    pub(crate) fn first(count: usize) -> Self {
+        let none_left = u32::try_from(TOGETHER_MAX - count).expect("the caller cuts them");
+        Self(u64::MAX.checked_shr(none_left).unwrap_or(0))
+    }
+
+    /// And the one of this `index`.
+    pub(crate) fn add(&mut self, index: usize) {
+        self.0 |= 1 << index;
+    }
+
+    pub(crate) fn count(self) -> usize {
+        self.0.count_ones() as usize
+    }
+
+    fn has(self, index: usize) -> bool {
+        self.0 >> index & 1 == 1
+    }
+}
+
+/// Does those `parts` at once that `which` names, and tells in `moved` of each how it went. `false`, and nothing was moved nor
+/// told, if it cannot.
 ///
 /// # Panics
 ///
@@ -41,30 +70,39 @@ pub(crate) fn transfer_together(
     file: BorrowedFd<'_>,
     memory: &mut Memory<'_>,
     parts: &[Part],
-) -> Option<[Moved; TOGETHER_MAX]> {
+    which: Which,
+    moved: &mut [Moved; TOGETHER_MAX],
+) -> bool {
     assert!(parts.len() <= TOGETHER_MAX, "the caller cuts them");
     if !IS_THERE.load(Ordering::Relaxed) {
-        return None;
+        return false;
     }
     RING.with_borrow_mut(|slot| {
         if slot.is_none() {
-            *slot = make();
+            match make() {
+                Ok(ring) => *slot = Some(ring),
+                // For want of descriptors or memory: another time, perhaps.
+                Err(error)
+                    if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM)) => {}
+                Err(_) => IS_THERE.store(false, Ordering::Relaxed),
+            }
         }
-        let moved = slot.as_mut().and_then(|ring| run(ring, file, memory, parts));
-        if moved.is_none() {
+        let Some(ring) = slot else { return false };
+        let are_done = run(ring, file, memory, parts, which, moved);
+        if !are_done {
             // Forbidden, or broken: from now on all goes the plain way.
             IS_THERE.store(false, Ordering::Relaxed);
             *slot = None;
         }
-        moved
+        are_done
     })
 }
 
-fn make() -> Option<IoUring> {
+fn make() -> io::Result<IoUring> {
     let entries = u32::try_from(TOGETHER_MAX).expect("64");
     // In this way only the thread that waits works on completions; older kernels do not know it.
     let quick = IoUring::builder().setup_single_issuer().setup_defer_taskrun().build(entries);
-    quick.or_else(|_| IoUring::new(entries)).ok()
+    quick.or_else(|_| IoUring::new(entries))
 }
 
 fn run(
@@ -72,10 +110,12 @@ fn run(
     file: BorrowedFd<'_>,
     memory: &mut Memory<'_>,
     parts: &[Part],
-) -> Option<[Moved; TOGETHER_MAX]> {
-    let mut moved = [Ok(0); TOGETHER_MAX];
+    which: Which,
+    moved: &mut [Moved; TOGETHER_MAX],
+) -> bool {
     let file = types::Fd(file.as_raw_fd());
-    for (index, Part { offset, range, .. }) in parts.iter().enumerate() {
+    for (index, Part { offset, range, .. }) in parts.iter().enumerate().filter(|(index, _)| which.has(*index))
+    {
         let length = |bytes: &[u8]| u32::try_from(bytes.len()).expect("buffers are far smaller");
         let entry = match memory {
             Memory::Read(memory) => {
@@ -95,7 +135,7 @@ fn run(
         let pushed = unsafe { ring.submission().push(&entry.user_data(index as u64)) };
         assert!(pushed.is_ok(), "the ring was empty and has room for all");
     }
-    wait_for_all(ring, parts.len(), &mut moved).then_some(moved)
+    wait_for_all(ring, which.count(), moved)
 }
 
 /// Submits all `count` entries and waits until the kernel has told of each. `false` if it took none of them.
@@ -149,28 +189,47 @@ mod tests {
         let content: Vec<u8> = (1..=64u8).flat_map(|index| [index; 512]).collect();
         let parts: Vec<_> =
             (0..64).rev().map(|index| part(index, usize::try_from(index).unwrap() * 512)).collect();
-        let Some(moved) = transfer_together(file.as_fd(), &mut Memory::Write(&content), &parts) else {
+        let mut moved = [Ok(0); TOGETHER_MAX];
+        let mut memory = Memory::Write(&content);
+        if !transfer_together(file.as_fd(), &mut memory, &parts, Which::first(64), &mut moved) {
             let _ = writeln!(std::io::stderr(), "SKIPPED: there is no io_uring here");
             return;
-        };
+        }
         assert_eq!(moved, [Ok(512); 64]);
         let mut whole = Vec::new();
         file.read_to_end(&mut whole).unwrap();
         assert!(whole == content, "written where they belong");
 
         // The last one, and one beyond the end, to which nothing is moved.
-        let mut memory = vec![0; 1024];
-        let parts = [part(63, 0), part(64, 512)];
-        let moved = transfer_together(file.as_fd(), &mut Memory::Read(&mut memory), &parts).unwrap();
-        assert_eq!(moved[..2], [Ok(512), Ok(0)]);
-        assert_eq!((&memory[..512], &memory[512..]), (&[64; 512][..], &[0; 512][..]));
+        let mut memory = vec![0; 1536];
+        let parts = [part(63, 0), part(7, 512), part(64, 1024)];
+        let mut which = Which::default();
+        which.add(0);
+        which.add(2);
+        assert_eq!(which.count(), 2);
+        let mut moved = [Ok(1); TOGETHER_MAX];
+        assert!(transfer_together(file.as_fd(), &mut Memory::Read(&mut memory), &parts, which, &mut moved));
+        assert_eq!(moved[..3], [Ok(512), Ok(1), Ok(0)], "the one in the middle was not asked for");
+        assert_eq!((&memory[..512], &memory[512..]), (&[64; 512][..], &[0; 1024][..]));
+    }
+
+    #[test]
+    fn the_first_of_parts_are_counted() {
+        for count in [0, 1, 2, 63, 64] {
+            let which = Which::first(count);
+            assert_eq!(which.count(), count);
+            assert!((0..64).all(|index| which.has(index) == (index < count)));
+        }
     }
 
     #[test]
     fn an_error_is_told_to_the_transfer_that_has_it() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let read_only = std::fs::File::open(file.path()).unwrap();
-        let moved = transfer_together(read_only.as_fd(), &mut Memory::Write(&[1; 512]), &[part(0, 0)]);
-        assert!(moved.is_none_or(|moved| moved[0] == Err(Errno::BADF)));
+        let mut moved = [Ok(0); TOGETHER_MAX];
+        let mut memory = Memory::Write(&[1; 512]);
+        let are_done =
+            transfer_together(read_only.as_fd(), &mut memory, &[part(0, 0)], Which::first(1), &mut moved);
+        assert!(!are_done || moved[0] == Err(Errno::BADF));
     }
 }

@@ -203,7 +203,14 @@ mod tests {
         }
         assert!((1..20).contains(&count), "{count} looks in 10,000 reads");
         // Now there is always something: after the last penalty it looks each time.
-        let looked = (0..10_000).filter(|_| looks.are_due() && { looks.note(true); true }).count();
+        let looked = (0..10_000)
+            .filter(|_| {
+                looks.are_due() && {
+                    looks.note(true);
+                    true
+                }
+            })
+            .count();
         assert!(looked >= 10_000 - Looks::PENALTY_MAX as usize, "{looked}");
         // One that found nothing among many that did costs little.
         looks.note(false);

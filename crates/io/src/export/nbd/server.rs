@@ -552,12 +552,6 @@ impl Inner {
         if let Err(error) = rustix::net::sockopt::set_socket_keepalive(socket, true) {
             tracing::debug!(connection = id, %error, "no keepalive");
         }
-        // A client that sends many requests in a row shall get to send them: woken by the first, we would otherwise take the core
-        // from a client of another scheduling group (another session or service) and answer each alone, which leaves a third of
-        // the throughput.
-        if let Err(error) = sys::let_wakers_finish() {
-            tracing::debug!(connection = id, %error, "no SCHED_BATCH");
-        }
         if let Some((terms, unread)) = taken {
             let timed = Timed::new(&self.cores, socket, None);
             let mut inbox = Inbox::with(timed, &unread);
@@ -765,11 +759,20 @@ struct Timed<'s> {
     /// Whether the client took little time for the last bytes that came.
     is_quick: bool,
     looks: Looks,
+    /// Whether the client is on this machine.
+    is_local: bool,
 }
 
 impl<'s> Timed<'s> {
     fn new(cores: &'s Cores, socket: &'s Stream, deadline: Option<Instant>) -> Self {
-        Self { cores, socket, deadline, is_quick: false, looks: Looks::default() }
+        Self {
+            cores,
+            socket,
+            deadline,
+            is_quick: false,
+            looks: Looks::default(),
+            is_local: socket.is_local(),
+        }
     }
 
     /// Waits until the socket can be read or written, or it is too late.
@@ -819,6 +822,9 @@ impl Read for Timed<'_> {
                 looked = true;
             }
             self.looks.note(false);
+        }
+        if self.is_local {
+            sys::let_waker_finish();
         }
         // An interruption is for the caller to look why.
         let (len, _) = rustix::net::recv(self.socket, into, RecvFlags::empty())?;
