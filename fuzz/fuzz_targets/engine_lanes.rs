@@ -2,7 +2,7 @@
 //! one: pieces of 6 bytes each that lie in the data or nearly so, since those are where something could go wrong.
 #![no_main]
 
-use inlinecrypt_engine::isolated::fuzzing::{FLOOR, Process, lane_order};
+use inlinecrypt_engine::isolated::fuzzing::{FLOOR, Process, lane_order, program_order};
 use libfuzzer_sys::fuzz_target;
 use std::cell::RefCell;
 
@@ -14,6 +14,9 @@ fuzz_target!(|data: &[u8]| {
     let [first, second, rest @ ..] = data else { return };
     let order = if first % 2 == 0 {
         rest.to_vec()
+    } else if *second == 0xff {
+        let number = |at: usize| rest.get(at).map_or(0, |byte| u32::from(*byte));
+        program_order(rest.first().map_or(0, |byte| byte & 1), number(1), number(2))
     } else {
         let pieces: Vec<_> = rest
             .chunks_exact(6)

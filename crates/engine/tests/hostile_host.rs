@@ -4,7 +4,7 @@
 
 use inlinecrypt_engine::Root;
 use inlinecrypt_engine::isolated::fuzzing::{
-    self, DATA_BYTES, FLOOR, Process, RawPiece, UNIT_BYTES, lane_order,
+    self, DATA_BYTES, FLOOR, KNOWN_HANDLE, Process, RawPiece, UNIT_BYTES, lane_order, program_order,
 };
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -98,4 +98,11 @@ fn good_orders_are_taken_and_done() {
     process.lane(&lane_order(0, true, true, 0, 1, &all));
     process.lane(&lane_order(0, true, false, 1, 1, &all));
     process.lane(&lane_order(1, false, true, 0, 1, &all));
+    // The first keyslot gets the second key, as `lane` then expects.
+    process.lane(&program_order(0, 0, KNOWN_HANDLE));
+    process.lane(&lane_order(0, true, true, 0, 1, &all));
+    // No such keyslot, handle, or engine with keyslots.
+    for (engine, slot, handle) in [(0, 3, KNOWN_HANDLE), (0, 0, KNOWN_HANDLE + 1), (1, 0, 0), (2, 0, 0)] {
+        process.lane(&program_order(engine, slot, handle));
+    }
 }

@@ -3,7 +3,7 @@
 use super::launch::{Launched, Launcher};
 use super::process::LANES_MAX;
 use super::proto::{self, Answer, Inbox, Order, RootParts, Secret, VERSION, WireForm, WireKey, WireStep};
-use super::ring::{Head, LANE_BYTES, Lane, PIECES_MAX, RESULT_LOST, WirePiece};
+use super::ring::{Deed, Head, LANE_BYTES, Lane, PIECES_MAX, RESULT_LOST, WirePiece};
 use crate::blob::WrappingKeyId;
 use crate::root::RootMaterial;
 use crate::sys::{Part, Parts, Region};
@@ -731,6 +731,12 @@ impl Drop for TakenLane<'_> {
     }
 }
 
+/// How many lanes may be programming keyslots at once.
+const PROGRAMS_BY_LANE_MAX: u32 = 2;
+
+/// How many keys for keyslots a process remembers: more than are busy at once.
+const KNOWN_MAX: usize = 4096;
+
 /// An engine in another process.
 pub struct IsolatedEngine {
     handle: Arc<Handle>,
@@ -739,15 +745,25 @@ pub struct IsolatedEngine {
     source: SharedSource,
     /// Data unit size of the key in each keyslot, in bytes.
     units: Box<[AtomicU32]>,
-    /// Keys that an engine without keyslots remembers: since which start, and under which handle.
+    /// Keys that the process remembers: since which start, and under which handle.
     remembered: Mutex<HashMap<KeyId, (u64, u32)>>,
+    /// How many programs are under way in lanes.
+    programs: AtomicU32,
 }
 
 impl IsolatedEngine {
     fn new(handle: Arc<Handle>, index: u8, facts: Facts) -> Self {
         let source = SharedSource(handle.host.parts.clone());
         let units = (0..facts.capabilities.keyslots).map(|_| AtomicU32::new(0)).collect();
-        Self { handle, index, facts, source, units, remembered: Mutex::default() }
+        Self {
+            handle,
+            index,
+            facts,
+            source,
+            units,
+            remembered: Mutex::default(),
+            programs: AtomicU32::new(0),
+        }
     }
 
     /// Calls `listener`, on a thread of its own, after each restart of the process:
@@ -764,16 +780,29 @@ impl IsolatedEngine {
         self.host().ask(op, |session| session.done(order, op))
     }
 
-    /// Under which handle an engine without keyslots knows `key`.
+    fn known(&self) -> MutexGuard<'_, HashMap<KeyId, (u64, u32)>> {
+        self.remembered.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Under which handle the process knows `key`.
     fn remember(&self, key: &Key) -> Result<u32, Error> {
         self.host().ask(Op::Crypt, |session| {
-            let mut remembered = self.remembered.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut remembered = self.known();
             if let Some((generation, handle)) = remembered.get(&key.id())
                 && *generation == session.generation
             {
                 return Ok(*handle);
             }
             let engine = self.index;
+            // Nobody says when a key goes that is in no keyslot. Any may be forgotten: it is remembered again when needed.
+            if self.facts.capabilities.keyslots > 0
+                && remembered.len() >= KNOWN_MAX
+                && let Some(oldest) = remembered.iter().min_by_key(|(_, known)| **known).map(|(id, _)| *id)
+                && let Some((generation, handle)) = remembered.remove(&oldest)
+                && generation == session.generation
+            {
+                session.done(&Order::Forget { engine, handle }, Op::Program)?;
+            }
             let handle = self.host().with_key(session, engine, key, |key| {
                 session.exchange(&Order::Remember { engine, key }, Op::Crypt, |answer| match answer {
                     Answer::Remembered(handle) => Ok(handle),
@@ -795,30 +824,21 @@ impl IsolatedEngine {
         memory_at: u64,
         pieces: &mut [Piece],
     ) -> Result<bool, Error> {
-        let host = self.host();
-        let cpu = rustix::thread::sched_getcpu();
-        let taken = host.take_lane(cpu);
-        let lane = host.lane(taken.index);
         let head = Head {
             engine: self.index,
             is_slot: key.1,
-            encrypt: direction == Direction::Encrypt,
+            deed: if direction == Direction::Encrypt { Deed::Encrypt } else { Deed::Decrypt },
             key: key.0,
-            cpu: u32::try_from(cpu).unwrap_or(u32::MAX),
+            cpu: 0,
             pieces: u32::try_from(pieces.len()).expect("at most PIECES_MAX"),
         };
-        // Left for the process of this start, whether it runs or has just ended.
-        let generation = host.current.load(Ordering::SeqCst);
-        lane.post(
-            generation,
-            head,
-            pieces.iter().map(|Piece { first, range }| WirePiece {
-                offset: memory_at + range.start as u64,
-                len: range.len() as u64,
-                first: *first,
-            }),
-        );
-        lane.wait(generation, || host.gone.load(Ordering::SeqCst) >= generation);
+        let wire = pieces.iter().map(|Piece { first, range }| WirePiece {
+            offset: memory_at + range.start as u64,
+            len: range.len() as u64,
+            first: *first,
+        });
+        let taken = self.hand_in(head, wire);
+        let lane = self.host().lane(taken.index);
         match lane.result() {
             0 => {
                 pieces.iter_mut().for_each(Piece::finish);
@@ -829,16 +849,69 @@ impl IsolatedEngine {
                 Ok(false)
             }
             code => {
-                let kind = u8::try_from(code - 1).map_or(ErrorKind::EngineFailed, proto::kind_of);
-                if kind == ErrorKind::NoKey {
+                let error = error_of(&lane, code, Op::Crypt);
+                if error.kind() == ErrorKind::NoKey {
                     lane.take_off(pieces, unit_bytes);
                 }
-                let text = lane.text();
-                let error = Error::new(kind, Op::Crypt);
-                Err(if text.is_empty() { error } else { error.detail(text) })
+                Err(error)
             }
         }
     }
+
+    /// Programs a keyslot with a key that the process remembers. `Ok(false)` if it does not, or was gone.
+    fn program_remembered(&self, slot: SlotIndex, handle: u32) -> Result<bool, Error> {
+        let deed = Deed::Program { slot: slot.0 };
+        let head = Head { engine: self.index, is_slot: false, deed, key: handle, cpu: 0, pieces: 0 };
+        let taken = self.hand_in(head, std::iter::empty());
+        let lane = self.host().lane(taken.index);
+        match lane.result() {
+            0 => Ok(true),
+            RESULT_LOST => Ok(false),
+            code => match error_of(&lane, code, Op::Program) {
+                error if error.kind() == ErrorKind::NoKey => Ok(false),
+                error => Err(error),
+            },
+        }
+    }
+
+    /// Leaves an order in a lane and waits until it is done, or lost. What came of it is in the lane, until that is given back.
+    fn hand_in(&self, head: Head, pieces: impl Iterator<Item = WirePiece>) -> TakenLane<'_> {
+        let host = self.host();
+        let cpu = rustix::thread::sched_getcpu();
+        let taken = host.take_lane(cpu);
+        let lane = host.lane(taken.index);
+        let head = Head { cpu: u32::try_from(cpu).unwrap_or(u32::MAX), ..head };
+        // Left for the process of this start, whether it runs or has just ended.
+        let generation = host.current.load(Ordering::SeqCst);
+        lane.post(generation, head, pieces);
+        lane.wait(generation, || host.gone.load(Ordering::SeqCst) >= generation);
+        taken
+    }
+
+    /// Programs a keyslot by an order in a lane, which costs a tenth of one on the control socket. `Ok(false)` if that is not
+    /// possible now.
+    fn program_by_lane(&self, slot: SlotIndex, key: &Key) -> Result<bool, Error> {
+        // An engine that takes long to program must not take all lanes from those that transform.
+        let more = |programs: u32| (programs < PROGRAMS_BY_LANE_MAX).then_some(programs + 1);
+        if self.programs.fetch_update(Ordering::SeqCst, Ordering::SeqCst, more).is_err() {
+            return Ok(false);
+        }
+        // What it has against the key is said on the other way.
+        let done = self.remember(key).map_or(Ok(false), |handle| self.program_remembered(slot, handle));
+        self.programs.fetch_sub(1, Ordering::SeqCst);
+        if matches!(done, Ok(false)) {
+            self.known().remove(&key.id());
+        }
+        done
+    }
+}
+
+/// What an engine said to an order that failed.
+fn error_of(lane: &Lane<'_>, code: u32, op: Op) -> Error {
+    let kind = u8::try_from(code - 1).map_or(ErrorKind::EngineFailed, proto::kind_of);
+    let text = lane.text();
+    let error = Error::new(kind, op);
+    if text.is_empty() { error } else { error.detail(text) }
 }
 
 impl fmt::Debug for IsolatedEngine {
@@ -862,11 +935,13 @@ impl Engine for IsolatedEngine {
 
     fn program(&self, slot: SlotIndex, key: &Key) -> Result<(), Error> {
         let engine = self.index;
-        self.host().ask(Op::Program, |session| {
-            self.host().with_key(session, engine, key, |key| {
-                session.done(&Order::Program { engine, slot: slot.0, key }, Op::Program)
-            })
-        })?;
+        if !self.program_by_lane(slot, key)? {
+            self.host().ask(Op::Program, |session| {
+                self.host().with_key(session, engine, key, |key| {
+                    session.done(&Order::Program { engine, slot: slot.0, key }, Op::Program)
+                })
+            })?;
+        }
         if let Some(unit) = self.units.get(slot.0 as usize) {
             unit.store(key.config().data_unit_size().bytes(), Ordering::Release);
         }
@@ -875,21 +950,24 @@ impl Engine for IsolatedEngine {
 
     fn evict(&self, slot: Option<SlotIndex>, key: &Key) -> Result<(), Error> {
         let engine = self.index;
-        match slot {
+        let evicted = match slot {
             Some(slot) => self.done(Op::Evict, &Order::Evict { engine, slot: slot.0 }),
             None if self.facts.capabilities.keyslots > 0 => {
-                Err(Error::new(ErrorKind::Invalid, Op::Evict).detail("which keyslot? The engine has some"))
+                return Err(
+                    Error::new(ErrorKind::Invalid, Op::Evict).detail("which keyslot? The engine has some")
+                );
             }
-            None => {
-                let known = self.remembered.lock().unwrap_or_else(PoisonError::into_inner).remove(&key.id());
-                let Some((generation, handle)) = known else { return Ok(()) };
-                self.host().ask(Op::Evict, |session| match generation == session.generation {
-                    true => session.done(&Order::Forget { engine, handle }, Op::Evict),
-                    // It went with its process.
-                    false => Ok(()),
-                })
-            }
-        }
+            None => Ok(()),
+        };
+        let known = self.known().remove(&key.id());
+        let forgotten = known.map_or(Ok(()), |(generation, handle)| {
+            self.host().ask(Op::Evict, |session| match generation == session.generation {
+                true => session.done(&Order::Forget { engine, handle }, Op::Evict),
+                // It went with its process.
+                false => Ok(()),
+            })
+        });
+        evicted.and(forgotten)
     }
 
     fn crypt(
@@ -940,7 +1018,7 @@ impl Engine for IsolatedEngine {
                     // Remembered by the next process, and handed in again.
                     (Ok(false), KeyRef::Inline(_)) => drop(self.host().session(Op::Crypt)?),
                     (Err(error), KeyRef::Inline(key)) if error.kind() == ErrorKind::NoKey => {
-                        self.remembered.lock().unwrap_or_else(PoisonError::into_inner).remove(&key.id());
+                        self.known().remove(&key.id());
                     }
                     (Err(error), _) => return Err(error),
                 }

@@ -18,7 +18,7 @@ use super::proto::{
     self, Answer, Inbox, Order, Secret, VERSION, WireEngine, WireForm, WireKey, WireStep, kind_code,
     with_failure,
 };
-use super::ring::{CHUNK_BYTES, Head, LANE_BYTES, Lane, PIECES_MAX, Progress, UNDO_BYTES, WirePiece};
+use super::ring::{CHUNK_BYTES, Deed, Head, LANE_BYTES, Lane, PIECES_MAX, Progress, UNDO_BYTES, WirePiece};
 use super::sandbox::Report;
 use crate::root::RootMaterial;
 use crate::sys::{self, Region, View};
@@ -214,7 +214,7 @@ struct HostedEngine {
     units: Box<[AtomicU32]>,
     /// Which key is in each keyslot, for engines that want to know at eviction.
     keys: RwLock<HashMap<u32, Arc<Key>>>,
-    /// Keys of an engine without keyslots.
+    /// Keys that a host may name by a handle: in an order to an engine without keyslots, or to program a keyslot.
     remembered: RwLock<HashMap<u32, Arc<Key>>>,
 }
 
@@ -227,6 +227,21 @@ impl HostedEngine {
             keys: RwLock::default(),
             remembered: RwLock::default(),
         }
+    }
+
+    fn program(&self, slot: u32, key: Arc<Key>) -> Result<(), Error> {
+        let place = self.units.get(slot as usize).ok_or_else(|| nonsense("there is no such keyslot"))?;
+        place.store(0, Ordering::Release);
+        self.engine.program(SlotIndex(slot), &key)?;
+        place.store(key.config().data_unit_size().bytes(), Ordering::Release);
+        write(&self.keys).insert(slot, key);
+        Ok(())
+    }
+
+    fn remembered(&self, handle: u32, op: Op) -> Result<Arc<Key>, Error> {
+        let keys = self.remembered.read().unwrap_or_else(PoisonError::into_inner);
+        let found = keys.get(&handle).cloned();
+        found.ok_or_else(|| Error::new(ErrorKind::NoKey, op).detail("no such key is remembered"))
     }
 }
 
@@ -254,13 +269,7 @@ impl Control {
             Order::Deposit(Secret(raw)) => self.deposit(raw, send),
             Order::Program { engine, slot, key } => {
                 let hosted = self.engine(engine)?;
-                let key = self.key(&key, Op::Program)?;
-                let place =
-                    hosted.units.get(slot as usize).ok_or_else(|| nonsense("there is no such keyslot"))?;
-                place.store(0, Ordering::Release);
-                hosted.engine.program(SlotIndex(slot), &key)?;
-                place.store(key.config().data_unit_size().bytes(), Ordering::Release);
-                write(&hosted.keys).insert(slot, key);
+                hosted.program(slot, self.key(&key, Op::Program)?)?;
                 Ok(send(Answer::Done))
             }
             Order::Evict { engine, slot } => {
@@ -276,7 +285,9 @@ impl Control {
                 let hosted = self.engine(engine)?;
                 let key = self.key(&key, Op::Program)?;
                 let (mode, unit) = (key.config().mode(), key.config().data_unit_size());
-                if !hosted.engine.capabilities().units[mode.index()].contains(unit) {
+                // With keyslots, programming says whether the engine takes it.
+                if hosted.units.is_empty() && !hosted.engine.capabilities().units[mode.index()].contains(unit)
+                {
                     return Err(Error::new(ErrorKind::Unsupported, Op::Crypt)
                         .detail("the engine does not do this mode with this data unit size"));
                 }
@@ -290,7 +301,7 @@ impl Control {
             Order::Forget { engine, handle } => {
                 let hosted = self.engine(engine)?;
                 let key = write(&hosted.remembered).remove(&handle);
-                if let Some(key) = key {
+                if let Some(key) = key.filter(|_| hosted.units.is_empty()) {
                     hosted.engine.evict(None, &key)?;
                 }
                 Ok(send(Answer::Done))
@@ -481,7 +492,7 @@ fn attend(
     pieces: &[WirePiece],
 ) {
     match hosted {
-        Some(hosted) => match transform(region, lane, floor, hosted, head, pieces) {
+        Some(hosted) => match obey(region, lane, floor, hosted, head, pieces) {
             Ok(()) => lane.answer(0, ""),
             Err(error) => {
                 let code = 1 + u32::from(kind_code(error.kind()));
@@ -502,7 +513,11 @@ fn follow_to(cpu: u32) {
     }
 }
 
-fn transform(
+fn refused(why: &'static str) -> Error {
+    Error::new(ErrorKind::Invalid, Op::Crypt).detail(why)
+}
+
+fn obey(
     region: &Region,
     lane: &Lane<'_>,
     floor: usize,
@@ -510,20 +525,32 @@ fn transform(
     head: &Head,
     pieces: &[WirePiece],
 ) -> Result<(), Error> {
-    let refused = |why: &'static str| Error::new(ErrorKind::Invalid, Op::Crypt).detail(why);
     let hosted =
         hosted.engines.get(usize::from(head.engine)).ok_or_else(|| refused("there is no such engine"))?;
-    let direction = if head.encrypt { Direction::Encrypt } else { Direction::Decrypt };
+    let direction = match head.deed {
+        Deed::Encrypt => Direction::Encrypt,
+        Deed::Decrypt => Direction::Decrypt,
+        Deed::Program { slot } => return hosted.program(slot, hosted.remembered(head.key, Op::Program)?),
+    };
+    transform(region, lane, floor, hosted, head, direction, pieces)
+}
+
+fn transform(
+    region: &Region,
+    lane: &Lane<'_>,
+    floor: usize,
+    hosted: &HostedEngine,
+    head: &Head,
+    direction: Direction,
+    pieces: &[WirePiece],
+) -> Result<(), Error> {
+    let encrypts = direction == Direction::Encrypt;
     let remembered;
     let (key, unit_bytes) = if head.is_slot {
         let unit = hosted.units.get(head.key as usize).ok_or_else(|| refused("there is no such keyslot"))?;
         (KeyRef::Slot(SlotIndex(head.key)), unit.load(Ordering::Acquire))
     } else {
-        let keys = hosted.remembered.read().unwrap_or_else(PoisonError::into_inner);
-        let found = keys.get(&head.key).cloned();
-        drop(keys);
-        remembered = found
-            .ok_or_else(|| Error::new(ErrorKind::NoKey, Op::Crypt).detail("no such key is remembered"))?;
+        remembered = hosted.remembered(head.key, Op::Crypt)?;
         (KeyRef::Inline(&remembered), remembered.config().data_unit_size().bytes())
     };
     if unit_bytes == 0 {
@@ -534,7 +561,7 @@ fn transform(
         return Err(refused("data units are too large"));
     }
     // What was to be decrypted can be had again, what was to be encrypted cannot: only that is kept.
-    let step = if head.encrypt { CHUNK_BYTES.max(unit_bytes) } else { usize::MAX };
+    let step = if encrypts { CHUNK_BYTES.max(unit_bytes) } else { usize::MAX };
     for (index, piece) in pieces.iter().enumerate() {
         let view = View::new(region, floor, piece.offset, piece.len);
         let mut view = view.ok_or_else(|| refused("a piece lies outside the shared memory"))?;
@@ -548,7 +575,7 @@ fn transform(
         while done < len {
             let chunk = done..len.min(done.saturating_add(step));
             let bytes = u32::try_from(done).expect("checked above");
-            if head.encrypt {
+            if encrypts {
                 let undo_bytes = u32::try_from(chunk.len()).expect("at most UNDO_BYTES");
                 lane.begin_chunk(Progress { pieces: index, bytes, undo_bytes }, &view.bytes()[chunk.clone()]);
             }

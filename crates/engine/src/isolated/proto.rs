@@ -24,8 +24,8 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use zeroize::Zeroizing;
 
-/// Which language this is. Raised whenever a message changes.
-pub(crate) const VERSION: u32 = 2;
+/// Which language this is. Raised whenever a message or an order of a lane changes.
+pub(crate) const VERSION: u32 = 3;
 
 /// Longest message, in bytes.
 pub(crate) const MESSAGE_BYTES_MAX: usize = 4096;
@@ -70,7 +70,7 @@ pub(crate) enum Order<'a> {
     },
     /// Empties a keyslot.
     Evict { engine: u8, slot: u32 },
-    /// Remembers a key for an engine without keyslots.
+    /// Remembers a key, to be named by a handle from then on.
     Remember {
         engine: u8,
         #[serde(borrow)]

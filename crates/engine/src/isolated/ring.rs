@@ -7,7 +7,7 @@
 //!   host thread                                 engine thread of the lane
 //!     takes the lane, writes the order
 //!     turn = its, wakes    ------------------->   copies the order, checks the copy
-//!     sleeps                                      decrypts in place, or
+//!     sleeps                                      programs a keyslot, or decrypts in place, or
 //!                                                 per chunk: undo <- chunk, progress, encrypt in place, progress
 //!     wakes  <---------------------------------   result, turn = HOST, wakes
 //! ```
@@ -68,15 +68,25 @@ fn turn_of(generation: u64) -> u32 {
 /// The result of an order that nobody could work on: the engine process was gone.
 pub(crate) const RESULT_LOST: u32 = 1000;
 
-/// What to transform with which key.
+/// What to do with the pieces or a keyslot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Deed {
+    Encrypt,
+    Decrypt,
+    /// Programs this keyslot with the remembered key. There are no pieces.
+    Program {
+        slot: u32,
+    },
+}
+
+/// What to do with which key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Head {
     /// 0 for the main engine, 1 for its fallback.
     pub engine: u8,
     /// Whether `key` is a keyslot, else the handle of a remembered key.
     pub is_slot: bool,
-    /// Whether to encrypt.
-    pub encrypt: bool,
+    pub deed: Deed,
     /// Keyslot or handle.
     pub key: u32,
     /// On which CPU the host thread runs.
@@ -90,10 +100,16 @@ impl Head {
         let mut bytes = [0; ORDER_BYTES];
         bytes[0] = self.engine;
         bytes[1] = self.is_slot.into();
-        bytes[2] = self.encrypt.into();
+        let (deed, slot) = match self.deed {
+            Deed::Decrypt => (0, 0),
+            Deed::Encrypt => (1, 0),
+            Deed::Program { slot } => (2, slot),
+        };
+        bytes[2] = deed;
         bytes[4..8].copy_from_slice(&self.key.to_le_bytes());
         bytes[8..12].copy_from_slice(&self.cpu.to_le_bytes());
         bytes[12..16].copy_from_slice(&self.pieces.to_le_bytes());
+        bytes[16..20].copy_from_slice(&slot.to_le_bytes());
         bytes
     }
 
@@ -102,7 +118,12 @@ impl Head {
         Self {
             engine: bytes[0],
             is_slot: bytes[1] != 0,
-            encrypt: bytes[2] != 0,
+            // Whatever the other side wrote, it is one of the three.
+            deed: match bytes[2] {
+                0 => Deed::Decrypt,
+                2 => Deed::Program { slot: word(16) },
+                _ => Deed::Encrypt,
+            },
             key: word(4),
             cpu: word(8),
             pieces: word(12),

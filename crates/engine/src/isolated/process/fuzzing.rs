@@ -2,7 +2,7 @@
 
 use super::{Control, Hosted, HostedEngine, attend, write};
 use crate::isolated::proto::{self, Answer, MESSAGE_BYTES_MAX, Order, Secret, WireForm, WireKey, WireStep};
-use crate::isolated::ring::{LANE_BYTES, Lane, PIECES_MAX};
+use crate::isolated::ring::{Deed, Head, LANE_BYTES, Lane, PIECES_MAX, WirePiece};
 use crate::sys::Region;
 use crate::{EngineSpec, Root, SoftwareSpec};
 use inlinecrypt_cipher::{Dun, Mode, UnitCipher};
@@ -29,8 +29,13 @@ pub struct Process {
     control: Control,
     region: Region,
     ciphers: [Box<dyn UnitCipher>; KEYS],
+    /// Which of them is in each keyslot of the main engine.
+    slots: [Option<usize>; 3],
     data: Vec<u8>,
 }
+
+/// The handle of a key that the main engine of a [`Process`] remembers.
+pub const KNOWN_HANDLE: u32 = 7;
 
 /// A piece of an order: offset in the shared memory, length in bytes, DUN.
 pub type RawPiece = (u64, u64, u64);
@@ -60,13 +65,14 @@ impl Process {
             first.units[usize::from(slot)].store(512, Ordering::Release);
             write(&first.keys).insert(slot.into(), key);
         }
+        write(&first.remembered).insert(KNOWN_HANDLE, key(1));
         write(&second.remembered).insert(0, key(2));
         let hosted = Arc::new(OnceLock::from(Hosted { engines: vec![first, second] }));
         let control = Control { hosted, deposits: HashMap::new(), last_ticket: 0 };
         let region = Region::create(FLOOR + DATA_BYTES).expect("shared memory");
         let cipher = |number| Mode::Aes256Xts.info().expand(&raw(number)).expect("a good key");
         let data = (0..DATA_BYTES).map(|at| (at ^ (at >> 8)).to_le_bytes()[0]).collect();
-        Self { control, region, ciphers: [0, 1, 2].map(cipher), data }
+        Self { control, region, ciphers: [0, 1, 2].map(cipher), slots: [Some(0), Some(1), None], data }
     }
 
     /// Gives `bytes` to the control thread as it would receive them. Whether they were an order.
@@ -107,8 +113,17 @@ impl Process {
         attend(&self.region, &lane, FLOOR, Some(hosted), &head, &pieces);
         let is_done = lane.result() == 0;
 
+        if let Deed::Program { slot } = head.deed {
+            let place = self.slots.get_mut(slot as usize);
+            let is_good = head.engine == 0 && head.key == KNOWN_HANDLE && place.is_some();
+            assert_eq!(is_done, is_good, "{head:?}: {}", lane.text());
+            if let Some(place) = place.filter(|_| is_good) {
+                *place = Some(1);
+            }
+            pieces.clear();
+        }
         let key = match (head.engine, head.is_slot, head.key) {
-            (0, true, slot @ (0 | 1)) => Some(slot as usize),
+            (0, true, slot) => self.slots.get(slot as usize).copied().flatten(),
             (1, false, 0) => Some(2),
             _ => None,
         };
@@ -127,12 +142,14 @@ impl Process {
                 break;
             }
             let cipher = &self.ciphers[key.expect("looked at")];
-            match head.encrypt {
+            match head.deed == Deed::Encrypt {
                 true => cipher.encrypt(piece.first, UNIT_BYTES, bytes),
                 false => cipher.decrypt(piece.first, UNIT_BYTES, bytes),
             }
         }
-        assert_eq!(is_done, is_good, "{head:?} {pieces:?}: {}", lane.text());
+        if !matches!(head.deed, Deed::Program { .. }) {
+            assert_eq!(is_done, is_good, "{head:?} {pieces:?}: {}", lane.text());
+        }
         let mut now = vec![0; DATA_BYTES];
         self.region.copy_out(FLOOR, &mut now);
         assert!(now == expected, "other bytes were changed, or with another key: {head:?} {pieces:?}");
@@ -152,13 +169,20 @@ pub fn lane_order(
     count: u32,
     pieces: &[RawPiece],
 ) -> Vec<u8> {
-    use crate::isolated::ring::{Head, WirePiece};
-    let head = Head { engine, is_slot, encrypt, key, cpu: 0, pieces: count };
+    let deed = if encrypt { Deed::Encrypt } else { Deed::Decrypt };
+    let head = Head { engine, is_slot, deed, key, cpu: 0, pieces: count };
     let pieces: Vec<_> = pieces
         .iter()
         .map(|&(offset, len, first)| WirePiece { offset, len, first: Dun::from_limbs([first, 0, 0, 0]) })
         .collect();
     Lane::bytes_of(head, &pieces)
+}
+
+/// The order to program a keyslot with the key of a handle, likewise. Of the main engine [`KNOWN_HANDLE`] is good.
+#[must_use]
+pub fn program_order(engine: u8, slot: u32, handle: u32) -> Vec<u8> {
+    let deed = Deed::Program { slot };
+    Lane::bytes_of(Head { engine, is_slot: false, deed, key: handle, cpu: 0, pieces: 0 }, &[])
 }
 
 /// Whether `bytes` are an answer; a host reads them so.
