@@ -38,7 +38,7 @@ const CROWDED_SEND_ROOM_BYTES: usize = 512 * 1024;
 
 /// Up to how many connections get that much. It is the kernel's memory, and stays full while a client does not read:
 /// 128 MiB in all, twice that by how the kernel counts. More connections than this share the machine anyway, and then
-/// the system's own size does.
+/// the system's own size does. So with the larger inboxes.
 const LARGE_SEND_ROOMS_MAX: usize = 64;
 
 /// How long connections get to notice that they were cut off, once the drain deadline has passed.
@@ -555,6 +555,9 @@ impl Inner {
         if let Some((terms, unread)) = taken {
             let timed = Timed::new(&self.cores, socket, None);
             let mut inbox = Inbox::with(timed, &unread);
+            if few {
+                inbox.enlarge();
+            }
             return self.transmit(id, socket, activity, &terms, &mut inbox, HandOver::Possible, || timed);
         }
         let deadline = Instant::now() + self.options.handshake_time_max;
@@ -562,11 +565,17 @@ impl Inner {
         match self.shake_hands(timed) {
             Ok(Shaken::Plain(mut inbox, terms)) => {
                 inbox.reader_mut().deadline = None;
+                if few {
+                    inbox.enlarge();
+                }
                 let timed = Timed::new(&self.cores, socket, None);
                 self.transmit(id, socket, activity, &terms, &mut inbox, HandOver::Possible, || timed);
             }
             Ok(Shaken::Tls(tls, mut inbox, terms)) => {
                 inbox.reader_mut().transport().deadline = None;
+                if few {
+                    inbox.enlarge();
+                }
                 let writer = || tls.writer(Timed::new(&self.cores, socket, None));
                 self.transmit(id, socket, activity, &terms, &mut inbox, HandOver::Impossible, writer);
                 tls.close(Timed::new(&self.cores, socket, Some(Instant::now() + CUT_OFF_GRACE)));

@@ -6,8 +6,11 @@
 
 use std::io::{self, ErrorKind, IoSlice, Read, Write};
 
-/// Room for what is received, in bytes: 35 writes of 4 KiB, or the heads of five thousand requests.
-pub const INBOX_BYTES: usize = 144 * 1024;
+/// Room for what is received, in bytes: fifteen writes of 4 KiB, or the heads of two thousand requests.
+pub const INBOX_BYTES: usize = 64 * 1024;
+
+/// The same for one that was [enlarged](Inbox::enlarge): 35 writes, which are then done together.
+const LARGE_INBOX_BYTES: usize = 144 * 1024;
 
 /// How much is received at once while long payloads come: the head of the next request, and not much of its payload, which is
 /// then received where it belongs.
@@ -72,10 +75,19 @@ impl<R: Read> Inbox<R> {
         }
     }
 
+    /// Gives it more room.
+    pub fn enlarge(&mut self) {
+        let mut bytes = vec![0; LARGE_INBOX_BYTES].into_boxed_slice();
+        let len = self.available().len();
+        bytes[..len].copy_from_slice(self.available());
+        (self.bytes, self.start, self.end) = (bytes, 0, len);
+        self.expect_long(false);
+    }
+
     /// Says whether long payloads come, which are better not received here: from now on as much is received at once as there
     /// is, or little.
     pub fn expect_long(&mut self, long: bool) {
-        self.at_once = if long { LITTLE_BYTES } else { INBOX_BYTES };
+        self.at_once = if long { LITTLE_BYTES } else { self.bytes.len() };
     }
 
     /// Receives once. Returns how much came; 0 is the end.
@@ -309,6 +321,20 @@ mod tests {
         inbox.consume(10 * LITTLE_BYTES);
         inbox.expect_long(false);
         assert_eq!(inbox.fill().unwrap(), INBOX_BYTES - 10 * LITTLE_BYTES);
+    }
+
+    #[test]
+    fn an_enlarged_inbox_has_what_it_had_and_takes_more() {
+        let bytes: Vec<u8> = (0..LARGE_INBOX_BYTES + 100).map(|at| at.to_le_bytes()[0]).collect();
+        let mut inbox = Inbox::new(&bytes[..]);
+        inbox.fill().unwrap();
+        inbox.consume(100);
+        inbox.enlarge();
+        assert_eq!(inbox.available(), &bytes[100..INBOX_BYTES]);
+        while inbox.available().len() < LARGE_INBOX_BYTES {
+            inbox.fill().unwrap();
+        }
+        assert_eq!(inbox.available(), &bytes[100..]);
     }
 
     #[test]
