@@ -7,7 +7,7 @@
 //! waking a core that went to sleep takes longer than a piece.
 
 use super::activity::Busy;
-use super::cores::{Cores, LOOK_AROUND, Pace};
+use super::cores::{Cores, LOOK_AROUND, Looks, Pace};
 use super::execute::Executor;
 use super::parts::{ReadAhead, ReadPart, WritePart};
 use super::reply::{Failure, Shared};
@@ -46,6 +46,7 @@ struct Queue<'a> {
     /// It has taken a core, and gives it back before it sleeps.
     is_awake: bool,
     closed: bool,
+    looks: Looks,
 }
 
 /// A piece of a long request.
@@ -196,9 +197,14 @@ impl<'s, 'a, W: Write> Helper<'s, 'a, W> {
                 return None;
             }
             if queue.is_awake {
-                drop(queue);
-                looked = !self.look_around();
-                queue = self.lock();
+                if queue.looks.are_due() {
+                    drop(queue);
+                    looked = !self.look_around();
+                    queue = self.lock();
+                    queue.looks.note(!looked);
+                } else {
+                    looked = true;
+                }
             } else {
                 queue = self.work.wait(queue).unwrap_or_else(PoisonError::into_inner);
                 looked = false;
