@@ -169,7 +169,7 @@ impl Client {
                 Way::Write => &self.payload[..len],
             };
             send(&self.stream, &headers, payload)?;
-            done += self.received.take(&mut self.stream, way, shape.len, &mut |_| {})?;
+            done += self.received.take(&mut self.stream, way, shape.len, &mut |_, _| {})?;
             is_over = began.elapsed() >= time;
         }
     }
@@ -183,10 +183,16 @@ impl Client {
             let at = places.next();
             SplitMix64::new(seed).fill(&mut written);
             send(&self.stream, &[header(Way::Write, seed, at, shape.len)], &written)?;
-            while self.received.take(&mut self.stream, Way::Write, shape.len, &mut |_| {})? == 0 {}
-            let mut read = Vec::new();
+            while self.received.take(&mut self.stream, Way::Write, shape.len, &mut |_, _| {})? == 0 {}
+            let mut read = vec![0; written.len()];
             send(&self.stream, &[header(Way::Read, seed, at, shape.len)], &[])?;
-            let mut keep = |bytes: &[u8]| read.extend_from_slice(bytes);
+            // The pieces of a long read come in any order.
+            let mut keep = |offset: u64, bytes: &[u8]| {
+                let place = offset.checked_sub(at).and_then(|place| usize::try_from(place).ok());
+                if let Some(place) = place.and_then(|place| read.get_mut(place..)?.get_mut(..bytes.len())) {
+                    place.copy_from_slice(bytes);
+                }
+            };
             while self.received.take(&mut self.stream, Way::Read, shape.len, &mut keep)? == 0 {}
             if read != written {
                 return Err(io::Error::other("what was read is not what was written"));
@@ -252,27 +258,29 @@ struct Received {
     bytes: Box<[u8]>,
     start: usize,
     end: usize,
-    /// Bytes of the chunk at hand that are an offset, then those that are data, and whether it is its reply's last.
-    prefix: usize,
+    /// Bytes of data of the chunk at hand that are still to come, where on the disk they are, and whether it is its reply's
+    /// last.
     data: usize,
+    offset: u64,
     is_last: bool,
 }
 
 impl Default for Received {
     fn default() -> Self {
         let bytes = vec![0; RECEIVE_BYTES].into_boxed_slice();
-        Self { bytes, start: 0, end: 0, prefix: 0, data: 0, is_last: false }
+        Self { bytes, start: 0, end: 0, data: 0, offset: 0, is_last: false }
     }
 }
 
 impl Received {
-    /// Receives once, and says how many requests are answered by that. Their data is told to `each`, piece by piece.
+    /// Receives once, and says how many requests are answered by that. Their data is told to `each`, piece by piece, with its
+    /// offset on the disk; a simple reply does not say that, and counts from 0.
     fn take(
         &mut self,
         stream: &mut UnixStream,
         way: Way,
         len: u32,
-        each: &mut dyn FnMut(&[u8]),
+        each: &mut dyn FnMut(u64, &[u8]),
     ) -> io::Result<u64> {
         if self.start > 0 {
             self.bytes.copy_within(self.start..self.end, 0);
@@ -291,23 +299,22 @@ impl Received {
         let mut answered = 0;
         loop {
             let there = self.end - self.start;
-            if self.prefix + self.data > 0 {
-                let prefix = self.prefix.min(there);
-                let data = self.data.min(there - prefix);
-                each(&self.bytes[self.start + prefix..][..data]);
-                self.start += prefix + data;
-                self.prefix -= prefix;
+            if self.data > 0 {
+                let data = self.data.min(there);
+                each(self.offset, &self.bytes[self.start..][..data]);
+                self.start += data;
+                self.offset += data as u64;
                 self.data -= data;
-                if self.prefix + self.data > 0 {
+                if self.data > 0 {
                     return Ok(answered);
                 }
             } else {
                 let Some(bytes) = self.head() else { return Ok(answered) };
                 let head = Head::parse(bytes, way, len)?;
-                (self.prefix, self.data, self.is_last) = (head.prefix, head.data, head.is_last);
+                (self.data, self.offset, self.is_last) = (head.data, head.offset, head.is_last);
                 self.start += head.len;
             }
-            if self.prefix + self.data == 0 && self.is_last {
+            if self.data == 0 && self.is_last {
                 answered += 1;
                 self.is_last = false;
             }
@@ -319,7 +326,11 @@ impl Received {
         let there = &self.bytes[self.start..self.end];
         let magic: [u8; 4] = *there.first_chunk()?;
         let len = match u32::from_be_bytes(magic) {
-            wire::NBD_STRUCTURED_REPLY_MAGIC => wire::CHUNK_HEADER_BYTES,
+            wire::NBD_STRUCTURED_REPLY_MAGIC => {
+                let kind = there.get(6..8)?;
+                let has_offset = kind == wire::NBD_REPLY_TYPE_OFFSET_DATA.to_be_bytes();
+                wire::CHUNK_HEADER_BYTES + if has_offset { 8 } else { 0 }
+            }
             _ => wire::SIMPLE_REPLY_BYTES,
         };
         there.get(..len)
@@ -329,10 +340,10 @@ impl Received {
 /// The head of a reply or chunk.
 #[derive(Debug)]
 struct Head {
-    /// Its own length.
+    /// Its own length, with the offset of data.
     len: usize,
-    prefix: usize,
     data: usize,
+    offset: u64,
     is_last: bool,
 }
 
@@ -347,23 +358,23 @@ impl Head {
                     return failed(word(4));
                 }
                 let data = if way == Way::Read { len as usize } else { 0 };
-                Ok(Self { len: wire::SIMPLE_REPLY_BYTES, prefix: 0, data, is_last: true })
+                Ok(Self { len: wire::SIMPLE_REPLY_BYTES, data, offset: 0, is_last: true })
             }
             wire::NBD_STRUCTURED_REPLY_MAGIC => {
                 let half = |at: usize| u16::from_be_bytes([bytes[at], bytes[at + 1]]);
                 let is_last = half(4) & wire::NBD_REPLY_FLAG_DONE != 0;
                 let behind = word(16);
-                let (prefix, data) = match half(6) {
+                let (data, offset) = match half(6) {
                     wire::NBD_REPLY_TYPE_NONE => (0, 0),
                     wire::NBD_REPLY_TYPE_OFFSET_DATA if (8..=len.saturating_add(8)).contains(&behind) => {
-                        (8, behind as usize - 8)
+                        (behind as usize - 8, u64::from(word(20)) << 32 | u64::from(word(24)))
                     }
                     wire::NBD_REPLY_TYPE_ERROR | wire::NBD_REPLY_TYPE_ERROR_OFFSET => {
                         return Err(io::Error::other("the server answers with an error"));
                     }
                     _ => return Err(strange("a chunk of its reply")),
                 };
-                Ok(Self { len: wire::CHUNK_HEADER_BYTES, prefix, data, is_last })
+                Ok(Self { len: bytes.len(), data, offset, is_last })
             }
             _ => Err(strange("its reply")),
         }
@@ -379,19 +390,23 @@ mod tests {
     use super::*;
     use std::thread;
 
+    /// Where on the disk the chunks' data begins. What a simple reply has begins at 0.
+    const FIRST: u64 = 1 << 40;
+
     /// A read of 5000 bytes in two chunks and an empty last one, one in a chunk, and a simple reply with data.
     fn replies() -> (Vec<u8>, Vec<u8>) {
         let mut data = vec![0; 15_000];
         SplitMix64::new(9).fill(&mut data);
         let mut bytes = Vec::new();
-        let mut chunk = |flags, cookie, data: &[u8]| {
-            bytes.extend(wire::data_chunk_header(flags, cookie, 0, data.len()));
-            bytes.extend_from_slice(data);
+        let mut chunk = |range: std::ops::Range<usize>| {
+            bytes.extend(wire::data_chunk_header(0, 1, FIRST + range.start as u64, range.len()));
+            bytes.extend_from_slice(&data[range]);
         };
-        chunk(0, 1, &data[..4000]);
-        chunk(0, 1, &data[4000..5000]);
+        // In another order than on the disk.
+        chunk(1000..5000);
+        chunk(0..1000);
         bytes.extend(wire::chunk_header(wire::NBD_REPLY_FLAG_DONE, wire::NBD_REPLY_TYPE_NONE, 1, 0));
-        bytes.extend(wire::data_chunk_header(wire::NBD_REPLY_FLAG_DONE, 2, 0, 5000));
+        bytes.extend(wire::data_chunk_header(wire::NBD_REPLY_FLAG_DONE, 2, FIRST + 5000, 5000));
         bytes.extend_from_slice(&data[5000..10_000]);
         bytes.extend(wire::simple_reply(0, 3));
         bytes.extend_from_slice(&data[10_000..]);
@@ -403,13 +418,16 @@ mod tests {
         let (bytes, data) = replies();
         for step in [1, 3, 19, 20, 21, 4096, 20_000] {
             let (mut ours, theirs) = UnixStream::pair().unwrap();
-            let (mut answered, mut read) = (0, Vec::new());
+            let (mut answered, mut read) = (0, vec![0; data.len()]);
             thread::scope(|scope| {
                 let bytes = &bytes;
                 scope.spawn(move || bytes.chunks(step).for_each(|piece| (&theirs).write_all(piece).unwrap()));
                 let mut received = Received::default();
                 while answered < 3 {
-                    let mut keep = |piece: &[u8]| read.extend_from_slice(piece);
+                    let mut keep = |offset: u64, piece: &[u8]| {
+                        let at = offset.checked_sub(FIRST).unwrap_or(10_000 + offset);
+                        read[usize::try_from(at).unwrap()..][..piece.len()].copy_from_slice(piece);
+                    };
                     answered += received.take(&mut ours, Way::Read, 5000, &mut keep).unwrap();
                 }
             });
@@ -433,7 +451,7 @@ mod tests {
             let (mut ours, mut theirs) = UnixStream::pair().unwrap();
             theirs.write_all(&bytes).unwrap();
             drop(theirs);
-            let why = Received::default().take(&mut ours, Way::Read, 5000, &mut |_| {}).unwrap_err();
+            let why = Received::default().take(&mut ours, Way::Read, 5000, &mut |_, _| {}).unwrap_err();
             assert!(why.to_string().contains(saying), "{why}");
         }
     }
