@@ -115,7 +115,7 @@ pub(crate) enum Command {
 /// What to measure.
 #[derive(Args, Debug)]
 #[command(after_help = "\
-Ciphers and engines: each figure is the median of seven rounds of one thread. The path: of three rounds, in which all servers
+Ciphers and engines: each figure is the median of seven rounds of one thread. The path: of five rounds, in which all servers
 take turns, so that what else the machine does hits them alike. Still compare figures of one run only.
 
 Examples:

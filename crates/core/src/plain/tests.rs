@@ -66,13 +66,20 @@ struct Noting {
     inner: MemBacking,
     access: Access,
     can_discard: bool,
+    fails_reads: bool,
     said: Mutex<Vec<String>>,
 }
 
 impl Noting {
     fn new(align: u32) -> Self {
         let inner = MemBacking::new(SIZE, align);
-        Self { inner, access: Access::ReadWrite, can_discard: true, said: Mutex::default() }
+        Self {
+            inner,
+            access: Access::ReadWrite,
+            can_discard: true,
+            fails_reads: false,
+            said: Mutex::default(),
+        }
     }
 
     fn note(&self, text: String) {
@@ -92,6 +99,9 @@ impl Backing for Noting {
 
     fn read(&self, offset: u64, data: &mut [u8]) -> Result<(), Error> {
         self.note(format!("read {offset} {}", data.len()));
+        if self.fails_reads {
+            return Err(Error::new(ErrorKind::Backing, Op::Read).at(offset, data.len() as u64));
+        }
         self.inner.read(offset, data)
     }
 
@@ -146,6 +156,16 @@ fn nothing_is_read_or_written_that_was_not_asked_for() {
     assert_eq!(backing.said(), ["read 0 4096", "read 8192 4096", "write 0 12288 Cached"]);
     read(&volume, 5000, 1, &mut buffer).unwrap();
     assert_eq!(backing.said(), ["read 4096 4096"]);
+}
+
+#[test]
+fn a_write_whose_edge_cannot_be_read_fails_and_writes_nothing() {
+    let backing = Arc::new(Noting { fails_reads: true, ..Noting::new(4096) });
+    let volume = volume_on(backing.clone(), Access::ReadWrite, Discard::Pass).unwrap();
+    let [mut buffer, _] = buffers(&volume);
+    assert_eq!(write(&volume, 100, &[1; 100], &mut buffer).unwrap_err().kind(), ErrorKind::Backing);
+    assert_eq!(backing.said(), ["read 0 4096"]);
+    write(&volume, 4096, &[1; 4096], &mut buffer).unwrap();
 }
 
 #[test]

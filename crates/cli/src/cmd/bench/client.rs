@@ -59,6 +59,14 @@ impl Shape {
         Self { name: "4 KiB, depth 32", order: Order::Random, len: 4096, depth: 32 },
     ];
 
+    /// In what its throughput is shown.
+    pub(super) fn unit(&self) -> &'static str {
+        match self.order {
+            Order::Sequential => "MB/s",
+            Order::Random => "kIOPS",
+        }
+    }
+
     /// Bytes that go to the server and come back for each request.
     pub(super) fn message_bytes(&self, way: Way) -> (usize, usize) {
         let (request, len) = (wire::REQUEST_BYTES, self.len as usize);
@@ -79,9 +87,11 @@ pub(super) struct Places {
 }
 
 impl Places {
-    /// On a disk of `size` bytes.
-    pub(super) fn new(shape: Shape, size: u64) -> Self {
-        Self { shape, size, next: 0, random: SplitMix64::new(1) }
+    /// On a disk of `size` bytes. With another seed, others: who goes where somebody else has just been finds everything in
+    /// the processor's cache.
+    pub(super) fn new(shape: Shape, size: u64, seed: u64) -> Self {
+        let mut random = SplitMix64::new(seed);
+        Self { shape, size, next: random.next_u64() >> 8, random }
     }
 
     pub(super) fn next(&mut self) -> u64 {
@@ -112,11 +122,14 @@ pub(super) struct Client {
     size: u64,
     received: Received,
     payload: Vec<u8>,
+    seed: u64,
 }
 
 impl Client {
     /// Takes up the only export of the server at the other end.
-    pub(super) fn connect(stream: UnixStream) -> io::Result<Self> {
+    ///
+    /// Clients of different seeds go to different places, and each to others every time.
+    pub(super) fn connect(stream: UnixStream, seed: u64) -> io::Result<Self> {
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
         let mut stream = stream;
@@ -139,13 +152,14 @@ impl Client {
             }
         })?;
         let size = size.ok_or_else(|| strange("what it says of its export"))?;
-        Ok(Self { stream, size, received: Received::default(), payload: Vec::new() })
+        Ok(Self { stream, size, received: Received::default(), payload: Vec::new(), seed: seed << 32 })
     }
 
     /// Keeps requests under way for `time`, and waits until all are answered.
     pub(super) fn run(&mut self, shape: Shape, way: Way, time: Duration) -> io::Result<Done> {
         let began = Instant::now();
-        let mut places = Places::new(shape, self.size);
+        self.seed += 1;
+        let mut places = Places::new(shape, self.size, self.seed);
         let len = shape.len as usize;
         if self.payload.len() < len {
             // Noise, as data that was encrypted elsewhere.
@@ -177,7 +191,7 @@ impl Client {
     /// Checks that what is written is read again, at some places. A server that fails this has no figures.
     pub(super) fn check(&mut self) -> io::Result<()> {
         let shape = Shape { name: "check", order: Order::Random, len: 300 * 1024, depth: 1 };
-        let mut places = Places::new(shape, self.size);
+        let mut places = Places::new(shape, self.size, self.seed);
         let mut written = vec![0; shape.len as usize];
         for seed in 0..4 {
             let at = places.next();
@@ -459,14 +473,15 @@ mod tests {
     #[test]
     fn requests_go_where_they_should() {
         for shape in Shape::ALL {
-            let mut places = Places::new(shape, 16 << 20);
+            let mut places = Places::new(shape, 16 << 20, 1);
             let all: Vec<u64> = (0..20_000).map(|_| places.next()).collect();
             assert!(
                 all.iter().all(|at| at % u64::from(shape.len) == 0 && at + u64::from(shape.len) <= 16 << 20)
             );
             match shape.order {
                 Order::Sequential => {
-                    assert_eq!(all[..17], std::array::from_fn::<_, 17, _>(|n| (n as u64 % 16) << 20))
+                    let follows = |pair: &[u64]| pair[1] == (pair[0] + (1 << 20)) % (16 << 20);
+                    assert!(all.windows(2).all(follows));
                 }
                 // Every place of 4096 is hit but for a few.
                 Order::Random => {

@@ -13,7 +13,7 @@
 //! them alike. Where the time of a request goes is the difference of two lines: nothing is measured within the server, so
 //! nothing of it is slower for being measured.
 
-use super::client::{Client, Done, Places, Shape, Way};
+use super::client::{Client, Done, Order, Places, Shape, Way};
 use super::memory::MemoryBacking;
 use super::nothing::{NoDisk, NoEngine};
 use super::scratch::Scratch;
@@ -48,8 +48,8 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Rounds of which the median counts.
-const ROUNDS: u32 = 3;
+/// Rounds of which the median counts: short ones, since what disturbs is short, too.
+const ROUNDS: u32 = 5;
 /// What is measured if nothing is said.
 const SIZE: u64 = 256 << 20;
 const TIME: Duration = Duration::from_millis(600);
@@ -107,7 +107,8 @@ struct Figure {
     depth: usize,
     requests_per_s: f64,
     mb_per_s: f64,
-    /// Processor time of the server, its engine's process included, and not that of the client. `null` for limits without a
+    /// Processor time of the server, its engine's process included, and not that of the client: of the round with the least.
+    /// `null` for limits without a
     /// server, and where the system does not tell.
     server_cpu_us: Option<f64>,
     /// Throughput as a share of the plain volume's at the same place.
@@ -147,7 +148,7 @@ impl Rung {
             let (ours, theirs) = UnixStream::pair()?;
             // The connection's thread keeps the server, and ends when the client goes.
             server.serve(theirs)?;
-            let mut client = Client::connect(ours)?;
+            let mut client = Client::connect(ours, 16 * (what as u64) + place as u64)?;
             if what != What::NoDisk {
                 client.check()?;
             }
@@ -235,15 +236,18 @@ pub(super) fn measure(args: &Bench) -> Result<PathReport, Failure> {
     for shape in Shape::ALL {
         for way in Way::BOTH {
             let mut samples: Vec<Vec<Sample>> = rungs.iter().map(|_| Vec::new()).collect();
-            for _ in 0..ROUNDS {
-                for (rung, samples) in rungs.iter_mut().zip(&mut samples) {
-                    samples.push(rung.measure(shape, way, time / ROUNDS)?);
+            for round in 0..ROUNDS as usize {
+                // Each comes first once in a while.
+                for at in 0..rungs.len() {
+                    let at = (at + round * 2) % rungs.len();
+                    samples[at].push(rungs[at].measure(shape, way, time / ROUNDS)?);
                 }
             }
             for (rung, samples) in rungs.iter().zip(&samples) {
                 let seconds = middle(samples.iter().map(|sample| sample.seconds));
                 let cpu = samples.iter().map(|sample| sample.cpu_us).collect::<Option<Vec<_>>>();
-                let cpu = cpu.map(|cpu| middle(cpu.into_iter()));
+                // Whatever disturbs only adds.
+                let cpu = cpu.map(|cpu| cpu.into_iter().fold(f64::INFINITY, f64::min));
                 figures.push(Figure::of(rung.place, rung.what, shape, way, seconds, cpu));
             }
         }
@@ -276,14 +280,14 @@ fn rungs(args: &Bench, file: Arc<dyn Backing>, size: u64) -> Result<Vec<Rung>, F
         let engine = HostEngine::start_at_home(&plan, false, false, &mut asker);
         engines.push((what, engine.map_err(|error| Failure::of("cannot start the engine", &error))?.profile));
     }
+    let cannot = |error: Error| Failure::of("cannot make a volume to measure", &error);
     let mut rungs = vec![Rung { place: Place::Limit, what: What::Echo, client: None, profile: None }];
     if args.stages {
         rungs.push(Rung::over(Place::Limit, What::NoDisk, Arc::new(NoDisk::new(size)))?);
     }
-    let memory: Arc<dyn Backing> = Arc::new(MemoryBacking::new(size));
+    let memory: Arc<dyn Backing> = Arc::new(MemoryBacking::new(size).map_err(cannot)?);
     let pool = plain::pool();
     for (place, backing) in [(Place::Memory, memory), (Place::File, file)] {
-        let cannot = |error: Error| Failure::of("cannot make a volume to measure", &error);
         let plain = PlainVolume::new(backing.clone(), size, Access::ReadWrite, Discard::Off, pool.clone());
         rungs.push(Rung::over(place, What::Plain, Arc::new(plain.map_err(cannot)?))?);
         for (what, profile) in &engines {
@@ -323,7 +327,7 @@ fn limits(scratch: &Scratch, size: u64) -> Result<Vec<Figure>, Failure> {
     for shape in Shape::ALL {
         let len = shape.len as usize;
         for way in Way::BOTH {
-            let mut places = Places::new(shape, LIMIT_BYTES as u64);
+            let mut places = Places::new(shape, LIMIT_BYTES as u64, 1);
             let mut range = || {
                 let at = usize::try_from(places.next()).expect("within LIMIT_BYTES");
                 at..at + len
@@ -339,7 +343,7 @@ fn limits(scratch: &Scratch, size: u64) -> Result<Vec<Figure>, Failure> {
                     Way::Write => cipher.encrypt(0.into(), unit, black_box(data)),
                 }
             });
-            let mut places = Places::new(shape, size);
+            let mut places = Places::new(shape, size, 2);
             let data = &mut into[..len];
             let moved = median(|| {
                 let at = places.next();
@@ -406,14 +410,15 @@ impl PathReport {
     pub(super) fn describe(&self) -> String {
         let mut text = format!(
             "path, one connection over a socket pair, {}, data unit {}, engine {}; {}, in memory and in a file in {}; medians of \
-             {ROUNDS} rounds\n  read / write                         1 MiB, depth 16, MB/s     4 KiB, depth 1, kIOPS    4 KiB, \
-             depth 32, kIOPS\n",
+             {ROUNDS} rounds\n",
             self.mode,
             self.data_unit_bytes,
             self.engine,
             Size(self.size_bytes),
             crate::report::printable(&self.directory),
         );
+        let columns = Shape::ALL.map(|shape| format!("{}, {}", shape.name, shape.unit()));
+        push_row(&mut text, "  read / write (of plain)", &columns);
         let groups = [
             ("limits, one thread", Place::Limit, &[What::Copy, What::Cipher, What::File, What::Echo][..]),
             ("in memory", Place::Memory, &[What::Plain, What::InProcess, What::Isolated]),
@@ -422,12 +427,8 @@ impl PathReport {
         for (title, place, rows) in groups {
             let _ = writeln!(text, "  {title}");
             for what in rows {
-                let _ = write!(text, "    {:<33}", what.name());
-                for shape in Shape::ALL {
-                    let _ = write!(text, "  {:<24}", self.cell(place, *what, shape));
-                }
-                text.truncate(text.trim_end().len());
-                text.push('\n');
+                let cells = Shape::ALL.map(|shape| self.cell(place, *what, shape));
+                push_row(&mut text, &format!("    {}", what.name()), &cells);
             }
         }
         if self.with_stages {
@@ -440,12 +441,9 @@ impl PathReport {
     fn cell(&self, place: Place, what: What, shape: Shape) -> String {
         let [read, write] = Way::BOTH.map(|way| self.find(place, what, shape, way));
         let (Some(read), Some(write)) = (read, write) else { return String::new() };
-        let value = |figure: &Figure| {
-            if shape.len > 4096 {
-                format!("{:.0}", figure.mb_per_s)
-            } else {
-                format!("{:.1}", figure.requests_per_s / 1e3)
-            }
+        let value = |figure: &Figure| match shape.order {
+            Order::Sequential => format!("{:.0}", figure.mb_per_s),
+            Order::Random => format!("{:.1}", figure.requests_per_s / 1e3),
         };
         let mut text = format!("{} / {}", value(read), value(write));
         if let (Some(read), Some(write)) = (read.of_plain, write.of_plain) {
@@ -465,10 +463,15 @@ impl PathReport {
             ("+ the cipher", Place::File, What::InProcess),
             ("+ hand-over to the engine process", Place::File, What::Isolated),
         ];
-        let mut text = "\nstages, processor time of server and engine process in us a request: all so far, and what the stage adds\n  \
-                        read, write                        1 MiB, depth 16                4 KiB, depth 1               4 KiB, depth \
-                        32\n"
-            .to_owned();
+        let mut text = format!(
+            "\nstages, processor time of server and engine process in us a request, the least of {ROUNDS} rounds: all so far, and \
+             what the stage adds\n"
+        );
+        let _ = write!(text, "{:<35}", "  read, write");
+        for shape in Shape::ALL {
+            let _ = write!(text, "  {:>28}", shape.name);
+        }
+        text.push('\n');
         let mut before: Option<(Place, What)> = None;
         for (name, place, what) in stages {
             let _ = write!(text, "  {name:<33}");
@@ -488,6 +491,16 @@ impl PathReport {
         }
         text
     }
+}
+
+/// A line of the table: a name, and what it has for each kind of request.
+fn push_row(text: &mut String, name: &str, cells: &[String]) {
+    let _ = write!(text, "{name:<37}");
+    for cell in cells {
+        let _ = write!(text, "  {cell:<30}");
+    }
+    text.truncate(text.trim_end().len());
+    text.push('\n');
 }
 
 /// What is asked for of the path, where the path is not.
