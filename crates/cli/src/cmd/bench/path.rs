@@ -9,8 +9,8 @@
 //!   client --socket pair--> server -> encrypted volume, engine in a process of its own -> memory | file
 //! ```
 //!
-//! All of them stand ready at once and take turns, load by load and round by round, so that what else the machine does hits
-//! them alike. Where the time of a request goes is the difference of two lines: nothing is measured within the server, so
+//! All of them stand ready at once and take turns, load by load and round by round, in another order each time, so that what
+//! else the machine does hits them alike. Where the time of a request goes is the difference of two lines: nothing is measured within the server, so
 //! nothing of it is slower for being measured.
 
 use super::client::{Client, Done, Order, Places, Shape, Way};
@@ -36,6 +36,7 @@ use inlinecrypt_core::plain::PlainVolume;
 use inlinecrypt_core::profile::CryptoProfile;
 use inlinecrypt_core::reencrypt::LiveVolume;
 use inlinecrypt_core::volume::{Discard, Layout, Volume};
+use inlinecrypt_io::backing::testing::SplitMix64;
 use inlinecrypt_io::export::ExportSpec;
 use inlinecrypt_io::export::nbd::{NbdServer, ServerOptions};
 use rustix::time::{ClockId, clock_gettime};
@@ -233,13 +234,14 @@ pub(super) fn measure(args: &Bench) -> Result<PathReport, Failure> {
     let spec = plan::engine_from(&args.engine)?.spec.to_string();
     let mut figures = limits(&scratch, size)?;
     let mut rungs = rungs(args, file, size)?;
+    let (mut order, mut random) = ((0..rungs.len()).collect::<Vec<_>>(), SplitMix64::new(4));
     for shape in Shape::ALL {
         for way in Way::BOTH {
             let mut samples: Vec<Vec<Sample>> = rungs.iter().map(|_| Vec::new()).collect();
-            for round in 0..ROUNDS as usize {
-                // Each comes first once in a while.
-                for at in 0..rungs.len() {
-                    let at = (at + round * 2) % rungs.len();
+            for _ in 0..ROUNDS {
+                // In another order each time: who comes first after another place was used finds nothing in the cache.
+                shuffle(&mut order, &mut random);
+                for &at in &order {
                     samples[at].push(rungs[at].measure(shape, way, time / ROUNDS)?);
                 }
             }
@@ -366,6 +368,14 @@ fn limits(scratch: &Scratch, size: u64) -> Result<Vec<Figure>, Failure> {
         }
     }
     Ok(figures)
+}
+
+/// Puts them into any order, each as likely as the others.
+fn shuffle(order: &mut [usize], random: &mut SplitMix64) {
+    for last in (1..order.len()).rev() {
+        let other = random.below(last as u64 + 1);
+        order.swap(last, usize::try_from(other).expect("at most last"));
+    }
 }
 
 fn middle(values: impl Iterator<Item = f64>) -> f64 {
