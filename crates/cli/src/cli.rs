@@ -115,8 +115,9 @@ pub(crate) enum Command {
 /// What to measure.
 #[derive(Args, Debug)]
 #[command(after_help = "\
-Ciphers and engines: each figure is the median of seven rounds of one thread. The path: of five rounds, in which all servers
-take turns, so that what else the machine does hits them alike. Still compare figures of one run only.
+Ciphers and engines: each figure is the median of seven rounds of one thread. The path: of five
+rounds, in which all servers take turns, so that what else the machine does hits them alike.
+Still compare figures of one run only.
 
 Examples:
   inlinecrypt bench
@@ -136,11 +137,11 @@ pub(crate) struct Bench {
     /// [default: $TMPDIR, else the current directory]
     #[arg(long, value_name = "PATH", help_heading = "Path")]
     pub(crate) file: Option<PathBuf>,
-    /// Bytes of that file, and of the memory: at least 16 MiB; more than the machine's memory shows the medium
+    /// Bytes of that file, and of the memory beside it: at least 16 MiB. What fits the processor's cache is fast
     /// [default: 256MiB]
     #[arg(long, value_name = "SIZE", help_heading = "Path", value_parser = parse_bench_size)]
     pub(crate) size: Option<u64>,
-    /// Seconds for each figure of the path, of which there are about 60: 0.01 to 60 [default: 0.6]
+    /// Seconds for each figure of the path, of which there are about 50: 0.01 to 60 [default: 0.6]
     #[arg(long, value_name = "SECONDS", help_heading = "Path", value_parser = parse_bench_time)]
     pub(crate) time: Option<Duration>,
     /// Also show where a request's processor time goes, stage by stage
