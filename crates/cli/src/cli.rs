@@ -23,6 +23,7 @@ use inlinecrypt_engine::{EngineSpec, RootSpec, Sample};
 use inlinecrypt_io::listen::Listen;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::time::Duration;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -99,7 +100,11 @@ pub(crate) enum Command {
     Check(Check),
     /// Show what this machine's kernel and block devices can do of inline encryption
     Probe(Probe),
-    /// Measure ciphers and engines on this machine
+    /// Measure ciphers, engines and the whole path on this machine, with the machine's own limits beside them
+    ///
+    /// cipher: the modes, in memory. engine: orders to an engine, in this process and in one of its own. path: a server of
+    /// ours and a client of this program on a socket pair, over memory and over a file; plain, with the engine in this
+    /// process, and with the engine in one of its own.
     Bench(Bench),
     /// Print completions for a shell
     Completions(Completions),
@@ -110,17 +115,52 @@ pub(crate) enum Command {
 /// What to measure.
 #[derive(Args, Debug)]
 #[command(after_help = "\
-Each figure is the median of seven rounds of one thread. Other work on the machine shows: compare figures of one run.
+Ciphers and engines: each figure is the median of seven rounds of one thread. The path: of five
+rounds, in which all servers take turns, so that what else the machine does hits them alike.
+Still compare figures of one run only.
 
 Examples:
   inlinecrypt bench
+  inlinecrypt bench cipher engine --json
+  inlinecrypt bench path --file /srv/volumes --size 1GiB
+      over a file in that directory, which is removed again; without --file in $TMPDIR, else in the current directory
+  inlinecrypt bench path --stages --time 3
+      also where the processor time of a request goes
   inlinecrypt bench --engine ice:next --json")]
 pub(crate) struct Bench {
+    /// What to measure [default: everything]
+    #[arg(value_name = "WHAT", value_enum)]
+    pub(crate) what: Vec<BenchArg>,
     #[command(flatten)]
     pub(crate) engine: EngineArgs,
+    /// Where the path's file is made: a directory, or a name that nothing has yet. It is removed again, however this ends
+    /// [default: $TMPDIR, else the current directory]
+    #[arg(long, value_name = "PATH", help_heading = "Path")]
+    pub(crate) file: Option<PathBuf>,
+    /// Bytes of that file, and of the memory beside it: at least 16 MiB. What fits the processor's cache is fast
+    /// [default: 256MiB]
+    #[arg(long, value_name = "SIZE", help_heading = "Path", value_parser = parse_bench_size)]
+    pub(crate) size: Option<u64>,
+    /// Seconds for each figure of the path, of which there are about 50: 0.01 to 60 [default: 0.6]
+    #[arg(long, value_name = "SECONDS", help_heading = "Path", value_parser = parse_bench_time)]
+    pub(crate) time: Option<Duration>,
+    /// Also show where a request's processor time goes, stage by stage
+    #[arg(long, help_heading = "Path")]
+    pub(crate) stages: bool,
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// Something that is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum BenchArg {
+    /// The modes, in memory
+    Cipher,
+    /// Orders to an engine
+    Engine,
+    /// From a client through the server to memory and to a file
+    Path,
 }
 
 /// Where engines run.
@@ -274,6 +314,8 @@ Examples:
   dmsetup table --showkeys secret | inlinecrypt serve --dm-table-file -
       a volume of dm-crypt's, by the line of its table; docs/dm-crypt.md
   inlinecrypt serve --nbd tcp:0.0.0.0:10809 --tls-cert server.pem --tls-key server.key demo.img
+  inlinecrypt serve --plain old.img
+      as it is, WITHOUT encryption: to copy an image in or out, or to see what encryption costs
   inlinecrypt serve --config servers.toml
   inlinecrypt serve --control demo.control --take-over demo.control demo.img
       a new program takes over from the one that serves demo.img with that control socket, which then ends
@@ -296,6 +338,7 @@ A config:
   engine = \"e0\"                   # default: the first
   # key_id, mode, data_unit, block, iv_offset, iv, offset, length, read_only, fallback, discard, direct
   # dm_table = \"0 2048 crypt aes-xts-plain64 - 0 db1.img 0\" says mode, data unit, IVs, place and length as dm-crypt does
+  # plain = true serves it WITHOUT encryption; together with nothing that is about keys, data units or engines
   # size = BYTES refuses a file that has become shorter; `volume create` writes it into the description
   # for LUKS containers: header, passphrase_file, key_file, recover
   # priority = \"low\", \"normal\" or \"high\"; pin = true keeps the key in its keyslot; preprogram = true puts it there
@@ -360,6 +403,10 @@ pub(crate) struct Serve {
     /// Whether trim gives storage back; whoever sees the file learns which parts are unused [default: pass]
     #[arg(long, value_name = "WHAT", value_enum)]
     pub(crate) discard: Option<DiscardArg>,
+    /// Serve without encryption, for comparison and for images that are still to be moved in or out: what clients write lies
+    /// on the disk as it is. Together with nothing that is about keys, data units or engines
+    #[arg(long)]
+    pub(crate) plain: bool,
     /// Let nobody write
     #[arg(long)]
     pub(crate) read_only: bool,
@@ -951,6 +998,21 @@ fn parse_zone(text: &str) -> Result<u64, String> {
     } else {
         Err(format!("{bytes} bytes are no zone: it is a multiple of 256 KiB up to 64 MiB"))
     }
+}
+
+fn parse_bench_size(text: &str) -> Result<u64, String> {
+    let bytes = text.parse::<Size>()?.0;
+    let fits = (16 << 20..=1 << 44).contains(&bytes) && bytes.is_multiple_of(1 << 20);
+    if fits {
+        Ok(bytes)
+    } else {
+        Err(format!("{bytes} bytes: it is a multiple of 1 MiB from 16 MiB to 16 TiB"))
+    }
+}
+
+fn parse_bench_time(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse::<f64>().ok().filter(|seconds| (0.01..=60.0).contains(seconds));
+    seconds.map(Duration::from_secs_f64).ok_or_else(|| "a number of seconds from 0.01 to 60".to_owned())
 }
 
 fn parse_workers(text: &str) -> Result<usize, String> {

@@ -71,6 +71,7 @@ pub(crate) struct VolumeTable {
     pub(crate) key_file: Option<String>,
     pub(crate) recover: Option<bool>,
     pub(crate) reencrypt: Option<String>,
+    pub(crate) plain: Option<bool>,
 }
 
 /// `[listen]`
@@ -143,6 +144,7 @@ const KEYS: &[(&str, &[&str])] = &[
             "key_file",
             "recover",
             "reencrypt",
+            "plain",
         ],
     ),
     ("listen", &["nbd", "tls", "tls_cert", "tls_key", "tls_client_ca", "tls_verify_client"]),

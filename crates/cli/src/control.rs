@@ -117,6 +117,9 @@ pub(crate) struct VolumeReport {
     pub(crate) name: String,
     pub(crate) path: String,
     pub(crate) size_bytes: u64,
+    /// Whether it is not encrypted at all: then there are no data units, key and engine, and what is said of them is
+    /// `plain`, `none`, 0 or empty.
+    pub(crate) plain: bool,
     pub(crate) mode: &'static str,
     pub(crate) data_unit_bytes: u32,
     pub(crate) block_bytes: u32,

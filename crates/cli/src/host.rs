@@ -9,6 +9,7 @@ use crate::identifier::Identifier;
 use crate::keyfile::{KeySource, LoadedKey, Wanted};
 use crate::orders::{self, Candidate};
 use crate::places::{self, beside};
+use crate::plain::ReadyPlain;
 use crate::plan::{EnginePlan, LayoutPlan, Plan, Settings, SlotsPlan, TlsPlan, VolumePlan};
 use crate::reencrypt::NextPlan;
 use crate::report::{Code, Failure, note};
@@ -34,7 +35,7 @@ use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 /// Large buffers of one engine: enough for as many requests in flight as matter, 20 MiB if all are ever touched.
-const LARGE_BUFFERS: usize = 64;
+pub(crate) const LARGE_BUFFERS: usize = 64;
 
 /// Keyslots of the software fallback: what Linux gives its own (`blk_crypto_fallback_num_keyslots`).
 const FALLBACK_KEYSLOTS: u32 = 100;
@@ -72,7 +73,8 @@ impl HostEngine {
         Self::of(plan, engine_process::start(plan, wants_root, fallback, asker)?)
     }
 
-    fn of(plan: &EnginePlan, started: Started) -> Result<Self, Error> {
+    /// The framework around an engine that was started.
+    pub(crate) fn of(plan: &EnginePlan, started: Started) -> Result<Self, Error> {
         let Started { engine, fallback, root, isolated } = started;
         let pool = || MemoryPool::new(LARGE_BUFFER_BYTES, LARGE_BUFFERS);
         let clock = Arc::new(SystemClock(Instant::now()));
@@ -134,6 +136,7 @@ pub(crate) struct ReadyNext {
 pub(crate) struct Host {
     pub(crate) engines: Vec<Option<HostEngine>>,
     pub(crate) volumes: Vec<Ready>,
+    pub(crate) plain: Vec<ReadyPlain>,
 }
 
 impl Host {
@@ -178,7 +181,7 @@ impl Host {
                     continue;
                 }
             };
-            if let Err(failure) = check_writable(volume) {
+            if let Err(failure) = check_writable(&volume.path, volume.access, &volume.label) {
                 failures.push(failure);
                 continue;
             }
@@ -202,6 +205,12 @@ impl Host {
                 }
             }
             host.volumes.push(ready);
+        }
+        for volume in &plan.plain {
+            match volume.prepare() {
+                Ok(ready) => host.plain.push(ready),
+                Err(failure) => failures.push(failure),
+            }
         }
         (host, failures)
     }
@@ -301,6 +310,7 @@ impl Host {
                 ));
             }
         }
+        self.plain.iter().for_each(ReadyPlain::tell_notes);
     }
 }
 
@@ -393,15 +403,15 @@ fn admit_next(
 }
 
 /// Refuses a volume that is to be written and that this user may not write.
-fn check_writable(volume: &VolumePlan) -> Result<(), Failure> {
+pub(crate) fn check_writable(path: &Path, access: Access, label: &str) -> Result<(), Failure> {
     use rustix::fs::{Access as May, AtFlags, CWD, accessat};
-    if volume.access == Access::ReadOnly {
+    if access == Access::ReadOnly {
         return Ok(());
     }
     // As whom the system opens it, which access(2) alone does not ask.
-    match accessat(CWD, &volume.path, May::WRITE_OK, AtFlags::EACCESS) {
+    match accessat(CWD, path, May::WRITE_OK, AtFlags::EACCESS) {
         Err(errno @ (Errno::ACCESS | Errno::PERM | Errno::ROFS)) => Err(Failure::of_io(
-            format!("{} is not writable", volume.label),
+            format!("{label} is not writable"),
             &errno.into(),
             "Serve it with --read-only (read_only = true in a config), or get the right to write it.",
         )),

@@ -11,6 +11,7 @@
 //!     engine_process   where engines run
 //!     create     new volumes: key, description and image, in an order that a crash cannot spoil
 //!     control    the socket by which `status` asks a running server
+//!     plain      volumes without encryption
 //!     reencrypt   another key for a volume: what is written down, and who does the work
 //!     take_over   live upgrade: one server takes over from another
 //!   luks/        LUKS containers: what they say about their data, and the process that opens them
@@ -37,6 +38,7 @@ mod keyfile;
 mod luks;
 mod orders;
 mod places;
+mod plain;
 mod plan;
 mod probe;
 mod reencrypt;

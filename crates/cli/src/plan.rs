@@ -16,6 +16,7 @@ use crate::keyfile::{KeySource, Wanted};
 use crate::luks::look::Luks;
 use crate::luks::unlock::{LuksKey, Passphrase, PassphraseFile};
 use crate::places::{self, beside, directory_of, relative_to};
+use crate::plain::{self, PlainPlan};
 use crate::reencrypt::{self, NextPlan};
 use crate::report::{Code, Failure};
 use crate::table::{self, TableTerms};
@@ -39,6 +40,8 @@ use toml::Spanned;
 pub(crate) struct Plan {
     pub(crate) engines: Vec<EnginePlan>,
     pub(crate) volumes: Vec<VolumePlan>,
+    /// Those without encryption.
+    pub(crate) plain: Vec<PlainPlan>,
     pub(crate) listen: ListenPlan,
     pub(crate) server: ServerPlan,
 }
@@ -192,6 +195,8 @@ pub(crate) struct Settings {
     pub(crate) luks: LuksSettings,
     /// The state of its re-encryption, while that is under way.
     pub(crate) reencrypt: Option<PathBuf>,
+    /// Whether it is not encrypted at all.
+    pub(crate) plain: Option<bool>,
 }
 
 /// What somebody said about a LUKS container.
@@ -275,11 +280,18 @@ impl Settings {
             preprogram: table.preprogram,
             spill_after_us: table.spill_after_us,
             reencrypt: table.reencrypt.as_ref().map(|path| relative_to(base, Path::new(path))),
+            plain: table.plain,
             luks: LuksSettings::from_table(table, base).unwrap_or_else(|why| {
                 whys.push(why);
                 LuksSettings::default()
             }),
         };
+        if asked.is_plain() {
+            let (dm_table, engine) =
+                (table.dm_table.as_ref().map(|_| "dm_table"), table.engine.as_ref().map(|_| "engine"));
+            let said = asked.of_encryption().chain(dm_table).chain(engine);
+            whys.extend(said.map(plain::contradiction));
+        }
         if !whys.is_empty() {
             return Err(whys);
         }
@@ -323,6 +335,7 @@ impl Settings {
         conflict("length", text(self.length), text(described.length));
         conflict("key_id", text(self.key_id), text(described.key_id));
         conflict("size", text(self.size), text(described.size));
+        conflict("plain", text(self.plain), text(described.plain));
         if !conflicts.is_empty() {
             return Err(conflicts.join("; "));
         }
@@ -349,13 +362,34 @@ impl Settings {
             spill_after_us: self.spill_after_us.or(described.spill_after_us),
             luks: self.luks.over(&described.luks),
             reencrypt: self.reencrypt.or_else(|| described.reencrypt.clone()),
+            plain: self.plain.or(described.plain),
         })
+    }
+
+    /// Whether it is to be served without encryption.
+    pub(crate) fn is_plain(&self) -> bool {
+        self.plain == Some(true)
     }
 
     /// Whether it says anything that a re-encryption changes.
     fn names_key_or_layout(&self) -> bool {
         let Self { key, key_id, mode, data_unit, iv_offset, .. } = self;
         key.is_some() || key_id.is_some() || mode.is_some() || data_unit.is_some() || iv_offset.is_some()
+    }
+
+    pub(crate) fn access(&self) -> Access {
+        if self.read_only == Some(true) { Access::ReadOnly } else { Access::ReadWrite }
+    }
+
+    pub(crate) fn discard(&self) -> Discard {
+        match self.discard {
+            Some(DiscardArg::Off) => Discard::Off,
+            Some(DiscardArg::Pass) | None => Discard::Pass,
+        }
+    }
+
+    pub(crate) fn caching(&self) -> Caching {
+        if self.direct == Some(true) { Caching::Direct } else { Caching::PageCache }
     }
 
     fn slots(&self) -> SlotsPlan {
@@ -656,6 +690,7 @@ fn policy_from(policy: Option<&str>, program_share: Option<u8>) -> Result<Policy
 struct Builder {
     engines: Vec<EnginePlan>,
     volumes: Vec<VolumePlan>,
+    plain: Vec<PlainPlan>,
     failures: Vec<Failure>,
 }
 
@@ -689,6 +724,14 @@ impl Builder {
                 return;
             }
         };
+        let is_described = description.as_ref().is_some_and(|description| description.settings.is_plain());
+        if asked.is_plain() && !is_described {
+            match plain::refuse_encrypted(path, &asked, description.as_ref(), &label) {
+                Ok(()) => self.plain.push(PlainPlan::new(label, path, &asked, "the config".to_owned())),
+                Err(failure) => self.failures.push(failure),
+            }
+            return;
+        }
         let is_named_twice = description.is_some() && asked.names_key_or_layout();
         // Where both say something, they say the same.
         let said_by = match &description {
@@ -710,6 +753,17 @@ impl Builder {
                 }
             },
         };
+        if settings.is_plain() {
+            match settings.of_encryption().next() {
+                None => self.plain.push(PlainPlan::new(label, path, &settings, said_by)),
+                Some(name) => self.failures.push(Failure::new(
+                    Code::Wrong,
+                    format!("{label}: {}", plain::contradiction(name)),
+                    format!("Leave that option out, or correct {said_by}."),
+                )),
+            }
+            return;
+        }
         let luks = match find_luks(path, &settings, description.is_some(), &label) {
             Ok(luks) => luks,
             Err(failure) => return self.failures.push(failure),
@@ -805,14 +859,11 @@ impl Builder {
             engine,
             layout,
             luks,
-            access: if settings.read_only == Some(true) { Access::ReadOnly } else { Access::ReadWrite },
+            access: settings.access(),
             fallback: settings.fallback.unwrap_or(FallbackArg::Off),
             slots: settings.slots(),
-            discard: match settings.discard {
-                Some(DiscardArg::Off) => Discard::Off,
-                Some(DiscardArg::Pass) | None => Discard::Pass,
-            },
-            caching: if settings.direct == Some(true) { Caching::Direct } else { Caching::PageCache },
+            discard: settings.discard(),
+            caching: settings.caching(),
             next,
             is_named_twice,
             label,
@@ -821,33 +872,51 @@ impl Builder {
 
     /// Exports whose names no client could ask for.
     fn check_names(&mut self) {
-        let wrong = self.volumes.iter().filter_map(|volume| check_name(&volume.name, &volume.label));
-        self.failures.extend(wrong.collect::<Vec<_>>());
+        let wrong: Vec<Failure> =
+            self.all().filter_map(|Named { label, name, .. }| check_name(name, label)).collect();
+        self.failures.extend(wrong);
+    }
+
+    /// All that is to be served, encrypted or not.
+    fn all(&self) -> impl Iterator<Item = Named<'_>> {
+        let encrypted =
+            self.volumes.iter().map(|VolumePlan { label, name, path, .. }| Named { label, name, path });
+        let plain = self.plain.iter().map(|PlainPlan { label, name, path, .. }| Named { label, name, path });
+        encrypted.chain(plain)
     }
 
     /// What cannot be seen in one volume alone.
     fn compare_volumes(&mut self) {
-        for (i, volume) in self.volumes.iter().enumerate() {
-            let earlier = &self.volumes[..i];
+        let mut failures = Vec::new();
+        let all: Vec<Named<'_>> = self.all().collect();
+        for (i, volume) in all.iter().enumerate() {
+            let earlier = &all[..i];
             if let Some(other) = earlier.iter().find(|other| other.name == volume.name) {
-                self.failures.push(Failure::new(
+                failures.push(Failure::new(
                     Code::Wrong,
                     format!("{} and {} would both be export {:?}", other.label, volume.label, volume.name),
                     "Give them names in a config: [[volume]] name = \"...\"",
                 ));
             }
-            let identity =
-                |volume: &VolumePlan| Medium::look(&volume.path).ok().map(|medium| medium.identity);
+            let identity = |volume: &Named<'_>| Medium::look(volume.path).ok().map(|medium| medium.identity);
             let Some(this) = identity(volume) else { continue };
             if let Some(other) = earlier.iter().find(|other| identity(other) == Some(this)) {
-                self.failures.push(Failure::new(
+                failures.push(Failure::new(
                     Code::Wrong,
                     format!("{} and {} are one file", other.label, volume.label),
                     "Serve it once; any number of clients may connect to one export.",
                 ));
             }
         }
+        self.failures.extend(failures);
     }
+}
+
+/// What volumes of every kind have.
+struct Named<'b> {
+    label: &'b str,
+    name: &'b str,
+    path: &'b Path,
 }
 
 /// The LUKS container at `path`, if it is one.
@@ -1008,6 +1077,7 @@ impl Plan {
             discard,
             read_only,
             direct,
+            plain,
             header,
             recover,
             ..
@@ -1049,6 +1119,7 @@ impl Plan {
                 fallback: *fallback,
                 discard: *discard,
                 direct: direct.then_some(true),
+                plain: plain.then_some(true),
                 priority: *priority,
                 pin: pin.then_some(true),
                 luks: LuksSettings { header: header.clone(), passphrase: None, recover: *recover },
@@ -1161,8 +1232,8 @@ impl Plan {
     fn in_part(mut builder: Builder, listen: ListenPlan, server: ServerPlan) -> (Self, Vec<Failure>) {
         builder.check_names();
         builder.compare_volumes();
-        let Builder { engines, volumes, failures } = builder;
-        (Self { engines, volumes, listen, server }, failures)
+        let Builder { engines, volumes, plain, failures } = builder;
+        (Self { engines, volumes, plain, listen, server }, failures)
     }
 }
 

@@ -18,6 +18,7 @@
 //!
 //! Messages are JSON behind their length, and what carries a descriptor carries one.
 
+use crate::plain::PLAIN;
 use crate::plan::ControlPlan;
 use crate::report::{Code, Failure};
 use crate::size::Size;
@@ -125,9 +126,30 @@ impl VolumeFacts {
         }
     }
 
+    /// The same of a volume without encryption.
+    pub(crate) fn of_plain(name: &str, geometry: Geometry, offset_bytes: u64) -> Self {
+        Self {
+            name: name.to_owned(),
+            key_id: String::new(),
+            mode: PLAIN.to_owned(),
+            data_unit_bytes: 0,
+            iv_offset_sectors: 0,
+            iv: None,
+            offset_bytes: (offset_bytes != 0).then_some(offset_bytes),
+            size_bytes: geometry.size_bytes,
+            block_bytes: geometry.logical_block_bytes,
+            read_only: geometry.access == Access::ReadOnly,
+            can_trim: geometry.can_trim,
+        }
+    }
+
     /// Why a server that would serve it as `here` says cannot take it over, if it cannot.
     fn refusal(&self, here: &Self) -> Option<Failure> {
         let name = &self.name;
+        if (self.mode == PLAIN) != (here.mode == PLAIN) {
+            let how = |facts: &Self| if facts.mode == PLAIN { "plain" } else { "encrypted" };
+            return Some(otherwise(&format!("{name:?} is {} there, and {} here", how(self), how(here))));
+        }
         if self.key_id != here.key_id {
             return Some(unable(&format!("the key of {name:?} is not that of the running server")));
         }

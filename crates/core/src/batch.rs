@@ -4,7 +4,7 @@
 //! behind is what its pieces would leave one after the other, since a piece that overlaps another is not let in unless
 //! both are read. A batch is made to be used again: it keeps its memory when cleared.
 
-use crate::backing::{Access, Durability, Part};
+use crate::backing::{Access, Backing, Durability, Part};
 use crate::disk::Span;
 use crate::engine::Piece;
 use crate::error::{Error, ErrorKind, Op};
@@ -107,6 +107,47 @@ impl Item {
         self.result
     }
 
+    /// Completes the first and last data unit of a write with what is on the disk. `read_edge` puts the data unit at an
+    /// offset of the disk into the scratch room, the range that it is told.
+    pub(crate) fn fill_edges(
+        &self,
+        unit_bytes: u64,
+        buffer: &mut Buffer,
+        mut read_edge: impl FnMut(u64, Range<usize>, &mut Buffer) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let (payload, place, units) = (self.payload(), self.units(), self.span.units());
+        let unit = usize::try_from(unit_bytes).expect("at most 64 KiB");
+        let scratch = place.end..place.end + unit;
+        let last = place.end - unit;
+        if payload.start > place.start {
+            read_edge(units.start, scratch.clone(), buffer)?;
+            let head = payload.start - place.start;
+            buffer.bytes_mut().copy_within(scratch.start..scratch.start + head, place.start);
+            if last == place.start {
+                // The same data unit also holds what comes behind the payload.
+                let tail = payload.end - place.start;
+                buffer.bytes_mut().copy_within(scratch.start + tail..scratch.end, payload.end);
+                return Ok(());
+            }
+        }
+        if payload.end < place.end {
+            read_edge(units.end - unit_bytes, scratch.clone(), buffer)?;
+            buffer.bytes_mut().copy_within(scratch.start + (payload.end - last)..scratch.end, payload.end);
+        }
+        Ok(())
+    }
+
+    /// What is sent to the backing of a piece that is written, and where its bytes are: whole granules, and no more than
+    /// hold the payload.
+    fn stored(&self, granule: u64) -> (u64, Range<usize>) {
+        // The other sectors of a data unit have the very bytes that are on the disk.
+        let start = self.span.offset & !(granule - 1);
+        let end = (self.span.offset + self.span.len as u64).next_multiple_of(granule);
+        let units = self.span.units();
+        let within = |at: u64| self.at + usize::try_from(at - units.start).expect("within the buffer");
+        (start, within(start)..within(end))
+    }
+
     /// Whether it needs this access and has not failed.
     #[must_use]
     pub fn goes(&self, access: Access) -> bool {
@@ -205,6 +246,19 @@ impl Batch {
         let took_part = items.iter_mut().filter(|item| part_of(item).is_some());
         for (item, part) in took_part.zip(parts.drain(..)) {
             item.set_result(part.result);
+        }
+    }
+
+    /// Sends what is written and has not failed to `backing`, in multiples of `granule` bytes.
+    pub(crate) fn store(&mut self, backing: &dyn Backing, granule: u64, buffer: &Buffer) {
+        let cached = |item: &Item| item.transfer() == Transfer::Write(Durability::Cached);
+        self.do_parts(
+            |item| (item.result().is_ok() && cached(item)).then(|| item.stored(granule)),
+            |parts| backing.write_parts(buffer.bytes(), parts),
+        );
+        for item in self.items.iter_mut().filter(|item| item.goes(Access::ReadWrite) && !cached(item)) {
+            let (start, range) = item.stored(granule);
+            item.set_result(backing.write(start, &buffer.bytes()[range], Durability::Durable));
         }
     }
 

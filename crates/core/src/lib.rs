@@ -13,7 +13,7 @@
 //!
 //! Reading order: [`config`], [`key`], [`context`] are the nouns; [`engine`] and [`backing`] the bargains with what is
 //! outside; [`keyslot`] the hard part; [`profile`] and [`admission`] what a key goes through; [`volume`] the life of a
-//! request; [`reencrypt`] how a volume gets another key while it is used.
+//! request; [`reencrypt`] how a volume gets another key while it is used. [`plain`] is what it all would be without encryption.
 #![forbid(unsafe_code)]
 
 pub mod admission;
@@ -31,6 +31,7 @@ pub mod key;
 pub mod keyslot;
 pub mod layer;
 pub mod memory;
+pub mod plain;
 pub mod profile;
 mod range_lock;
 pub mod reencrypt;

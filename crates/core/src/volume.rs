@@ -25,7 +25,7 @@
 //! are refused. (And even a whole data unit of theirs, torn, decrypts to garbage instead of to old and new sectors, as
 //! with dm-crypt; a backing that writes `data unit size` bytes atomically does not tear it.)
 
-use crate::backing::{Access, Backing, Durability, Extent};
+use crate::backing::{Access, Backing, Extent};
 use crate::batch::{Batch, Item, Transfer};
 use crate::config::{CryptoConfig, DataUnitSize, Mode};
 use crate::disk::{Disk, Geometry, Span, Unaligned};
@@ -371,31 +371,6 @@ impl Volume {
         batch.fail(Access::ReadOnly, fetched);
     }
 
-    /// Completes the first and last data unit of a write with what is on the disk.
-    fn fill_edges(&self, request: &mut Request<'_>, item: &Item, buffer: &mut Buffer) -> Result<(), Error> {
-        let span = item.span();
-        let (payload, place, units) = (item.payload(), item.units(), span.units());
-        let unit = usize::try_from(self.unit_bytes()).expect("at most 64 KiB");
-        let scratch = place.end..place.end + unit;
-        let last = place.end - unit;
-        if payload.start > place.start {
-            self.read_edge(request, units.start, scratch.clone(), buffer)?;
-            let head = payload.start - place.start;
-            buffer.bytes_mut().copy_within(scratch.start..scratch.start + head, place.start);
-            if last == place.start {
-                // The same data unit also holds what comes behind the payload.
-                let tail = payload.end - place.start;
-                buffer.bytes_mut().copy_within(scratch.start + tail..scratch.end, payload.end);
-                return Ok(());
-            }
-        }
-        if payload.end < place.end {
-            self.read_edge(request, units.end - self.unit_bytes(), scratch.clone(), buffer)?;
-            buffer.bytes_mut().copy_within(scratch.start + (payload.end - last)..scratch.end, payload.end);
-        }
-        Ok(())
-    }
-
     /// Encrypts or decrypts the data units of all that is read, or written: one call of the engine.
     fn crypt_all(
         &self,
@@ -417,30 +392,6 @@ impl Volume {
             return Ok(());
         }
         request.crypt_pieces(direction, buffer.memory_mut(), pieces)
-    }
-
-    /// What is written of a piece, once it is encrypted, and where its bytes are.
-    fn stored(&self, item: &Item) -> (u64, Range<usize>) {
-        let span = item.span();
-        // Only the sectors that were written: the others have the very bytes that are on the disk.
-        let start = span.offset & !(self.granule - 1);
-        let end = (span.offset + span.len as u64).next_multiple_of(self.granule);
-        let units = span.units();
-        let within = |at: u64| item.at() + usize::try_from(at - units.start).expect("within the buffer");
-        (start, within(start)..within(end))
-    }
-
-    /// Sends all that was encrypted to the backing.
-    fn store_all(&self, batch: &mut Batch, buffer: &Buffer) {
-        let cached = |item: &Item| item.transfer() == Transfer::Write(Durability::Cached);
-        batch.do_parts(
-            |item| (item.result().is_ok() && cached(item)).then(|| self.stored(item)),
-            |parts| self.backing.write_parts(buffer.bytes(), parts),
-        );
-        for item in batch.items.iter_mut().filter(|item| item.goes(Access::ReadWrite) && !cached(item)) {
-            let (start, range) = self.stored(item);
-            item.set_result(self.backing.write(start, &buffer.bytes()[range], Durability::Durable));
-        }
     }
 
     /// Encrypts the data units of `range`, of which the first lies at `offset`, and writes nothing.
@@ -469,12 +420,15 @@ impl Volume {
         self.fetch_all(&mut request, batch, buffer);
         for item in batch.items.iter_mut().filter(|item| item.goes(Access::ReadWrite)) {
             if item.span().scratch_len > 0 {
-                item.set_result(self.fill_edges(&mut request, item, buffer));
+                let filled = item.fill_edges(self.unit_bytes(), buffer, |offset, scratch, buffer| {
+                    self.read_edge(&mut request, offset, scratch, buffer)
+                });
+                item.set_result(filled);
             }
         }
         let encrypted = self.crypt_all(&mut request, Direction::Encrypt, batch, buffer);
         batch.fail(Access::ReadWrite, encrypted);
-        self.store_all(batch, buffer);
+        batch.store(&*self.backing, self.granule, buffer);
     }
 
     /// The whole data units within `range`: what a trim of it gives back. `None` if there are none, or nothing is given
@@ -614,7 +568,7 @@ fn again_if_interrupted(mut read: impl FnMut() -> Result<(), Error>) -> Result<(
 }
 
 /// Cuts extents to what was asked for.
-fn clip(extents: &mut Vec<Extent>, range: Range<u64>) {
+pub(crate) fn clip(extents: &mut Vec<Extent>, range: Range<u64>) {
     for extent in extents.iter_mut() {
         let (start, end) = (extent.offset.max(range.start), (extent.offset + extent.len).min(range.end));
         *extent = Extent { offset: start, len: end.saturating_sub(start), allocated: extent.allocated };
@@ -623,4 +577,4 @@ fn clip(extents: &mut Vec<Extent>, range: Range<u64>) {
 }
 
 #[cfg(all(test, not(loom)))]
-mod tests;
+pub(crate) mod tests;

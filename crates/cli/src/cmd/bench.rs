@@ -1,9 +1,20 @@
 //! `bench`: what this machine can do, by the code that serves, with the machine's own limits beside it.
 //!
+//! Ciphers and engines are here; the path is in `path.rs`, with a client (`client.rs`), the same bytes without a server
+//! (`echo.rs`), a file that nobody sees (`scratch.rs`), and memory and nothing in its place (`memory.rs`, `nothing.rs`).
+//!
 //! Every figure is the median of several rounds. On a machine that does other things, compare figures of one run.
 
+mod client;
+mod echo;
+mod memory;
+mod nothing;
+mod path;
+mod scratch;
+
+use self::path::PathReport;
 use crate::ask::Asker;
-use crate::cli::{Bench, PassphraseArgs};
+use crate::cli::{Bench, BenchArg, PassphraseArgs};
 use crate::engine_process::{self, EngineHome};
 use crate::plan;
 use crate::report::{Failure, print, print_json};
@@ -26,8 +37,12 @@ const ROUND: Duration = Duration::from_millis(30);
 struct Report {
     version: u32,
     copy_gb_per_s: f64,
+    /// Empty if not asked for.
     cipher: Vec<CipherFigure>,
+    /// Empty if not asked for.
     engines: Vec<EngineFigure>,
+    /// `null` if not asked for.
+    path: Option<PathReport>,
 }
 
 /// One thread, 256 KiB that stay in its cache.
@@ -50,38 +65,72 @@ struct EngineFigure {
 }
 
 pub(super) fn run(args: &Bench) -> Result<(), Failure> {
-    let Bench { engine, json } = args;
-    let mut report = Report { version: 1, copy_gb_per_s: copy(), cipher: ciphers(), engines: Vec::new() };
+    let Bench { what, json, .. } = args;
+    let asked = |this: BenchArg| what.is_empty() || what.contains(&this);
+    if !asked(BenchArg::Path) {
+        path::refuse_without(args)?;
+    }
+    // First: it is what can be refused.
+    let path = asked(BenchArg::Path).then(|| path::measure(args)).transpose()?;
+    let report = Report {
+        version: 1,
+        copy_gb_per_s: copy(),
+        cipher: if asked(BenchArg::Cipher) { ciphers() } else { Vec::new() },
+        engines: if asked(BenchArg::Engine) { engines(args)? } else { Vec::new() },
+        path,
+    };
+    if *json {
+        return print_json(&report);
+    }
+    print(&report.describe())
+}
+
+fn engines(args: &Bench) -> Result<Vec<EngineFigure>, Failure> {
+    let mut figures = Vec::new();
     for (process, home) in [("in this process", EngineHome::None), ("in one of its own", EngineHome::Own)] {
-        let mut plan = plan::engine_from(engine)?;
+        let mut plan = plan::engine_from(&args.engine)?;
         plan.home = Some(home);
         let failed = |error: Error| Failure::of("cannot measure the engine", &error);
         let mut asker = Asker::new(&PassphraseArgs::default());
         let started = engine_process::start(&plan, false, None, &mut asker).map_err(failed)?;
-        measure_engine(&*started.engine, &plan.spec.to_string(), process, &mut report.engines)
-            .map_err(failed)?;
+        measure_engine(&*started.engine, &plan.spec.to_string(), process, &mut figures).map_err(failed)?;
     }
-    if *json {
-        return print_json(&report);
+    Ok(figures)
+}
+
+impl Report {
+    /// For people.
+    fn describe(&self) -> String {
+        let mut sections = Vec::new();
+        if !self.cipher.is_empty() || !self.engines.is_empty() {
+            sections.push(format!(
+                "one thread, 256 KiB in its cache, medians of {ROUNDS} rounds; copying them: {:.1} GB/s\n",
+                self.copy_gb_per_s
+            ));
+        }
+        if !self.cipher.is_empty() {
+            let mut text = "cipher                data unit    encrypt    decrypt   GB/s\n".to_owned();
+            for figure in &self.cipher {
+                let CipherFigure { mode, data_unit_bytes, encrypt_gb_per_s, decrypt_gb_per_s } = figure;
+                let _ = writeln!(
+                    text,
+                    "  {mode:<18}  {data_unit_bytes:>9}  {encrypt_gb_per_s:>9.2}  {decrypt_gb_per_s:>9.2}"
+                );
+            }
+            sections.push(text);
+        }
+        if !self.engines.is_empty() {
+            let mut text =
+                "engine, AES-256-XTS, data unit 4096                    us an order       GB/s\n".to_owned();
+            for EngineFigure { engine, process, order, microseconds, gb_per_s } in &self.engines {
+                let what = format!("{engine} {process}");
+                let _ = writeln!(text, "  {what:<34}  {order:<16}  {microseconds:>9.2}  {gb_per_s:>9.2}");
+            }
+            sections.push(text);
+        }
+        sections.extend(self.path.as_ref().map(PathReport::describe));
+        sections.join("\n")
     }
-    let mut text = format!(
-        "one thread, 256 KiB in its cache, medians of {ROUNDS} rounds; copying them: {:.1} GB/s\n\n\
-         cipher                data unit    encrypt    decrypt   GB/s\n",
-        report.copy_gb_per_s
-    );
-    for figure in &report.cipher {
-        let CipherFigure { mode, data_unit_bytes, encrypt_gb_per_s, decrypt_gb_per_s } = figure;
-        let _ = writeln!(
-            text,
-            "  {mode:<18}  {data_unit_bytes:>9}  {encrypt_gb_per_s:>9.2}  {decrypt_gb_per_s:>9.2}"
-        );
-    }
-    text.push_str("\nengine, AES-256-XTS, data unit 4096                    us an order       GB/s\n");
-    for EngineFigure { engine, process, order, microseconds, gb_per_s } in &report.engines {
-        let what = format!("{engine} {process}");
-        let _ = writeln!(text, "  {what:<34}  {order:<16}  {microseconds:>9.2}  {gb_per_s:>9.2}");
-    }
-    print(&text)
 }
 
 const BYTES: usize = 256 * 1024;

@@ -3,6 +3,7 @@
 use crate::ask::Asker;
 use crate::cli::Check;
 use crate::host::{self, Host};
+use crate::plain::ReadyPlain;
 use crate::plan::{self, Plan};
 use crate::report::{Failures, print};
 use crate::size::Size;
@@ -61,6 +62,15 @@ pub(super) fn run(args: &Check) -> Result<(), Failures> {
                 next.identifier,
             );
         }
+    }
+    for ReadyPlain { plan, len_bytes, .. } in &host.plain {
+        let _ = writeln!(
+            text,
+            "  {:?}: {}, {}, PLAIN: not encrypted",
+            plan.name,
+            plan.path.display(),
+            Size(*len_bytes)
+        );
     }
     print(&text)?;
     Ok(())

@@ -8,6 +8,7 @@ use crate::control::{self, ReencryptAction, ReencryptRequest};
 use crate::files::{self, Medium, shell_word};
 use crate::host::{Host, HostEngine, Ready};
 use crate::keyfile::{KeySource, Wanted};
+use crate::plain;
 use crate::plan::{EnginePlan, Plan};
 use crate::reencrypt::{self, Job, Old, Progress, Show, Terms, Wish, ZONE_BYTES};
 use crate::report::{Code, Failure, Failures, note, print};
@@ -221,7 +222,9 @@ fn offline(args: &VolumeReencrypt, mut progress: Progress) -> Result<(), Failure
         Err(failures) => return Failures::check(failures),
     };
     plan.engines.iter_mut().for_each(|engine| engine.home = Some(Default::default()));
-    let [volume] = &plan.volumes[..] else { unreachable!("one was planned") };
+    let [volume] = &plan.volumes[..] else {
+        return Err(plain::has_no_key(&args.volume.display().to_string()).into());
+    };
     // Before anybody is asked for its passphrase.
     if volume.luks.is_some() {
         return Err(reencrypt::is_luks(&volume.label).into());
@@ -275,7 +278,7 @@ fn offline(args: &VolumeReencrypt, mut progress: Progress) -> Result<(), Failure
     }
     let (host, failures) = Host::prepare(&plan, &mut asker);
     Failures::check(failures)?;
-    let Host { engines, volumes } = host;
+    let Host { engines, volumes, plain: _ } = host;
     let Some(ready) = volumes.into_iter().next() else { unreachable!("it failed, or is there") };
     let other_host = match &other {
         Some(engine) => Some(

@@ -20,6 +20,7 @@ use crate::host::{self, Host, HostEngine, Ready};
 use crate::identifier::Identifier;
 use crate::keyfile::KeySource;
 use crate::places;
+use crate::plain::{self, ServedPlain};
 use crate::plan::{self, ControlPlan, ListenPlan, Plan, Settings};
 use crate::reencrypt::{self, Job, Old, Terms, Wish};
 use crate::report::{Code, Failure, Failures, note, print};
@@ -29,7 +30,7 @@ use crate::watch::Watched;
 use inlinecrypt_core::admission::{Mode, ServedBy};
 use inlinecrypt_core::backing::{Access, Backing};
 use inlinecrypt_core::config::KeyType;
-use inlinecrypt_core::disk::Disk as _;
+use inlinecrypt_core::disk::Disk;
 use inlinecrypt_core::error::Error;
 use inlinecrypt_core::key::KeyId;
 use inlinecrypt_core::profile::CryptoProfile;
@@ -59,6 +60,7 @@ pub(super) fn run(mut args: Serve) -> Result<(), Failures> {
     let activated = Listener::activated().map_err(|error| Failure::of("cannot serve", &error))?;
     raise_descriptor_limit();
     refuse_with_config(&args)?;
+    plain::refuse_with_plain(&args)?;
     if let Some(key) = &mut args.key {
         key.take_stdin()?;
     }
@@ -215,6 +217,7 @@ fn refuse_with_config(args: &Serve) -> Result<(), Failure> {
         ("--offset", layout.offset.is_some()),
         ("--fallback", args.fallback.is_some()),
         ("--discard", args.discard.is_some()),
+        ("--plain", args.plain),
         ("--read-only", args.read_only),
         ("--direct", args.direct),
         ("--header", args.header.is_some()),
@@ -374,6 +377,8 @@ struct Served {
 struct Running {
     server: NbdServer,
     volumes: Vec<Served>,
+    /// Exported behind the others.
+    plain: Vec<ServedPlain>,
     engines: Vec<EngineFacts>,
     /// Public names of the keys that may be in keyslots.
     identifiers: RwLock<HashMap<KeyId, Identifier>>,
@@ -419,7 +424,7 @@ impl Running {
         options: ServerOptions,
         mut predecessor: Option<&mut Predecessor>,
     ) -> Result<Self, Failures> {
-        let Host { engines, volumes: ready } = host;
+        let Host { engines, volumes: ready, plain: ready_plain } = host;
         let mut facts = Vec::new();
         let mut fallbacks = Vec::new();
         for HostEngine { name, spec, root, profile, fallback } in engines.into_iter().flatten() {
@@ -445,22 +450,35 @@ impl Running {
                 Err(failure) => failures.push(failure),
             }
         }
+        let mut plain = Vec::new();
+        let pool = plain::pool();
+        for ready in ready_plain {
+            let file = predecessor.as_mut().and_then(|old| old.file(&ready.plan.name));
+            match ServedPlain::open(ready, file, pool.clone()) {
+                Ok(served) => plain.push(served),
+                Err(failure) => failures.push(failure),
+            }
+        }
         Failures::check(failures)?;
         let identifiers = RwLock::new(identifiers);
         if let Some(old) = predecessor {
             let facts = volumes.iter().map(|served| served.facts(&identifiers));
+            let facts = facts.chain(plain.iter().map(ServedPlain::facts));
             old.check(&facts.collect::<Vec<_>>())?;
         }
-        let exports = volumes.iter().map(|served| ExportSpec {
-            name: served.name.clone(),
+        let export = |name: &str, disk: Arc<dyn Disk>| ExportSpec {
+            name: name.to_owned(),
             description: String::new(),
-            disk: served.volume.clone(),
-        });
+            disk,
+        };
+        let encrypted = volumes.iter().map(|served| export(&served.name, served.volume.clone()));
+        let exports = encrypted.chain(plain.iter().map(|served| export(&served.name, served.volume.clone())));
         let server = NbdServer::new(exports, options).map_err(|error| Failure::of("cannot serve", &error))?;
         let started_at = host::seconds_now();
         Ok(Self {
             server,
             volumes,
+            plain,
             engines: facts,
             identifiers,
             uris: Vec::new(),
@@ -519,6 +537,7 @@ impl Running {
     fn claim_all(&self, claims: &[Claim]) {
         claims.iter().for_each(Claim::claim);
         self.volumes.iter().for_each(|served| served.file.claim());
+        self.plain.iter().for_each(|served| served.file.claim());
     }
 
     /// Answers `status` and its like at `listener`.
@@ -531,8 +550,10 @@ impl Running {
 
     /// Why data may be lost, if it may: a server that does not know it must not go on.
     fn lost(&self) -> Option<String> {
-        let lost = self.volumes.iter().find(|served| served.backing.lost().is_some())?;
-        Some(format!("{:?} may have lost data, which only a new start takes note of", lost.name))
+        let encrypted = self.volumes.iter().map(|served| (&served.name, &served.backing));
+        let mut all = encrypted.chain(self.plain.iter().map(|served| (&served.name, &served.backing)));
+        let (name, _) = all.find(|(_, backing)| backing.lost().is_some())?;
+        Some(format!("{name:?} may have lost data, which only a new start takes note of"))
     }
 
     /// Offers everything, and lets go once the other server has it: then there is a successor. Else this one goes on, and the
@@ -571,6 +592,10 @@ impl Running {
         for served in &self.volumes {
             let file = served.file.hand_over()?;
             take_over::send(socket, &Message::Volume(served.facts(&self.identifiers)), Some(file.as_fd()))?;
+        }
+        for served in &self.plain {
+            let file = served.file.hand_over()?;
+            take_over::send(socket, &Message::Volume(served.facts()), Some(file.as_fd()))?;
         }
         for (door, named) in &self.doors {
             take_over::send(socket, &Message::Door(named.clone().into()), Some(door.as_fd()))?;
@@ -668,12 +693,17 @@ impl Running {
                 );
             }
         }
+        for served in &self.plain {
+            text.push_str(&served.greeting());
+        }
         for uri in &self.uris {
             let _ = writeln!(text, "  {uri}");
         }
-        if let (Some(uri), Some(first)) = (self.uris.first(), self.volumes.first()) {
+        let encrypted = self.volumes.iter().map(|served| served.volume.geometry());
+        let mut all = encrypted.chain(self.plain.iter().map(|served| served.volume.geometry()));
+        if let (Some(uri), Some(first)) = (self.uris.first(), all.next()) {
             let uri = quoted(uri);
-            let copy = match first.volume.geometry().access {
+            let copy = match first.access {
                 Access::ReadOnly => format!("nbdcopy {uri} FILE"),
                 Access::ReadWrite => format!("nbdcopy FILE {uri}"),
             };
@@ -685,6 +715,7 @@ impl Running {
     fn report_all(&self) -> ServerReport {
         let status = self.server.status();
         let volumes = self.volumes.iter().zip(&status.exports);
+        let plain = self.plain.iter().zip(&status.exports[self.volumes.len()..]);
         ServerReport {
             version: control::VERSION,
             program_version: env!("CARGO_PKG_VERSION"),
@@ -710,6 +741,7 @@ impl Running {
                         name: served.name.clone(),
                         path: served.path.display().to_string(),
                         size_bytes: layout.size_bytes(),
+                        plain: false,
                         mode: layout.mode().info().name,
                         data_unit_bytes: layout.data_unit_size().bytes(),
                         block_bytes: layout.logical_block_bytes(),
@@ -734,6 +766,7 @@ impl Running {
                         counters: export.counters,
                     }
                 })
+                .chain(plain.map(|(served, export)| served.report(export)))
                 .collect(),
             engines: self.engines.iter().map(|engine| self.report_engine(engine)).collect(),
         }
@@ -831,6 +864,9 @@ impl Answers for Running {
     fn reencrypt(&self, request: &ReencryptRequest) -> Result<Option<String>, Failure> {
         let ReencryptRequest { volume, action } = request;
         let Some(served) = self.volumes.iter().find(|served| served.path == Path::new(volume)) else {
+            if self.plain.iter().any(|served| served.path == Path::new(volume)) {
+                return Err(plain::has_no_key(volume));
+            }
             return Err(Failure::new(
                 Code::File,
                 format!("{volume} is not served here"),
@@ -1038,10 +1074,12 @@ fn report_job(job: &Job) -> ReencryptReport {
 /// Every volume at every listener, as clients write it. A single volume is the default export, so its name is left out.
 fn uris(listeners: &[Listener], plan: &ListenPlan, running: &Running) -> Vec<String> {
     let scheme = if plan.tls.when == TlsArg::Required { "nbds" } else { "nbd" };
-    let names: Vec<&str> = match &running.volumes[..] {
-        [_] => vec![""],
-        volumes => volumes.iter().map(|served| served.name.as_str()).collect(),
-    };
+    let encrypted = running.volumes.iter().map(|served| served.name.as_str());
+    let mut names: Vec<&str> =
+        encrypted.chain(running.plain.iter().map(|served| served.name.as_str())).collect();
+    if let [only] = &mut names[..] {
+        *only = "";
+    }
     let mut uris = Vec::new();
     for listener in listeners {
         for name in &names {

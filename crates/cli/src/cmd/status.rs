@@ -98,17 +98,24 @@ fn describe(server: &Value) -> String {
             Some(state) => format!(", {}: {}", printable(state), word(&volume["reason"])),
         };
         let counters = &volume["counters"];
+        let how = if volume["plain"] == true {
+            "PLAIN: not encrypted".to_owned()
+        } else {
+            format!(
+                "{}, data unit {}, key {}, by {} {}",
+                word(&volume["mode"]),
+                number(&volume["data_unit_bytes"]),
+                word(&volume["key_id"]),
+                word(&volume["served_by"]),
+                word(&volume["engine"]),
+            )
+        };
         let _ = writeln!(
             text,
-            "  {:<16} {}{}, {}, data unit {}, key {}, by {} {}{state}",
+            "  {:<16} {}{}, {how}{state}",
             word(&volume["name"]),
             Size(number(&volume["size_bytes"])),
             if volume["read_only"] == true { " read-only" } else { "" },
-            word(&volume["mode"]),
-            number(&volume["data_unit_bytes"]),
-            word(&volume["key_id"]),
-            word(&volume["served_by"]),
-            word(&volume["engine"]),
         );
         let _ = writeln!(
             text,

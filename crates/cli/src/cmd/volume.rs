@@ -8,9 +8,11 @@ use crate::host;
 use crate::keyfile::{KeySource, LoadedKey, Wanted};
 use crate::luks::look::Luks;
 use crate::places::beside;
+use crate::plain::PlainPlan;
 use crate::plan::{self, Description, Settings};
 use crate::report::{Code, Failure, Failures, note, print, print_json};
 use crate::size::Size;
+use inlinecrypt_core::backing::Access;
 use inlinecrypt_core::dm::{Table, TableKey};
 use inlinecrypt_core::volume::{IvLayout, Layout};
 use inlinecrypt_engine::inspect;
@@ -64,6 +66,9 @@ struct Info {
     /// Whether there is a description; without, all that follows is `null`.
     described: bool,
     description: Option<String>,
+    /// Whether the description says that it is not encrypted; then of what follows only `volume_bytes`, `unused_bytes` and
+    /// `offset_bytes` are known.
+    plain: bool,
     /// 1 or 2 for a LUKS container, whose header says what a description would.
     luks: Option<u8>,
     volume_bytes: Option<u64>,
@@ -147,6 +152,7 @@ fn info(args: &VolumeInfo) -> Result<(), Failures> {
         allocated_bytes: medium.allocated_bytes,
         described: description.is_some(),
         description: description.as_ref().map(|description| description.path.display().to_string()),
+        plain: description.as_ref().is_some_and(|description| description.settings.is_plain()),
         luks: luks.as_ref().map(|luks| luks.version),
         volume_bytes: None,
         unused_bytes: None,
@@ -162,6 +168,9 @@ fn info(args: &VolumeInfo) -> Result<(), Failures> {
         root_id: None,
         reencrypt: None,
     };
+    if let Some(description) = description.as_ref().filter(|_| info.plain) {
+        return Ok(plain_info(args, info, description)?);
+    }
     let sibling = beside(volume, ".key");
     let mut key = (luks.is_none() && files::exists(&sibling)).then(|| KeySource::wrapped(sibling));
     let mut found = None;
@@ -220,6 +229,31 @@ fn info(args: &VolumeInfo) -> Result<(), Failures> {
     }
     print(&describe(&info))?;
     Ok(())
+}
+
+/// What is known about a volume without encryption.
+fn plain_info(args: &VolumeInfo, mut info: Info, description: &Description) -> Result<(), Failure> {
+    let VolumeInfo { volume, json, dm_table, .. } = args;
+    let label = volume.display().to_string();
+    if *dm_table {
+        return Err(Failure::new(
+            Code::Wrong,
+            format!("{label} is plain: it is not encrypted, so dm-crypt has nothing to open"),
+            "Use the file as it is.",
+        ));
+    }
+    let Description { path, settings, .. } = description;
+    let said_by = path.display().to_string();
+    // Nothing is written, so it need not be writable.
+    let plan = PlainPlan::new(label, volume, settings, said_by);
+    let ready = PlainPlan { access: Access::ReadOnly, ..plan }.prepare()?;
+    info.volume_bytes = Some(ready.len_bytes - ready.unused_bytes);
+    info.unused_bytes = Some(ready.unused_bytes);
+    info.offset_bytes = Some(ready.plan.offset);
+    if *json {
+        return print_json(&info);
+    }
+    print(&describe(&info))
 }
 
 /// The line of a table with which Linux opens the volume.
@@ -293,6 +327,18 @@ fn describe(info: &Info) -> String {
         rows.push(("format", format!("LUKS{version}; inlinecrypt luks dump shows its header")));
     }
     match info.mode {
+        _ if info.plain => {
+            rows.push((
+                "encryption",
+                "NONE: it is plain, what clients write lies in the file as it is".to_owned(),
+            ));
+            rows.push(("size", Size(info.volume_bytes.unwrap_or(0)).to_string()));
+            rows.push(("unused tail", Size(info.unused_bytes.unwrap_or(0)).to_string()));
+            if let Some(offset) = info.offset_bytes.filter(|&offset| offset != 0) {
+                rows.push(("begins at", Size(offset).to_string()));
+            }
+            rows.extend(info.description.clone().map(|description| ("description", description)));
+        }
         Some(mode) => {
             rows.push(("size", Size(info.volume_bytes.unwrap_or(0)).to_string()));
             rows.push(("unused tail", Size(info.unused_bytes.unwrap_or(0)).to_string()));

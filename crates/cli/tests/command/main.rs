@@ -10,6 +10,8 @@
 //!   configs       configs, and `check`
 //!   tables        lines of dm tables, IV layouts, offsets
 //!   luks          LUKS containers
+//!   plain         volumes without encryption
+//!   bench         what can be measured
 //!   control       `status`
 //!   stopping      signals, sockets, service managers
 //!   pages         help, manual pages, completions
@@ -20,6 +22,7 @@
 //!
 //! System tests with real clients are in `tests/system`.
 
+mod bench;
 mod configs;
 mod control;
 mod engines;
@@ -30,6 +33,7 @@ mod luks;
 mod main_job;
 mod pages;
 mod place;
+mod plain;
 mod probe;
 mod reencrypt;
 mod roots;

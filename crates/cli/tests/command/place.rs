@@ -149,6 +149,17 @@ impl Place {
         self.start(socket, command)
     }
 
+    /// Starts a server that takes over from `old`, and waits until that has ended.
+    #[track_caller]
+    pub(crate) fn start_over(&self, socket: &str, mut command: Command, mut old: Server) -> Server {
+        let (out, err) = (self.path("new.out"), self.path("new.err"));
+        command.stdout(File::create(&out).unwrap()).stderr(File::create(&err).unwrap());
+        let process = ServerProcess::start(&mut command).unwrap();
+        let ended = old.process.wait(PATIENCE).unwrap();
+        assert!(ended.success(), "{}{}", old.err(), fs::read_to_string(&err).unwrap_or_default());
+        Server { process, socket: self.path(socket), out, err }
+    }
+
     #[track_caller]
     pub(crate) fn start(&self, socket: &str, mut command: Command) -> Server {
         let out = self.path(&format!("{socket}.out"));

@@ -7,6 +7,7 @@
 //!   luks          containers of cryptsetup, and ours in cryptsetup, qemu and nbdkit
 //!   fscrypt       files that Linux encrypted, on ext4
 //!   many_volumes  more keys than keyslots, all at once
+//!   plain         volumes without encryption
 //!   dm_tables     volumes given as lines of dm tables, other IV layouts, offsets
 //!   kill          kill -9 during writes
 //!   engine_service   engine processes for several servers
@@ -36,6 +37,7 @@ mod load;
 mod luks;
 mod many_volumes;
 mod others_bugs;
+mod plain;
 mod reencrypt;
 mod rig;
 mod roots;

@@ -89,6 +89,12 @@ impl Place {
         path
     }
 
+    /// Whether a file can be used past the page cache here.
+    pub(crate) fn can_direct(&self, name: &str) -> bool {
+        use rustix::fs::{Mode, OFlags};
+        rustix::fs::open(self.path(name), OFlags::RDWR | OFlags::DIRECT, Mode::empty()).is_ok()
+    }
+
     /// Serves with these arguments, on `nbd.sock`.
     pub(crate) fn serve<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Server {
         let mut command = self.command();

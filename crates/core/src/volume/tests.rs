@@ -1,5 +1,6 @@
 use super::*;
 use crate::admission::Fallback;
+use crate::backing::Durability;
 use crate::caps::{Capabilities, KeyTypes, UnitMask};
 use crate::config::Hardware;
 use crate::disk::{LARGE_BUFFER_BYTES, SMALL_BUFFER_BYTES, Zeroing};
@@ -11,7 +12,7 @@ use crate::profile::CryptoProfile;
 use crate::testing::{FakeEngine, MemBacking};
 use proptest::prelude::*;
 
-const SIZE: usize = 1 << 20;
+pub(crate) const SIZE: usize = 1 << 20;
 
 fn raw_key(mode: Mode) -> Vec<u8> {
     (0..u8::try_from(mode.info().key_bytes).unwrap()).collect()
@@ -51,7 +52,7 @@ fn volume(mode: Mode, unit: u32, block: Option<u32>, align: u32) -> (Volume, Arc
     (volume_on(&profile, mode, unit, block, backing.clone()).unwrap(), backing)
 }
 
-fn write(volume: &Volume, offset: u64, data: &[u8], buffer: &mut Buffer) -> Result<(), Error> {
+pub(crate) fn write(volume: &dyn Disk, offset: u64, data: &[u8], buffer: &mut Buffer) -> Result<(), Error> {
     let mut done = 0;
     while done < data.len() {
         let span = volume.span(offset + done as u64, (data.len() - done) as u64, buffer.bytes().len());
@@ -62,7 +63,12 @@ fn write(volume: &Volume, offset: u64, data: &[u8], buffer: &mut Buffer) -> Resu
     Ok(())
 }
 
-fn read(volume: &Volume, offset: u64, len: usize, buffer: &mut Buffer) -> Result<Vec<u8>, Error> {
+pub(crate) fn read(
+    volume: &dyn Disk,
+    offset: u64,
+    len: usize,
+    buffer: &mut Buffer,
+) -> Result<Vec<u8>, Error> {
     let mut data = Vec::new();
     while data.len() < len {
         let span = volume.span(offset + data.len() as u64, (len - data.len()) as u64, buffer.bytes().len());
@@ -72,7 +78,7 @@ fn read(volume: &Volume, offset: u64, len: usize, buffer: &mut Buffer) -> Result
     Ok(data)
 }
 
-fn buffers(volume: &Volume) -> [Buffer; 2] {
+pub(crate) fn buffers(volume: &dyn Disk) -> [Buffer; 2] {
     [volume.try_large_buffer().unwrap(), volume.private_buffer(SMALL_BUFFER_BYTES).unwrap()]
 }
 
@@ -96,14 +102,14 @@ fn decrypted_by(mode: Mode, unit: usize, backing: &MemBacking, iv: impl Fn(u64) 
 }
 
 #[derive(Clone, Debug)]
-enum Step {
+pub(crate) enum Step {
     Write { offset: usize, len: usize, seed: u8 },
     Zero { offset: usize, len: usize },
     Read { offset: usize, len: usize },
     Small(bool),
 }
 
-fn step(block: usize) -> impl Strategy<Value = Step> {
+pub(crate) fn step(block: usize) -> impl Strategy<Value = Step> {
     let range = move || {
         (0..SIZE / block, 1..300_000usize).prop_map(move |(start, len)| {
             let start = start * block;
@@ -123,8 +129,8 @@ fn run(mode: Mode, unit: u32, block: Option<u32>, align: u32, steps: Vec<Step>) 
     run_on(&volume, &backing, &|backing| decrypted(mode, unit as usize, backing), steps);
 }
 
-fn run_on(
-    volume: &Volume,
+pub(crate) fn run_on(
+    volume: &dyn Disk,
     backing: &MemBacking,
     decrypted: &dyn Fn(&MemBacking) -> Vec<u8>,
     steps: Vec<Step>,
@@ -155,6 +161,47 @@ fn run_on(
     assert!(decrypted(backing) == oracle, "the disk holds what dm-crypt would have written");
 }
 
+/// Does reads and writes (true) of a length at an offset in batches, in order, and checks what is read. What the disk holds
+/// afterwards, if it held `oracle` before.
+pub(crate) fn run_batches(
+    volume: &dyn Disk,
+    mut oracle: Vec<u8>,
+    small: bool,
+    pieces: Vec<(bool, usize, usize, u8)>,
+) -> Vec<u8> {
+    let buffer = &mut buffers(volume)[usize::from(small)];
+    let (mut batch, mut seeds) = (Batch::default(), Vec::new());
+    let mut todo = pieces.into_iter().peekable();
+    while let Some(&(writes, offset, len, seed)) = todo.peek() {
+        let span = volume.span(offset as u64, len.min(SIZE - offset) as u64, SMALL_BUFFER_BYTES);
+        let transfer = if writes { Transfer::Write(Durability::Cached) } else { Transfer::Read };
+        if let Some(place) = batch.push(span, transfer, buffer.bytes().len()) {
+            if writes {
+                buffer.bytes_mut()[place].fill(seed);
+            }
+            seeds.push(seed);
+            todo.next();
+            if todo.peek().is_some() {
+                continue;
+            }
+        }
+        assert!(!batch.is_empty());
+        volume.transfer(&mut batch, buffer);
+        for (item, seed) in batch.items().iter().zip(&seeds) {
+            item.result().as_ref().unwrap();
+            let start = usize::try_from(item.span().offset()).unwrap();
+            let known = &mut oracle[start..start + item.span().len];
+            match item.transfer() {
+                Transfer::Read => assert!(buffer.bytes()[item.payload()] == *known),
+                Transfer::Write(_) => known.fill(*seed),
+            }
+        }
+        batch.clear();
+        seeds.clear();
+    }
+    oracle
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
 
@@ -177,37 +224,8 @@ proptest! {
     ) {
         let align = 1 << align.min(unit);
         let (volume, backing) = volume(Mode::Aes256Xts, 1 << unit, None, align);
-        let buffer = &mut buffers(&volume)[usize::from(small)];
-        let mut oracle = decrypted(Mode::Aes256Xts, 1 << unit, &backing);
-        let (mut batch, mut seeds) = (Batch::default(), Vec::new());
-        let mut todo = pieces.into_iter().peekable();
-        while let Some(&(writes, offset, len, seed)) = todo.peek() {
-            let span = volume.span(offset as u64, len.min(SIZE - offset) as u64, SMALL_BUFFER_BYTES);
-            let transfer = if writes { Transfer::Write(Durability::Cached) } else { Transfer::Read };
-            if let Some(place) = batch.push(span, transfer, buffer.bytes().len()) {
-                if writes {
-                    buffer.bytes_mut()[place].fill(seed);
-                }
-                seeds.push(seed);
-                todo.next();
-                if todo.peek().is_some() {
-                    continue;
-                }
-            }
-            prop_assert!(!batch.is_empty());
-            volume.transfer(&mut batch, buffer);
-            for (item, seed) in batch.items().iter().zip(&seeds) {
-                item.result().as_ref().unwrap();
-                let start = usize::try_from(item.span().offset()).unwrap();
-                let known = &mut oracle[start..start + item.span().len];
-                match item.transfer() {
-                    Transfer::Read => prop_assert!(buffer.bytes()[item.payload()] == *known),
-                    Transfer::Write(_) => known.fill(*seed),
-                }
-            }
-            batch.clear();
-            seeds.clear();
-        }
+        let oracle = decrypted(Mode::Aes256Xts, 1 << unit, &backing);
+        let oracle = run_batches(&volume, oracle, small, pieces);
         prop_assert!(decrypted(Mode::Aes256Xts, 1 << unit, &backing) == oracle);
     }
 
