@@ -672,31 +672,34 @@ impl Host {
         work(WireKey::new(key.config(), form))
     }
 
-    /// Takes a lane, if possible one whose engine thread is on `cpu` already; waits while all are taken.
+    /// Takes a lane, if possible one whose engine thread is on `cpu` already. `None` while all are taken.
     ///
     /// Moving a thread to another CPU costs more than all the rest of an order, so each CPU has lanes of its own.
+    fn free_lane(&self, cpu: usize) -> Option<TakenLane<'_>> {
+        let of_this_cpu = |index: &usize| index % self.cpus == cpu % self.cpus;
+        let near = (0..self.busy.len()).filter(of_this_cpu);
+        let mut lanes = near.chain(0..self.busy.len()).map(|index| (index, &self.busy[index]));
+        // Looked at first: a look is cheaper than a try.
+        let free = |busy: &AtomicBool| !busy.load(Ordering::Relaxed) && !busy.swap(true, Ordering::SeqCst);
+        lanes.find(|(_, busy)| free(busy)).map(|(index, _)| TakenLane { host: self, index })
+    }
+
+    /// The same, but waits while all are taken.
     fn take_lane(&self, cpu: usize) -> TakenLane<'_> {
-        let free = || {
-            let of_this_cpu = |index: &usize| index % self.cpus == cpu % self.cpus;
-            let near = (0..self.busy.len()).filter(of_this_cpu);
-            let mut lanes = near.chain(0..self.busy.len()).map(|index| (index, &self.busy[index]));
-            // Looked at first: a look is cheaper than a try.
-            lanes.find(|(_, busy)| !busy.load(Ordering::Relaxed) && !busy.swap(true, Ordering::SeqCst))
-        };
         loop {
-            if let Some((index, _)) = free() {
-                return TakenLane { host: self, index };
+            if let Some(taken) = self.free_lane(cpu) {
+                return taken;
             }
             // Whoever gives a lane back from now on sees that somebody waits, and counts.
             self.waiting.fetch_add(1, Ordering::SeqCst);
             let freed = self.freed.load(Ordering::SeqCst);
-            let found = free();
+            let found = self.free_lane(cpu);
             if found.is_none() {
                 let _ = futex::wait(&self.freed, futex::Flags::PRIVATE, freed, None);
             }
             self.waiting.fetch_sub(1, Ordering::SeqCst);
-            if let Some((index, _)) = found {
-                return TakenLane { host: self, index };
+            if let Some(taken) = found {
+                return taken;
             }
         }
     }
@@ -731,9 +734,6 @@ impl Drop for TakenLane<'_> {
     }
 }
 
-/// How many lanes may be programming keyslots at once.
-const PROGRAMS_BY_LANE_MAX: u32 = 2;
-
 /// How many keys for keyslots a process remembers: more than are busy at once.
 const KNOWN_MAX: usize = 4096;
 
@@ -745,25 +745,22 @@ pub struct IsolatedEngine {
     source: SharedSource,
     /// Data unit size of the key in each keyslot, in bytes.
     units: Box<[AtomicU32]>,
-    /// Keys that the process remembers: since which start, and under which handle.
-    remembered: Mutex<HashMap<KeyId, (u64, u32)>>,
-    /// How many programs are under way in lanes.
-    programs: AtomicU32,
+    /// Keys that the process remembers.
+    remembered: Mutex<HashMap<KeyId, Known>>,
+}
+
+/// What a process of one start calls a key. No other key of that start is ever called so, and later ones are greater.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Known {
+    generation: u64,
+    handle: u32,
 }
 
 impl IsolatedEngine {
     fn new(handle: Arc<Handle>, index: u8, facts: Facts) -> Self {
         let source = SharedSource(handle.host.parts.clone());
         let units = (0..facts.capabilities.keyslots).map(|_| AtomicU32::new(0)).collect();
-        Self {
-            handle,
-            index,
-            facts,
-            source,
-            units,
-            remembered: Mutex::default(),
-            programs: AtomicU32::new(0),
-        }
+        Self { handle, index, facts, source, units, remembered: Mutex::default() }
     }
 
     /// Calls `listener`, on a thread of its own, after each restart of the process:
@@ -780,25 +777,25 @@ impl IsolatedEngine {
         self.host().ask(op, |session| session.done(order, op))
     }
 
-    fn known(&self) -> MutexGuard<'_, HashMap<KeyId, (u64, u32)>> {
+    fn known(&self) -> MutexGuard<'_, HashMap<KeyId, Known>> {
         self.remembered.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Under which handle the process knows `key`.
-    fn remember(&self, key: &Key) -> Result<u32, Error> {
+    /// What the process calls `key`, which it is told if need be.
+    fn remember(&self, key: &Key) -> Result<Known, Error> {
         self.host().ask(Op::Crypt, |session| {
             let mut remembered = self.known();
-            if let Some((generation, handle)) = remembered.get(&key.id())
-                && *generation == session.generation
+            if let Some(known) = remembered.get(&key.id())
+                && known.generation == session.generation
             {
-                return Ok(*handle);
+                return Ok(*known);
             }
             let engine = self.index;
             // Nobody says when a key goes that is in no keyslot. Any may be forgotten: it is remembered again when needed.
             if self.facts.capabilities.keyslots > 0
                 && remembered.len() >= KNOWN_MAX
                 && let Some(oldest) = remembered.iter().min_by_key(|(_, known)| **known).map(|(id, _)| *id)
-                && let Some((generation, handle)) = remembered.remove(&oldest)
+                && let Some(Known { generation, handle }) = remembered.remove(&oldest)
                 && generation == session.generation
             {
                 session.done(&Order::Forget { engine, handle }, Op::Program)?;
@@ -809,8 +806,9 @@ impl IsolatedEngine {
                     other => Err(other.into_error(Op::Crypt)),
                 })
             })?;
-            remembered.insert(key.id(), (session.generation, handle));
-            Ok(handle)
+            let known = Known { generation: session.generation, handle };
+            remembered.insert(key.id(), known);
+            Ok(known)
         })
     }
 
@@ -818,17 +816,23 @@ impl IsolatedEngine {
     /// been taken off, and what was to be decrypted means nothing.
     fn order(
         &self,
-        key: (u32, bool),
+        key: Called,
         unit_bytes: usize,
         direction: Direction,
         memory_at: u64,
         pieces: &mut [Piece],
     ) -> Result<bool, Error> {
+        let host = self.host();
+        let (number, is_slot, generation) = match key {
+            // Of the process of this start, whether it runs or has just ended: the framework programs a new one itself.
+            Called::Slot(slot) => (slot.0, true, host.current.load(Ordering::SeqCst)),
+            Called::Known(Known { generation, handle }) => (handle, false, generation),
+        };
         let head = Head {
             engine: self.index,
-            is_slot: key.1,
+            is_slot,
             deed: if direction == Direction::Encrypt { Deed::Encrypt } else { Deed::Decrypt },
-            key: key.0,
+            key: number,
             cpu: 0,
             pieces: u32::try_from(pieces.len()).expect("at most PIECES_MAX"),
         };
@@ -837,8 +841,9 @@ impl IsolatedEngine {
             len: range.len() as u64,
             first: *first,
         });
-        let taken = self.hand_in(head, wire);
-        let lane = self.host().lane(taken.index);
+        let cpu = rustix::thread::sched_getcpu();
+        let taken = host.take_lane(cpu);
+        let lane = self.hand_in(&taken, cpu, generation, head, wire);
         match lane.result() {
             0 => {
                 pieces.iter_mut().for_each(Piece::finish);
@@ -858,52 +863,52 @@ impl IsolatedEngine {
         }
     }
 
-    /// Programs a keyslot with a key that the process remembers. `Ok(false)` if it does not, or was gone.
-    fn program_remembered(&self, slot: SlotIndex, handle: u32) -> Result<bool, Error> {
-        let deed = Deed::Program { slot: slot.0 };
-        let head = Head { engine: self.index, is_slot: false, deed, key: handle, cpu: 0, pieces: 0 };
-        let taken = self.hand_in(head, std::iter::empty());
-        let lane = self.host().lane(taken.index);
-        match lane.result() {
-            0 => Ok(true),
-            RESULT_LOST => Ok(false),
-            code => match error_of(&lane, code, Op::Program) {
-                error if error.kind() == ErrorKind::NoKey => Ok(false),
-                error => Err(error),
-            },
-        }
-    }
-
-    /// Leaves an order in a lane and waits until it is done, or lost. What came of it is in the lane, until that is given back.
-    fn hand_in(&self, head: Head, pieces: impl Iterator<Item = WirePiece>) -> TakenLane<'_> {
+    /// Leaves an order to the process of `generation` in a lane and waits until it is done, or lost.
+    fn hand_in(
+        &self,
+        taken: &TakenLane<'_>,
+        cpu: usize,
+        generation: u64,
+        head: Head,
+        pieces: impl Iterator<Item = WirePiece>,
+    ) -> Lane<'_> {
         let host = self.host();
-        let cpu = rustix::thread::sched_getcpu();
-        let taken = host.take_lane(cpu);
         let lane = host.lane(taken.index);
-        let head = Head { cpu: u32::try_from(cpu).unwrap_or(u32::MAX), ..head };
-        // Left for the process of this start, whether it runs or has just ended.
-        let generation = host.current.load(Ordering::SeqCst);
-        lane.post(generation, head, pieces);
+        lane.post(generation, Head { cpu: u32::try_from(cpu).unwrap_or(u32::MAX), ..head }, pieces);
         lane.wait(generation, || host.gone.load(Ordering::SeqCst) >= generation);
-        taken
+        lane
     }
 
     /// Programs a keyslot by an order in a lane, which costs a tenth of one on the control socket. `Ok(false)` if that is not
-    /// possible now.
+    /// possible now: no lane is free, or the process does not know the key, or was gone.
     fn program_by_lane(&self, slot: SlotIndex, key: &Key) -> Result<bool, Error> {
-        // An engine that takes long to program must not take all lanes from those that transform.
-        let more = |programs: u32| (programs < PROGRAMS_BY_LANE_MAX).then_some(programs + 1);
-        if self.programs.fetch_update(Ordering::SeqCst, Ordering::SeqCst, more).is_err() {
-            return Ok(false);
-        }
         // What it has against the key is said on the other way.
-        let done = self.remember(key).map_or(Ok(false), |handle| self.program_remembered(slot, handle));
-        self.programs.fetch_sub(1, Ordering::SeqCst);
-        if matches!(done, Ok(false)) {
-            self.known().remove(&key.id());
+        let Ok(Known { generation, handle }) = self.remember(key) else { return Ok(false) };
+        let cpu = rustix::thread::sched_getcpu();
+        let Some(taken) = self.host().free_lane(cpu) else { return Ok(false) };
+        let deed = Deed::Program { slot: slot.0 };
+        let head = Head { engine: self.index, is_slot: false, deed, key: handle, cpu: 0, pieces: 0 };
+        let lane = self.hand_in(&taken, cpu, generation, head, std::iter::empty());
+        let error = match lane.result() {
+            0 => return Ok(true),
+            RESULT_LOST => None,
+            code => Some(error_of(&lane, code, Op::Program)),
+        };
+        match error {
+            Some(error) if error.kind() != ErrorKind::NoKey => Err(error),
+            _ => {
+                self.known().remove(&key.id());
+                Ok(false)
+            }
         }
-        done
     }
+}
+
+/// What an order calls its key.
+#[derive(Clone, Copy, Debug)]
+enum Called {
+    Slot(SlotIndex),
+    Known(Known),
 }
 
 /// What an engine said to an order that failed.
@@ -960,7 +965,7 @@ impl Engine for IsolatedEngine {
             None => Ok(()),
         };
         let known = self.known().remove(&key.id());
-        let forgotten = known.map_or(Ok(()), |(generation, handle)| {
+        let forgotten = known.map_or(Ok(()), |Known { generation, handle }| {
             self.host().ask(Op::Evict, |session| match generation == session.generation {
                 true => session.done(&Order::Forget { engine, handle }, Op::Evict),
                 // It went with its process.
@@ -995,10 +1000,10 @@ impl Engine for IsolatedEngine {
                     KeyRef::Slot(slot) => {
                         let unit =
                             self.units.get(slot.0 as usize).map_or(0, |unit| unit.load(Ordering::Acquire));
-                        ((slot.0, true), unit)
+                        (Called::Slot(slot), unit)
                     }
                     KeyRef::Inline(key) => {
-                        ((self.remember(key)?, false), key.config().data_unit_size().bytes())
+                        (Called::Known(self.remember(key)?), key.config().data_unit_size().bytes())
                     }
                 };
                 let unit_bytes = (unit_bytes as usize).max(1);

@@ -175,7 +175,7 @@ fn serve(socket: OwnedFd, cage: Cage, mut report: Report) -> io::Result<()> {
     let ready = Answer::Ready { pid, steps: &steps, missing: &missing };
     proto::send(socket.as_fd(), &ready, &[])?;
 
-    let mut control = Control { hosted, deposits: HashMap::new(), last_ticket: 0 };
+    let mut control = Control { hosted, deposits: HashMap::new(), last_ticket: 0, last_handle: 0 };
     loop {
         let (len, descriptors) = match inbox.receive(&socket) {
             Ok((0, _)) => return Ok(()),
@@ -251,6 +251,7 @@ struct Control {
     hosted: Arc<OnceLock<Hosted>>,
     deposits: HashMap<u64, RawKey>,
     last_ticket: u64,
+    last_handle: u32,
 }
 
 type Sent = io::Result<()>;
@@ -292,11 +293,15 @@ impl Control {
                         .detail("the engine does not do this mode with this data unit size"));
                 }
                 let mut remembered = write(&hosted.remembered);
-                let free = (0..u32::try_from(DEPOSITS_MAX).unwrap_or(u32::MAX))
-                    .find(|handle| !remembered.contains_key(handle))
-                    .ok_or_else(|| nonsense("too many keys are remembered"))?;
-                remembered.insert(free, key);
-                Ok(send(Answer::Remembered(free)))
+                if remembered.len() >= DEPOSITS_MAX {
+                    return Err(nonsense("too many keys are remembered"));
+                }
+                // Never one that was another key's: an order may still be on its way.
+                let handle = self.last_handle.checked_add(1).ok_or_else(|| nonsense("no handle is left"))?;
+                remembered.insert(handle, key);
+                drop(remembered);
+                self.last_handle = handle;
+                Ok(send(Answer::Remembered(handle)))
             }
             Order::Forget { engine, handle } => {
                 let hosted = self.engine(engine)?;
@@ -496,7 +501,7 @@ fn attend(
             Ok(()) => lane.answer(0, ""),
             Err(error) => {
                 let code = 1 + u32::from(kind_code(error.kind()));
-                lane.answer(code, error.detail_text().unwrap_or_default());
+                lane.answer(code, &proto::why(&error));
             }
         },
         None => lane.answer(1 + u32::from(kind_code(ErrorKind::NoKey)), "no engine was started"),

@@ -294,17 +294,33 @@ fn code_of<T: PartialEq>(all: &[T], one: T) -> u8 {
     all.iter().position(|other| *other == one).and_then(|at| u8::try_from(at).ok()).unwrap_or(u8::MAX)
 }
 
-/// Calls `with` with the answer that tells of `error`.
-pub(crate) fn with_failure<T>(error: &Error, with: impl FnOnce(Answer<'_>) -> T) -> T {
-    let mut source = String::new();
+/// The causes of `error`, one behind the other.
+fn causes(error: &Error) -> String {
+    let mut text = String::new();
     let mut cause = std::error::Error::source(error);
     while let Some(why) = cause {
-        if !source.is_empty() {
-            source.push_str(": ");
+        if !text.is_empty() {
+            text.push_str(": ");
         }
-        source.push_str(&why.to_string());
+        text.push_str(&why.to_string());
         cause = why.source();
     }
+    text
+}
+
+/// What there is to say of `error` besides its kind, in one text.
+pub(crate) fn why(error: &Error) -> String {
+    let mut text = error.detail_text().unwrap_or_default().to_owned();
+    let causes = causes(error);
+    if !text.is_empty() && !causes.is_empty() {
+        text.push_str(": ");
+    }
+    text + &causes
+}
+
+/// Calls `with` with the answer that tells of `error`.
+pub(crate) fn with_failure<T>(error: &Error, with: impl FnOnce(Answer<'_>) -> T) -> T {
+    let source = causes(error);
     let cut = |text: &str| text.chars().take(1000).collect::<String>();
     let detail = error.detail_text().map(cut);
     let source = (!source.is_empty()).then(|| cut(&source));

