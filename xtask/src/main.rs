@@ -14,6 +14,8 @@ cargo xtask VERB
   prove [BOUNDS]      every history of the state machines up to the bounds: small, usual (a minute) or large
   sim [SEEDS]         so many simulated worlds (1000; 10000 for a real run)
   fuzz [SECONDS]      each fuzz target for so long (10 in CI; 3600 for a real run); needs a nightly toolchain
+  miri [WORD]         vector code and locks under Miri, which sees undefined behaviour; tests with WORD in their names;
+                      needs a nightly toolchain with Miri
   soak [MINUTES]      the long forms of the crash, power-cut and many-volumes tests
   count [--write]     instructions of the hot paths against those written down; needs valgrind
   bench               the cipher beside the library underneath it
@@ -34,6 +36,7 @@ fn main() -> ExitCode {
         "prove" => simulate("prove", rest.first().map_or("usual", String::as_str)),
         "sim" => simulate("run", rest.first().map_or("1000", String::as_str)),
         "fuzz" => fuzz(rest.first().map_or("10", String::as_str)),
+        "miri" => miri(rest.first().map_or("", String::as_str)),
         "soak" => soak(rest.first().map_or("10", String::as_str)),
         "count" => count::run(&root(), rest.first().is_some_and(|arg| arg == "--write")),
         "bench" => cargo(&["bench", "-p", "inlinecrypt-cipher"], &[]),
@@ -120,6 +123,21 @@ fn fuzz(seconds: &str) -> Outcome {
             // Sessions have threads whose stacks the system frees a moment after they end.
             "-detect_leaks=0",
         ]))?;
+    }
+    Ok(())
+}
+
+/// Miri runs what it knows: Rust, and the vector instructions that are said to be there. Tests that need a C library, other
+/// processes or many hours say so themselves (`cfg(miri)`).
+fn miri(word: &str) -> Outcome {
+    let features =
+        "-C target-feature=+aes,+pclmulqdq,+ssse3,+avx2,+vaes,+vpclmulqdq,+gfni,+avx512f,+avx512bw";
+    // Property tests ask for the folder that they are in.
+    let env = [("RUSTFLAGS", features), ("MIRIFLAGS", "-Zmiri-disable-isolation")];
+    for package in ["inlinecrypt-cipher", "inlinecrypt-core"] {
+        let args =
+            ["+nightly", "miri", "test", "-p", package, "--lib", "--target-dir", "target/miri", "--", word];
+        cargo(&args, &env)?;
     }
     Ok(())
 }
