@@ -3,6 +3,7 @@
 //! A kernel's file has, beside what [`width`](super::width) lists, its cipher, and then says `xts!` with the CPU features that it
 //! needs:
 //!
+//! - `GROUP`: how many vectors are worked on together; `POWERS` and `times_group` for so many;
 //! - `XtsKey`: the expanded key, with three sets of round `Keys`: `encrypt`, `decrypt`, and `tweak`, which only ever encrypts;
 //!   `fetches_ahead()`: whether asking for data ahead of their use helps;
 //! - `first_tweaks`: turns the numbers of data units into the tweaks of their first blocks;
@@ -28,7 +29,6 @@ macro_rules! for_group {
 /// See the top of the file.
 macro_rules! xts {
     ($features:tt) => {
-        use crate::simd::width::GROUP;
         use crate::simd::xts::{AHEAD_BYTES, double, for_group};
         use std::ptr;
 
@@ -46,6 +46,16 @@ macro_rules! xts {
                     fetch(ahead.wrapping_add(line));
                 }
             }
+        }
+
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn load_group(vectors: &[[u8; BYTES]]) -> [Vector; GROUP] {
+            let mut loaded = [zero(); GROUP];
+            for (place, vector) in loaded.iter_mut().zip(vectors) {
+                *place = load(vector);
+            }
+            loaded
         }
 
         #[inline]
@@ -109,9 +119,35 @@ macro_rules! xts {
             }
         }
 
-        /// Units of less than a group: several in each, the last group filled up with nothing.
+        /// Units of less than a group: several in each.
         #[target_feature(enable = $features)]
         fn xts_small_units<const ENCRYPT: bool>(
+            keys: &Keys,
+            tweaks: &[[u8; 16]],
+            unit_bytes: usize,
+            run: &mut [u8],
+        ) {
+            let (groups, rest) = run.as_chunks_mut::<GROUP_BYTES>();
+            let group_units = GROUP_BYTES / unit_bytes;
+            if unit_bytes >= BYTES {
+                let vectors = unit_bytes / BYTES;
+                for (group, firsts) in groups.iter_mut().zip(tweaks.chunks_exact(group_units)) {
+                    let mut tweaks = [zero(); GROUP];
+                    for i in 0..GROUP {
+                        tweaks[i] = times(broadcast(&firsts[i / vectors]), load(&POWERS[i % vectors]));
+                    }
+                    xts_group::<ENCRYPT>(keys, tweaks, group, ptr::null(), |_, tweak| tweak);
+                }
+                let done = groups.len() * group_units;
+                xts_few_units::<ENCRYPT>(keys, &tweaks[done..], unit_bytes, rest);
+            } else {
+                xts_few_units::<ENCRYPT>(keys, tweaks, unit_bytes, run);
+            }
+        }
+
+        /// Units of less than a vector, or in all of less than a group, which is filled up with nothing.
+        #[target_feature(enable = $features)]
+        fn xts_few_units<const ENCRYPT: bool>(
             keys: &Keys,
             tweaks: &[[u8; 16]],
             unit_bytes: usize,
@@ -128,7 +164,7 @@ macro_rules! xts {
                     }
                 }
                 let (vectors, _) = tweaks.as_flattened().as_chunks::<BYTES>();
-                let tweaks = std::array::from_fn(|i| load(&vectors[i]));
+                let tweaks = load_group(vectors);
                 let mut group = [0; GROUP_BYTES];
                 group[..part.len()].copy_from_slice(part);
                 xts_group::<ENCRYPT>(keys, tweaks, &mut group, ptr::null(), |_, tweak| tweak);

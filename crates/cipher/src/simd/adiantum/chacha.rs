@@ -53,19 +53,24 @@ macro_rules! chacha {
                 let mut all = [[0; 16]; LANES];
                 all[..nonces.len()].copy_from_slice(nonces);
                 let (vectors, _) = all.as_flattened().as_chunks::<BYTES>();
-                let nonces = transpose(std::array::from_fn(|i| load(&vectors[i])));
+                let mut nonces = [zero(); 4];
+                for_group!(i => { nonces[i] = load(&vectors[i]); }, 0, 1, 2, 3);
+                let nonces = transpose(nonces);
                 // Read anew: kept from one part to the next, the key would be spilled, and lie about on the stack.
                 let (words, _) = black_box(key).as_chunks();
-                let x = twelve_rounds(std::array::from_fn(|i| match i {
-                    0..4 => splat(CONSTANTS[i]),
-                    4..12 => splat(u32::from_le_bytes(words[i - 4])),
-                    _ => pick(nonces[i - 12], load(&IN_ORDER)),
-                }));
+                let mut x = [zero(); 16];
+                for_group!(i => {
+                    x[i] = splat(CONSTANTS[i]);
+                    x[4 + i] = splat(u32::from_le_bytes(words[i]));
+                    x[8 + i] = splat(u32::from_le_bytes(words[4 + i]));
+                    x[12 + i] = pick(nonces[i], load(&IN_ORDER));
+                }, 0, 1, 2, 3);
+                let x = twelve_rounds(x);
                 // draft-irtf-cfrg-xchacha-03 2.2: the first and the last row are the key.
-                for i in 0..4 {
+                for_group!(i => {
                     store(&mut keys.rows[i].as_chunks_mut().0[part], x[i]);
                     store(&mut keys.rows[4 + i].as_chunks_mut().0[part], x[12 + i]);
-                }
+                }, 0, 1, 2, 3);
             }
         }
 
@@ -101,26 +106,31 @@ macro_rules! chacha {
             let counter = and(numbers, word(unit_blocks - 1));
             // All units of a group are in one part.
             let part = (first >> unit_blocks.ilog2()) / LANES;
-            let x = twelve_rounds(start(keys, part, unit, counter));
+            let mut x = twelve_rounds(start(keys, part, unit, counter));
             // The keys are read anew, as there is no register to keep them in.
             let start = start(black_box(keys), part, unit, counter);
-            let x: [_; 16] = std::array::from_fn(|i| add_words(x[i], start[i]));
-            let (fours, _) = x.as_chunks::<4>();
-            xor_blocks([transpose(fours[0]), transpose(fours[1]), transpose(fours[2]), transpose(fours[3])], blocks);
+            let mut fours = [[zero(); 4]; 4];
+            for_group!(row => {
+                for_group!(i => { x[4 * row + i] = add_words(x[4 * row + i], start[4 * row + i]); }, 0, 1, 2, 3);
+                fours[row] = transpose([x[4 * row], x[4 * row + 1], x[4 * row + 2], x[4 * row + 3]]);
+            }, 0, 1, 2, 3);
+            xor_blocks(fours, blocks);
         }
 
         /// The state before the first round.
         #[inline]
         #[target_feature(enable = $features)]
         fn start(keys: &StreamKeys, part: usize, unit: Vector, counter: Vector) -> [Vector; 16] {
-            std::array::from_fn(|i| match i {
-                0..4 => splat(CONSTANTS[i]),
-                4..12 => pick(load(&keys.rows[i - 4].as_chunks().0[part]), unit),
-                12 => counter,
-                // Linux crypto/adiantum.c, adiantum_crypt: the rest of the nonce is a one.
-                14 => splat(1),
-                _ => zero(),
-            })
+            let mut x = [zero(); 16];
+            for_group!(i => {
+                x[i] = splat(CONSTANTS[i]);
+                x[4 + i] = pick(load(&keys.rows[i].as_chunks().0[part]), unit);
+                x[8 + i] = pick(load(&keys.rows[4 + i].as_chunks().0[part]), unit);
+            }, 0, 1, 2, 3);
+            x[12] = counter;
+            // Linux crypto/adiantum.c, adiantum_crypt: the rest of the nonce is a one.
+            x[14] = splat(1);
+            x
         }
     };
 }

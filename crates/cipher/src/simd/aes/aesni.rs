@@ -2,6 +2,7 @@
 
 use super::XtsKey;
 use super::loops::{CONSTANTS, loops, one_block};
+use crate::simd::width::GROUP;
 use crate::simd::width::x128::{
     BLOCKS, BYTES, POWERS, Vector, broadcast, fetch, load, store, times, times_group, xor, zero,
 };

@@ -2,7 +2,7 @@
 
 use super::XtsKey;
 use super::loops::{CONSTANTS, loops, one_block};
-use crate::simd::width::powers;
+use crate::simd::width::{GROUP, powers};
 use crate::simd::xts::xts;
 use std::arch::aarch64::{
     uint8x16_t as Vector, vaesdq_u8, vaeseq_u8, vaesimcq_u8, vaesmcq_u8, vdupq_laneq_u32, vdupq_n_u8,

@@ -2,6 +2,7 @@
 
 use super::XtsKey;
 use super::loops::loops;
+use crate::simd::width::GROUP;
 use crate::simd::width::x256::{
     BLOCKS, BYTES, POWERS, Vector, broadcast, fetch, load, store, times, times_group, xor, zero,
 };

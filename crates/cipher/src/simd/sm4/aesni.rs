@@ -3,6 +3,7 @@
 use super::XtsKey;
 use super::loops::loops;
 use super::sbox::{AES_TO_SM4, AES_TO_SM4_CONSTANT, INTO_AES_FIELD, INVERTED, nibbles};
+use crate::simd::width::GROUP;
 use crate::simd::width::x128::{
     BLOCKS, BYTES, POWERS, Vector, broadcast, fetch, load, rotate, splat, store, times, times_group,
     transpose, xor, zero,

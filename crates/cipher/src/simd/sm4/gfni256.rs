@@ -3,6 +3,7 @@
 use super::XtsKey;
 use super::loops::loops;
 use super::sbox::{INTO_AES_FIELD, INVERTED, OUT_OF_AES_FIELD, SBOX_CONSTANT};
+use crate::simd::width::GROUP;
 use crate::simd::width::x256::{
     BLOCKS, BYTES, POWERS, Vector, broadcast, fetch, load, rotate, splat, store, times, times_group,
     transpose, xor, zero,

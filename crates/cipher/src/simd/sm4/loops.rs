@@ -46,9 +46,11 @@ macro_rules! loops {
         fn crypt(keys: &Keys, input: [Vector; GROUP]) -> [Vector; GROUP] {
             // Read anew: kept from one call to the next, keys would be spilled, and lie about on the stack.
             let keys = black_box(keys);
-            let (fours, _) = input.as_chunks::<WORDS>();
-            let mut state: [[Vector; WORDS]; GROUP / WORDS] =
-                std::array::from_fn(|i| transpose(fours[i].map(|vector| swap_bytes(vector))));
+            let mut state = [[zero(); WORDS]; GROUP / WORDS];
+            for (words, four) in state.iter_mut().zip(input.as_chunks::<WORDS>().0) {
+                let [a, b, c, d] = *four;
+                *words = transpose([swap_bytes(a), swap_bytes(b), swap_bytes(c), swap_bytes(d)]);
+            }
             for keys in keys.as_chunks::<WORDS>().0 {
                 round::<0>(&mut state, keys);
                 round::<1>(&mut state, keys);
@@ -56,10 +58,10 @@ macro_rules! loops {
                 round::<3>(&mut state, keys);
             }
             let mut output = input;
-            let (fours, _) = output.as_chunks_mut::<WORDS>();
-            for (four, [a, b, c, d]) in fours.iter_mut().zip(state) {
+            for (four, words) in output.as_chunks_mut::<WORDS>().0.iter_mut().zip(state) {
                 //= GB/T 32907-2016 7.1: the last four words come out in reverse.
-                *four = transpose([d, c, b, a]).map(|vector| swap_bytes(vector));
+                let [a, b, c, d] = transpose([words[3], words[2], words[1], words[0]]);
+                *four = [swap_bytes(a), swap_bytes(b), swap_bytes(c), swap_bytes(d)];
             }
             output
         }
@@ -89,7 +91,7 @@ macro_rules! loops {
         #[target_feature(enable = $features)]
         fn first_tweaks(keys: &Keys, tweaks: &mut [[u8; BYTES]]) {
             for group in tweaks.chunks_mut(GROUP) {
-                let input = std::array::from_fn(|i| group.get(i).map_or(zero(), |tweak| load(tweak)));
+                let input = load_group(group);
                 for (tweak, output) in group.iter_mut().zip(crypt(keys, input)) {
                     store(tweak, output);
                 }
@@ -107,12 +109,16 @@ macro_rules! loops {
         ) -> [Vector; GROUP] {
             fetch_ahead(group, end);
             let (vectors, _) = group.as_chunks_mut::<BYTES>();
-            let output = crypt(keys, std::array::from_fn(|i| xor(load(&vectors[i]), tweaks[i])));
+            let mut input = tweaks;
+            for i in 0..GROUP {
+                input[i] = xor(load(&vectors[i]), tweaks[i]);
+            }
+            let output = crypt(keys, input);
             let mut after = tweaks;
-            for_group!(i => {
+            for i in 0..GROUP {
                 store(&mut vectors[i], xor(output[i], tweaks[i]));
                 after[i] = next(i, tweaks[i]);
-            });
+            }
             after
         }
 

@@ -6,8 +6,8 @@
 //!   block in every place; `splat`: one word in every place;
 //! - `rotate::<LEFT, RIGHT>`: each word turned by so many bits to the left, or by the others to 32 to the right;
 //! - `transpose`: of four vectors as rows, in each block the columns of words: twice gives the first;
-//! - for the tweaks of XTS, `times`: each block times a power of x up to 63 of its own, as `POWERS` has them; `times_group`:
-//!   times x to the number of blocks in a group;
+//! - for the tweaks of XTS, `times`: each block times a power of x up to 63 of its own, as [`powers`] has them; `times_group`:
+//!   times x to the number of blocks in [`GROUP`] vectors;
 //! - `fetch`: a hint that this address is read and written soon.
 
 #[cfg(target_arch = "x86_64")]
@@ -17,17 +17,17 @@ pub(super) mod x256;
 #[cfg(target_arch = "x86_64")]
 pub(super) mod x512;
 
-/// Vectors that are worked on together. Eight cover the AES instruction's latency on every CPU we know: it starts at the
+/// Vectors of AES that are worked on together. Eight cover the AES instruction's latency on every CPU we know: it starts at the
 /// most twice a cycle and takes four cycles or less.
 pub(super) const GROUP: usize = 8;
 
 /// Powers of x, as `times` takes them: block `b` of vector `i` holds x to the `i * BLOCKS + b` in its lower half, and the
 /// polynomial in its upper one.
-pub(super) const fn powers<const BYTES: usize>() -> [[u8; BYTES]; GROUP] {
-    let mut powers = [[0; BYTES]; GROUP];
+pub(super) const fn powers<const BYTES: usize, const VECTORS: usize>() -> [[u8; BYTES]; VECTORS] {
+    let mut powers = [[0; BYTES]; VECTORS];
     let blocks = BYTES / 16;
     let mut power = 0;
-    while power < GROUP * blocks {
+    while power < VECTORS * blocks {
         let at = power % blocks * 16;
         powers[power / blocks][at + power / 8] = 1 << (power % 8);
         powers[power / blocks][at + 8] = POLYNOMIAL;
