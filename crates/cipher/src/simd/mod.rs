@@ -6,6 +6,8 @@
 
 pub(crate) mod adiantum;
 pub(crate) mod aes;
+// Miri runs no C.
+#[cfg_attr(miri, path = "awslc_miri.rs")]
 pub(crate) mod awslc;
 #[cfg(test)]
 mod requests;

@@ -29,7 +29,7 @@ macro_rules! for_group {
 /// See the top of the file.
 macro_rules! xts {
     ($features:tt) => {
-        use crate::simd::xts::{AHEAD_BYTES, double, for_group};
+        use crate::simd::xts::{AHEAD_BYTES, double};
         use std::ptr;
 
         /// Blocks that are worked on together.

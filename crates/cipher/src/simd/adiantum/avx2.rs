@@ -5,9 +5,10 @@ use super::nh::nh;
 use crate::simd::width::x256::{BYTES, Vector, load, rotate, splat, store, transpose, xor, zero};
 use crate::simd::xts::for_group;
 use std::arch::x86_64::{
-    _mm_cvtsi32_si128, _mm256_add_epi32 as add_words, _mm256_add_epi64 as add_doubles,
-    _mm256_and_si256 as and, _mm256_mul_epu32, _mm256_permute2x128_si256, _mm256_permutevar8x32_epi32,
-    _mm256_shuffle_epi32, _mm256_srl_epi32, _mm256_srli_epi64, _mm256_unpackhi_epi64, _mm256_unpacklo_epi64,
+    _mm_cvtsi32_si128, _mm_loadu_si128, _mm_set1_epi8, _mm256_add_epi32 as add_words,
+    _mm256_add_epi64 as add_doubles, _mm256_and_si256 as and, _mm256_mul_epu32, _mm256_permute2x128_si256,
+    _mm256_permutevar8x32_epi32, _mm256_shuffle_epi32, _mm256_srl_epi32, _mm256_srli_epi64,
+    _mm256_unpackhi_epi64, _mm256_unpacklo_epi64, _mm256_zextsi128_si256,
 };
 
 chacha!("avx2");
@@ -47,6 +48,14 @@ fn xor_blocks(rows: [[Vector; 4]; 4], blocks: &mut [[u8; 64]; LANES]) {
             }
         }, 0, 1);
     }, 0, 1, 2, 3);
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn load_part(blocks: &[[u8; 16]]) -> (Vector, Vector) {
+    // SAFETY: an unaligned load of the 16 bytes of the only block that there can be.
+    let words = unsafe { _mm_loadu_si128(blocks[0].as_ptr().cast()) };
+    (_mm256_zextsi128_si256(words), _mm256_zextsi128_si256(_mm_set1_epi8(-1)))
 }
 
 #[inline]

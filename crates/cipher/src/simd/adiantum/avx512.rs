@@ -6,9 +6,10 @@ use crate::simd::width::x512::{BYTES, Vector, load, rotate, splat, store, transp
 use crate::simd::xts::for_group;
 use std::arch::x86_64::{
     _mm_cvtsi32_si128, _mm512_add_epi32 as add_words, _mm512_add_epi64 as add_doubles,
-    _mm512_and_si512 as and, _mm512_castsi512_si256, _mm512_inserti64x4, _mm512_mul_epu32,
-    _mm512_permutexvar_epi32, _mm512_shuffle_epi32, _mm512_shuffle_i32x4, _mm512_shuffle_i64x2,
-    _mm512_srl_epi32, _mm512_srli_epi64, _mm512_unpackhi_epi64, _mm512_unpacklo_epi64,
+    _mm512_and_si512 as and, _mm512_castsi512_si256, _mm512_inserti64x4, _mm512_maskz_loadu_epi64,
+    _mm512_maskz_set1_epi64, _mm512_mul_epu32, _mm512_permutexvar_epi32, _mm512_shuffle_epi32,
+    _mm512_shuffle_i32x4, _mm512_shuffle_i64x2, _mm512_srl_epi32, _mm512_srli_epi64, _mm512_unpackhi_epi64,
+    _mm512_unpacklo_epi64,
 };
 
 chacha!("avx512f");
@@ -50,6 +51,15 @@ fn xor_blocks(rows: [[Vector; 4]; 4], blocks: &mut [[u8; 64]; LANES]) {
             store(block, sum);
         }, 0, 1, 2, 3);
     }, 0, 1, 2, 3);
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load_part(blocks: &[[u8; 16]]) -> (Vector, Vector) {
+    let mask = [0, 0b11, 0b1111, 0b11_1111][blocks.len()];
+    // SAFETY: reads two words of 64 bits for each of the blocks that are borrowed, and nothing where the mask has no bit.
+    let words = unsafe { _mm512_maskz_loadu_epi64(mask, blocks.as_ptr().cast()) };
+    (words, _mm512_maskz_set1_epi64(mask, -1))
 }
 
 #[inline]

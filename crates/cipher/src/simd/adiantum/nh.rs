@@ -80,6 +80,7 @@ pub(super) fn sums(key: &Key, fours: &[[u8; 16]]) -> [[u8; 16]; 2] {
 
 /// NH of vectors. A kernel's file has what [`width`](crate::simd::width) lists, and
 ///
+/// - `load_part`: fewer blocks than a vector has, zeroes in place of the others; and ones in every bit of the blocks that are there;
 /// - `pair`: of each four words the inner two swapped: a pair that is multiplied then lies in one half of the block;
 /// - `multiply_pairs`: of each two words the product, 64 bits;
 /// - `add_words`, `add_doubles`: the sums of words of 32 and of 64 bits;
@@ -107,11 +108,8 @@ macro_rules! nh {
                 }, 0, 1, 2, 3);
             }
             if !rest.is_empty() {
-                let mut last = [0; BYTES];
-                last[..rest.len()].copy_from_slice(rest);
-                let mut mask = [0; BYTES];
-                mask[..rest.len()].fill(0xff);
-                let (words, mask) = (pair(load(&last)), load(&mask));
+                let (words, mask) = load_part(rest.as_chunks().0);
+                let words = pair(words);
                 let keys = keys(vectors.len());
                 for_group!(pass => {
                     // Where there is no message there is no product, whatever the key.

@@ -10,6 +10,7 @@
 /// See the top of the file.
 macro_rules! loops {
     ($features:tt) => {
+        use crate::simd::xts::for_group;
         use std::hint::black_box;
 
         /// AES-256's round keys.

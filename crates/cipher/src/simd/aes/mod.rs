@@ -299,7 +299,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(400))]
+        #![proptest_config(ProptestConfig::with_cases(crate::unit::cases(400)))]
 
         #[test]
         fn xts_by_every_kernel_equals_the_library(
