@@ -25,5 +25,5 @@ pub(crate) fn low_128_bits(dun: Dun) -> u128 {
 /// How many cases a property test tries: `usual`, or as many as Miri, which is a thousand times slower, gets done.
 #[cfg(test)]
 pub(crate) fn cases(usual: u32) -> u32 {
-    if cfg!(miri) { 3 } else { usual }
+    if cfg!(miri) { 2 } else { usual }
 }

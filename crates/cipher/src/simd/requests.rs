@@ -16,7 +16,7 @@ pub(super) fn requests() -> impl Strategy<Value = Request> {
     // Small units are many in a group of vectors, and several groups; large ones are few, to save time.
     (4..=17_u32, 0..140_usize, 0..64_usize, any::<u64>()).prop_map(|(log2, units, offset, seed)| {
         let log2 = if cfg!(miri) { log2.min(10) } else { log2 };
-        let units = units.min((1 << if cfg!(miri) { 12 } else { 18 }) >> log2).max(1);
+        let units = units.min((1 << if cfg!(miri) { 10 } else { 18 }) >> log2).max(1);
         Request { unit_bytes: 1 << log2, offset, data: noise(seed, units << log2) }
     })
 }

@@ -5,10 +5,10 @@ use super::nh::nh;
 use crate::simd::width::x256::{BYTES, Vector, load, rotate, splat, store, transpose, xor, zero};
 use crate::simd::xts::for_group;
 use std::arch::x86_64::{
-    _mm_cvtsi32_si128, _mm_loadu_si128, _mm_set1_epi8, _mm256_add_epi32 as add_words,
-    _mm256_add_epi64 as add_doubles, _mm256_and_si256 as and, _mm256_mul_epu32, _mm256_permute2x128_si256,
-    _mm256_permutevar8x32_epi32, _mm256_shuffle_epi32, _mm256_srl_epi32, _mm256_srli_epi64,
-    _mm256_unpackhi_epi64, _mm256_unpacklo_epi64, _mm256_zextsi128_si256,
+    _mm_loadu_si128, _mm_set1_epi8, _mm256_add_epi32 as add_words, _mm256_add_epi64 as add_doubles,
+    _mm256_and_si256 as and, _mm256_mul_epu32, _mm256_permute2x128_si256, _mm256_permutevar8x32_epi32,
+    _mm256_shuffle_epi32, _mm256_srli_epi64, _mm256_srlv_epi32 as shift_right, _mm256_unpackhi_epi64,
+    _mm256_unpacklo_epi64, _mm256_zextsi128_si256,
 };
 
 chacha!("avx2");
@@ -17,12 +17,6 @@ nh!("avx2");
 const LANES: usize = 8;
 static PLACES: [u8; BYTES] = super::numbers([0, 1, 2, 3, 4, 5, 6, 7]);
 static IN_ORDER: [u8; BYTES] = super::numbers([0, 4, 1, 5, 2, 6, 3, 7]);
-
-#[inline]
-#[target_feature(enable = "avx2")]
-fn shift_right(words: Vector, bits: u32) -> Vector {
-    _mm256_srl_epi32(words, _mm_cvtsi32_si128(bits.cast_signed()))
-}
 
 #[inline]
 #[target_feature(enable = "avx2")]

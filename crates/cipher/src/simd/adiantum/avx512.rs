@@ -5,10 +5,10 @@ use super::nh::nh;
 use crate::simd::width::x512::{BYTES, Vector, load, rotate, splat, store, transpose, xor, zero};
 use crate::simd::xts::for_group;
 use std::arch::x86_64::{
-    _mm_cvtsi32_si128, _mm512_add_epi32 as add_words, _mm512_add_epi64 as add_doubles,
-    _mm512_and_si512 as and, _mm512_castsi512_si256, _mm512_inserti64x4, _mm512_maskz_loadu_epi64,
-    _mm512_maskz_set1_epi64, _mm512_mul_epu32, _mm512_permutexvar_epi32, _mm512_shuffle_epi32,
-    _mm512_shuffle_i32x4, _mm512_shuffle_i64x2, _mm512_srl_epi32, _mm512_srli_epi64, _mm512_unpackhi_epi64,
+    _mm512_add_epi32 as add_words, _mm512_add_epi64 as add_doubles, _mm512_and_si512 as and,
+    _mm512_castsi512_si256, _mm512_inserti64x4, _mm512_maskz_loadu_epi64, _mm512_maskz_set1_epi64,
+    _mm512_mul_epu32, _mm512_permutexvar_epi32, _mm512_shuffle_epi32, _mm512_shuffle_i32x4,
+    _mm512_shuffle_i64x2, _mm512_srli_epi64, _mm512_srlv_epi32 as shift_right, _mm512_unpackhi_epi64,
     _mm512_unpacklo_epi64,
 };
 
@@ -18,12 +18,6 @@ nh!("avx512f");
 const LANES: usize = 16;
 static PLACES: [u8; BYTES] = super::numbers([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]);
 static IN_ORDER: [u8; BYTES] = super::numbers([0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15]);
-
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn shift_right(words: Vector, bits: u32) -> Vector {
-    _mm512_srl_epi32(words, _mm_cvtsi32_si128(bits.cast_signed()))
-}
 
 #[inline]
 #[target_feature(enable = "avx512f")]

@@ -8,7 +8,7 @@
 ///
 /// - `LANES`: how many words a vector has; `PLACES`: the number of each; `IN_ORDER`: from where `pick` takes them so that words
 ///   which `transpose` made stand as their blocks did;
-/// - `add_words`, `and`, `shift_right`: of each word;
+/// - `add_words`, `and`, `shift_right`: of the words of two vectors;
 /// - `pick`: the words of a vector whose numbers are given, modulo `LANES`;
 /// - `xor_blocks`: sixteen vectors of key stream, transposed by fours, onto the blocks.
 macro_rules! chacha {
@@ -102,7 +102,7 @@ macro_rules! chacha {
         ) {
             let word = |number: usize| splat(u32::try_from(number).expect("16 units of 2^26 bytes at the most"));
             let numbers = add_words(word(first), load(&PLACES));
-            let unit = shift_right(numbers, unit_blocks.ilog2());
+            let unit = shift_right(numbers, splat(unit_blocks.ilog2()));
             let counter = and(numbers, word(unit_blocks - 1));
             // All units of a group are in one part.
             let part = (first >> unit_blocks.ilog2()) / LANES;

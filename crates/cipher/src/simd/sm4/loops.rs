@@ -25,7 +25,7 @@ pub(super) const fn fixed_key(i: u32) -> u32 {
     let mut key = 0;
     let mut j = 0;
     while j < 4 {
-        key = key << 8 | ((4 * i + j) * 7) % 256;
+        key = (key << 8) | (((4 * i + j) * 7) % 256);
         j += 1;
     }
     key
