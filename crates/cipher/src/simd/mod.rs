@@ -11,7 +11,7 @@ pub(crate) mod aes;
 pub(crate) mod awslc;
 #[cfg(test)]
 mod requests;
-#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, unused_variables, reason = "no kernel there"))]
+#[cfg_attr(not(target_arch = "x86_64"), allow(unused, unreachable_code, reason = "no kernel there"))]
 pub(crate) mod sm4;
 #[cfg_attr(
     not(any(target_arch = "x86_64", target_arch = "aarch64")),
