@@ -14,6 +14,8 @@ cargo xtask VERB
   prove [BOUNDS]      every history of the state machines up to the bounds: small, usual (a minute) or large
   sim [SEEDS]         so many simulated worlds (1000; 10000 for a real run)
   fuzz [SECONDS]      each fuzz target for so long (10 in CI; 3600 for a real run); needs a nightly toolchain
+  miri [WORD]         the ciphers' vector code, and pure parts of the framework, under Miri, which sees undefined behaviour;
+                      tests with WORD in their names alone; minutes; needs a nightly toolchain with Miri
   soak [MINUTES]      the long forms of the crash, power-cut and many-volumes tests
   count [--write]     instructions of the hot paths against those written down; needs valgrind
   bench               the cipher beside the library underneath it
@@ -34,6 +36,7 @@ fn main() -> ExitCode {
         "prove" => simulate("prove", rest.first().map_or("usual", String::as_str)),
         "sim" => simulate("run", rest.first().map_or("1000", String::as_str)),
         "fuzz" => fuzz(rest.first().map_or("10", String::as_str)),
+        "miri" => miri(rest.first().map_or("", String::as_str)),
         "soak" => soak(rest.first().map_or("10", String::as_str)),
         "count" => count::run(&root(), rest.first().is_some_and(|arg| arg == "--write")),
         "bench" => cargo(&["bench", "-p", "inlinecrypt-cipher"], &[]),
@@ -120,6 +123,23 @@ fn fuzz(seconds: &str) -> Outcome {
             // Sessions have threads whose stacks the system frees a moment after they end.
             "-detect_leaks=0",
         ]))?;
+    }
+    Ok(())
+}
+
+/// Miri runs what it knows: Rust, and vector instructions that are said to be there; so the ciphers' kernels run, and what they
+/// are compared with is the libraries' portable code. No C, no other process: see `cfg(miri)` in the cipher.
+fn miri(word: &str) -> Outcome {
+    let flags = "-C target-feature=+aes,+pclmulqdq,+ssse3,+avx2,+vaes,+vpclmulqdq,+gfni,+avx512f,+avx512bw \
+        --cfg aes_backend=\"soft\" --cfg chacha20_backend=\"soft\" --cfg sha2_backend=\"soft\"";
+    // Property tests ask for the folder that they are in, and are long enough with two cases.
+    let env = [("RUSTFLAGS", flags), ("MIRIFLAGS", "-Zmiri-disable-isolation"), ("PROPTEST_CASES", "2")];
+    // Of the framework what is quick enough; loom has its locks.
+    let of_core = if word.is_empty() { &["batch", "context", "lru", "memory"][..] } else { &[word] };
+    let of_cipher = if word.is_empty() { &[][..] } else { &[word] };
+    for (package, words) in [("inlinecrypt-cipher", of_cipher), ("inlinecrypt-core", of_core)] {
+        let args = ["+nightly", "miri", "test", "--target-dir", "target/miri", "-p", package, "--lib", "--"];
+        cargo(&[&args, words].concat(), &env)?;
     }
     Ok(())
 }

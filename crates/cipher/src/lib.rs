@@ -47,6 +47,7 @@ pub fn allocate_as_rust_does() -> bool {
 #[doc(hidden)]
 pub mod beneath {
     use crate::simd::aes::{Kernel, rounds_alone};
+    use crate::simd::{adiantum as simd_adiantum, sm4 as simd_sm4};
     use crate::{Mode, UnitCipher, adiantum, essiv, xts};
 
     /// A way to compute a mode, by name: what expands a key.
@@ -62,8 +63,18 @@ pub mod beneath {
         let (by_kernel, by_library): (ByKernel, ByLibrary) = match mode {
             Mode::Aes256Xts => (xts::aes_256_by, xts::aes_256_by_library),
             Mode::Aes128CbcEssiv => (essiv::aes_128_by, essiv::aes_128_by_library),
-            Mode::Adiantum => return vec![("alone", Box::new(adiantum::xchacha12_aes))],
-            Mode::Sm4Xts => return vec![("alone", Box::new(xts::sm4))],
+            Mode::Adiantum => {
+                let kernels = simd_adiantum::Kernel::all();
+                let way = |kernel: simd_adiantum::Kernel| -> Way {
+                    (kernel.name(), Box::new(move |key| adiantum::xchacha12_aes_by(kernel, key)))
+                };
+                return kernels.map(way).collect();
+            }
+            Mode::Sm4Xts => {
+                let kernels = simd_sm4::Kernel::all()
+                    .map(|kernel| -> Way { (kernel.name(), Box::new(move |key| xts::sm4_by(kernel, key))) });
+                return kernels.chain([("library", Box::new(xts::sm4_by_library) as _)]).collect();
+            }
             Mode::Aes128Xts => return vec![("alone", Box::new(xts::aes_128))],
         };
         let kernels = Kernel::all()

@@ -21,3 +21,9 @@ pub(crate) fn low_128_bits(dun: Dun) -> u128 {
     let [low, high, _, _] = dun.limbs();
     u128::from(high) << 64 | u128::from(low)
 }
+
+/// How many cases a property test tries: `usual`, or as many as Miri, which is a thousand times slower, gets done.
+#[cfg(test)]
+pub(crate) fn cases(usual: u32) -> u32 {
+    if cfg!(miri) { 2 } else { usual }
+}

@@ -9,11 +9,12 @@
 //!
 //! - The IV is the low 16 bytes of the DUN, little-endian.
 //! - A data unit is a whole number of blocks, so ciphertext stealing never happens here.
-//! - AES-256 comes from our own kernels (`simd::aes`), or from AWS-LC if the CPU has no AES instructions; SM4, AES-128, and
-//!   the portable twin that the tests compare AES-256 with, from the generic code below.
+//! - AES-256 and SM4 come from our own kernels (`simd::aes`, `simd::sm4`); if the CPU has not the instructions for them, AES-256
+//!   from AWS-LC and SM4 from the generic code below. So do AES-128, and the portable twins that the tests compare with.
 
-use crate::simd::aes::{Kernel, XtsKey, double};
-use crate::simd::awslc;
+use crate::simd::aes::{Kernel, XtsKey};
+use crate::simd::xts::double;
+use crate::simd::{awslc, sm4 as simd_sm4};
 use crate::unit::{assert_promise, low_128_bits};
 use crate::{Dun, Mode, UnitCipher};
 use aes::cipher::{
@@ -42,6 +43,19 @@ pub(crate) fn aes_256_by_library(key: &[u8]) -> Box<dyn UnitCipher> {
 /// SM4-XTS with a key of 32 bytes: first the data key, then the tweak key. The doubling is that of IEEE 1619 (Linux's
 /// `xts` template), not the one of GB/T 17964-2021, which differs from the second block on.
 pub(crate) fn sm4(key: &[u8]) -> Box<dyn UnitCipher> {
+    match simd_sm4::Kernel::best() {
+        Some(kernel) => sm4_by(kernel, key),
+        None => sm4_by_library(key),
+    }
+}
+
+/// The same by one of our kernels.
+pub(crate) fn sm4_by(kernel: simd_sm4::Kernel, key: &[u8]) -> Box<dyn UnitCipher> {
+    simd_sm4::XtsKey::new(kernel, key.try_into().expect("length checked by ModeInfo::expand"))
+}
+
+/// The same by the library, for other CPUs and for comparison. It looks its S-box up in memory: not constant time.
+pub(crate) fn sm4_by_library(key: &[u8]) -> Box<dyn UnitCipher> {
     Box::new(Xts::<sm4::Sm4>::new(Mode::Sm4Xts, key))
 }
 
@@ -58,6 +72,18 @@ impl UnitCipher for XtsKey {
 
     fn decrypt(&self, first: Dun, unit_bytes: usize, data: &mut [u8]) {
         assert_promise(Mode::Aes256Xts, unit_bytes, data.len());
+        self.decrypt_units(low_128_bits(first), unit_bytes, data);
+    }
+}
+
+impl UnitCipher for simd_sm4::XtsKey {
+    fn encrypt(&self, first: Dun, unit_bytes: usize, data: &mut [u8]) {
+        assert_promise(Mode::Sm4Xts, unit_bytes, data.len());
+        self.encrypt_units(low_128_bits(first), unit_bytes, data);
+    }
+
+    fn decrypt(&self, first: Dun, unit_bytes: usize, data: &mut [u8]) {
+        assert_promise(Mode::Sm4Xts, unit_bytes, data.len());
         self.decrypt_units(low_128_bits(first), unit_bytes, data);
     }
 }
@@ -204,7 +230,10 @@ mod tests {
         let mut data = bytes("6bc1bee22e409f96e93d7e117393172aae2d8a571e03ac9c9eb76fac45af8e51");
         data.extend(bytes("30c81c46a35ce411e5fbc1191a0a52ef"));
         data.resize(64, 0);
-        sm4(&key).encrypt(dun, 64, &mut data);
-        assert_eq!(data[32..40], bytes("27d16c0db6d2cfc7"));
+        for cipher in [sm4(&key), sm4_by_library(&key)] {
+            let mut data = data.clone();
+            cipher.encrypt(dun, 64, &mut data);
+            assert_eq!(data[32..40], bytes("27d16c0db6d2cfc7"));
+        }
     }
 }

@@ -1,7 +1,9 @@
 //! The ARMv8 cryptography extension: one block per register.
 
-use super::loops::{AHEAD_BYTES, CONSTANTS, GROUP, for_group, loops, one_block, powers};
-use super::{XtsKey, double};
+use super::XtsKey;
+use super::loops::{CONSTANTS, loops, one_block};
+use crate::simd::width::{GROUP, powers};
+use crate::simd::xts::xts;
 use std::arch::aarch64::{
     uint8x16_t as Vector, vaesdq_u8, vaeseq_u8, vaesimcq_u8, vaesmcq_u8, vdupq_laneq_u32, vdupq_n_u8,
     vdupq_n_u32, veorq_u8 as xor, vextq_u8, vgetq_lane_u64, vld1q_u8, vmull_p64, vqtbl1q_u8,
@@ -9,7 +11,10 @@ use std::arch::aarch64::{
 };
 
 const BLOCKS: usize = 1;
+const BYTES: usize = 16 * BLOCKS;
+static POWERS: [[u8; BYTES]; GROUP] = powers();
 
+xts!("neon,aes");
 loops!("neon,aes");
 one_block!("neon,aes");
 

@@ -1,82 +1,20 @@
-//! The loops over data units, written once and compiled for each vector width.
+//! AES in XTS and CBC, written once and compiled for each vector width.
 //!
-//! A kernel's file has the primitives, all of one width, and then says `loops!` with the CPU features that it needs:
+//! A kernel's file has what [`width`](crate::simd::width) lists and the primitives below, says `xts!` (`simd/xts.rs`), and then
+//! `loops!` with the CPU features that it needs:
 //!
-//! - `Vector`: `BLOCKS` blocks of 16 bytes side by side; `load`, `store`, `xor`; `broadcast`: one block in every place;
 //! - `enter`, `round`, `last`: AES in three parts. `round` and `last` get the round key before and the one after, as
 //!   some CPUs add a key first and others last; what `last` gets as the one after may be more than a key;
-//! - `times`: each block times a power of x up to 63 of its own; `times_group`: times x to the number of blocks in a
-//!   group;
-//! - `fetch`: a hint that this address is read and written soon;
 //! - `shift_in`: the blocks moved one place up, the last block of another vector coming in below.
-
-/// Vectors that are worked on together. Eight cover the AES instruction's latency on every CPU we know: it starts at the
-/// most twice a cycle and takes four cycles or less.
-pub(super) const GROUP: usize = 8;
-
-/// How far ahead data are fetched. Measured: 512 bytes gain half of what 2048 do, and up to 8192 no more.
-pub(super) const AHEAD_BYTES: usize = 2048;
-
-/// Powers of x, as `times` takes them: block `b` of vector `i` holds x to the `i * BLOCKS + b` in its lower half, and the
-/// polynomial in its upper one.
-pub(super) const fn powers<const BYTES: usize>() -> [[u8; BYTES]; GROUP] {
-    let mut powers = [[0; BYTES]; GROUP];
-    let blocks = BYTES / 16;
-    let mut power = 0;
-    while power < GROUP * blocks {
-        let at = power % blocks * 16;
-        powers[power / blocks][at + power / 8] = 1 << (power % 8);
-        powers[power / blocks][at + 8] = POLYNOMIAL;
-        power += 1;
-    }
-    powers
-}
-
-//= IEEE 1619-2018 5.2: x^128 is x^7 + x^2 + x + 1.
-const POLYNOMIAL: u8 = 0x87;
-
-/// A block of code for each `i` of a group, written out: the compiler leaves a loop of this length as one, with the vectors
-/// in memory instead of registers, which costs a tenth of the speed.
-macro_rules! for_group {
-    ($i:ident => $code:block) => {
-        for_group!($i => $code, 0, 1, 2, 3, 4, 5, 6, 7);
-    };
-    ($i:ident => $code:block, $($value:literal),*) => {
-        $({
-            let $i: usize = $value;
-            $code
-        })*
-    };
-}
 
 /// See the top of the file.
 macro_rules! loops {
     ($features:tt) => {
+        use crate::simd::xts::for_group;
         use std::hint::black_box;
-        use std::ptr;
 
-        const BYTES: usize = 16 * BLOCKS;
-        /// Blocks that are worked on together.
-        const GROUP_BLOCKS: usize = GROUP * BLOCKS;
-        const GROUP_BYTES: usize = GROUP * BYTES;
-        static POWERS: [[u8; BYTES]; GROUP] = powers();
-
-        /// Asks for data that are worked on soon: from memory, not from a cache, they come faster (see `Kernel::all`).
-        #[inline]
-        #[target_feature(enable = $features)]
-        fn fetch_ahead(group: &[u8; GROUP_BYTES], end: *const u8) {
-            let ahead = group.as_ptr().wrapping_add(AHEAD_BYTES);
-            if ahead < end {
-                for line in (0..GROUP_BYTES).step_by(64) {
-                    fetch(ahead.wrapping_add(line));
-                }
-            }
-        }
-
-        #[inline]
-        fn blocks_mut(vectors: &mut [[u8; BYTES]]) -> &mut [[u8; 16]] {
-            vectors.as_flattened_mut().as_chunks_mut().0
-        }
+        /// AES-256's round keys.
+        type Keys = [[u8; 16]; 15];
 
         /// AES, forwards or backwards, of each input, and the sum of that and each mask.
         #[inline]
@@ -107,39 +45,10 @@ macro_rules! loops {
             state
         }
 
-        /// XTS over many units. Unit `i` has the number `first + i`.
-        #[target_feature(enable = $features)]
-        pub(super) fn xts<const ENCRYPT: bool>(
-            key: &XtsKey,
-            first: u128,
-            unit_bytes: usize,
-            data: &mut [u8],
-        ) {
-            let keys = if ENCRYPT { &key.encrypt } else { &key.decrypt };
-            let end = if key.kernel.fetches_ahead { data.as_ptr_range().end } else { ptr::null() };
-            let mut number = first;
-            for run in data.chunks_mut(GROUP_BLOCKS * unit_bytes) {
-                let units = run.len() / unit_bytes;
-                let mut tweaks = [[0; BYTES]; GROUP];
-                let tweaks = &mut tweaks[..units.div_ceil(BLOCKS)];
-                for tweak in blocks_mut(tweaks) {
-                    *tweak = number.to_le_bytes();
-                    number = number.wrapping_add(1);
-                }
-                first_tweaks(&key.tweak, tweaks);
-                let tweaks = &blocks_mut(tweaks)[..units];
-                if unit_bytes < GROUP_BYTES {
-                    xts_small_units::<ENCRYPT>(keys, tweaks, unit_bytes, run);
-                    continue;
-                }
-                xts_units::<ENCRYPT>(keys, tweaks, unit_bytes, run, end);
-            }
-        }
-
         /// Turns the numbers of data units into the tweaks of their first blocks.
         #[inline]
         #[target_feature(enable = $features)]
-        fn first_tweaks(keys: &[[u8; 16]; 15], tweaks: &mut [[u8; BYTES]]) {
+        fn first_tweaks(keys: &Keys, tweaks: &mut [[u8; BYTES]]) {
             let (groups, rest) = tweaks.as_chunks_mut();
             for group in groups {
                 let group: &mut [_; GROUP] = group;
@@ -156,39 +65,12 @@ macro_rules! loops {
             }
         }
 
-        /// Units of one group or more.
-        #[inline]
-        #[target_feature(enable = $features)]
-        fn xts_units<const ENCRYPT: bool>(
-            keys: &[[u8; 16]; 15],
-            firsts: &[[u8; 16]],
-            unit_bytes: usize,
-            run: &mut [u8],
-            end: *const u8,
-        ) {
-            let first = broadcast(&firsts[0]);
-            let mut tweaks = [first; GROUP];
-            for i in 0..GROUP {
-                tweaks[i] = times(first, load(&POWERS[i]));
-            }
-            for (unit, next) in run.chunks_exact_mut(unit_bytes).zip(1..) {
-                let (groups, _) = unit.as_chunks_mut::<GROUP_BYTES>();
-                let Some((last, groups)) = groups.split_last_mut() else { return };
-                for group in groups {
-                    tweaks = xts_group::<ENCRYPT>(keys, tweaks, group, end, |_, tweak| times_group(tweak));
-                }
-                // After the last unit of all nobody wants them, but they cost nothing.
-                let first = broadcast(&firsts[next % firsts.len()]);
-                tweaks = xts_group::<ENCRYPT>(keys, tweaks, last, end, |i, _| times(first, load(&POWERS[i])));
-            }
-        }
-
         /// One group. Gives the tweaks of the group after it, which `next` makes between the rounds: there they cost no
         /// time, not even where the data come slowly.
         #[inline]
         #[target_feature(enable = $features)]
         fn xts_group<const ENCRYPT: bool>(
-            keys: &[[u8; 16]; 15],
+            keys: &Keys,
             tweaks: [Vector; GROUP],
             group: &mut [u8; GROUP_BYTES],
             end: *const u8,
@@ -224,33 +106,6 @@ macro_rules! loops {
                 store(&mut vectors[i], last::<ENCRYPT>(state[i], before, xor(key, tweaks[i])));
             }
             after
-        }
-
-        /// Units of less than a group: several in each, the last group filled up with nothing.
-        #[target_feature(enable = $features)]
-        fn xts_small_units<const ENCRYPT: bool>(
-            keys: &[[u8; 16]; 15],
-            tweaks: &[[u8; 16]],
-            unit_bytes: usize,
-            run: &mut [u8],
-        ) {
-            let mut firsts = tweaks.iter();
-            for part in run.chunks_mut(GROUP_BYTES) {
-                let mut tweaks = [[0; 16]; GROUP_BLOCKS];
-                for (unit, first) in tweaks[..part.len() / 16].chunks_mut(unit_bytes / 16).zip(&mut firsts) {
-                    let mut tweak = u128::from_le_bytes(*first);
-                    for place in unit {
-                        *place = tweak.to_le_bytes();
-                        tweak = double(tweak);
-                    }
-                }
-                let (vectors, _) = tweaks.as_flattened().as_chunks::<BYTES>();
-                let tweaks = std::array::from_fn(|i| load(&vectors[i]));
-                let mut group = [0; GROUP_BYTES];
-                group[..part.len()].copy_from_slice(part);
-                xts_group::<ENCRYPT>(keys, tweaks, &mut group, ptr::null(), |_, tweak| tweak);
-                part.copy_from_slice(&group[..part.len()]);
-            }
         }
 
         /// CBC decryption over many units.
@@ -416,4 +271,4 @@ macro_rules! one_block {
 //= FIPS 197 5.2: Rcon, powers of x modulo x^8 + x^4 + x^3 + x + 1.
 pub(super) const CONSTANTS: [u8; 10] = [0x01, 0x02, 0x04, 0x08, 0x10, 0x20, 0x40, 0x80, 0x1b, 0x36];
 
-pub(super) use {for_group, loops, one_block};
+pub(super) use {loops, one_block};

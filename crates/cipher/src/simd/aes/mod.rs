@@ -8,7 +8,8 @@
 //!
 //! - An expanded key lies where its owner puts it, is never changed, and is wiped when dropped. Nothing is allocated or
 //!   locked per call, and any number of threads can use it.
-//! - The loops are the same for every kernel (`loops.rs`); a kernel's file has instructions only.
+//! - The loops are the same for every kernel (`loops.rs`, and `simd/xts.rs` for all ciphers in XTS); a kernel's file has
+//!   instructions only.
 //! - Constant time: no branch and no address depends on key, tweak or data, but on lengths alone.
 //!
 //! A CPU without AES instructions has no kernel: AWS-LC serves it, and is what the tests compare each kernel with.
@@ -24,8 +25,8 @@ mod vaes256;
 #[cfg(target_arch = "x86_64")]
 mod vaes512;
 
+use crate::simd::wipe;
 use std::fmt;
-use zeroize::Zeroize;
 
 /// Code for one kind of AES instructions, which this CPU has: that is checked where one is made, and nowhere else.
 #[derive(Clone, Copy)]
@@ -183,13 +184,18 @@ impl XtsKey {
         assert_units(unit_bytes, data);
         with_kernel!(self.kernel, xts::<false>(self, first, unit_bytes, data));
     }
+
+    /// Whether asking for data ahead of their use helps.
+    fn fetches_ahead(&self) -> bool {
+        self.kernel.fetches_ahead
+    }
 }
 
 impl Drop for XtsKey {
     fn drop(&mut self) {
         let Self { kernel: _, encrypt, decrypt, tweak } = self;
         for keys in [encrypt, decrypt, tweak] {
-            wipe(keys);
+            wipe(keys.as_flattened_mut());
         }
     }
 }
@@ -247,7 +253,7 @@ impl Drop for CbcKey {
     fn drop(&mut self) {
         let Self { kernel: _, encrypt, decrypt } = self;
         for keys in [encrypt, decrypt] {
-            wipe(keys);
+            wipe(keys.as_flattened_mut());
         }
     }
 }
@@ -257,15 +263,6 @@ impl fmt::Debug for CbcKey {
         let Self { kernel, encrypt: _, decrypt: _ } = self;
         f.debug_struct("CbcKey").field("kernel", kernel).finish_non_exhaustive()
     }
-}
-
-/// Sixteen bytes at a time: byte by byte takes longer than the key schedule.
-fn wipe<const KEYS: usize>(keys: &mut [[u8; 16]; KEYS]) {
-    // SAFETY: any bytes make a `u128`, and any `u128` makes bytes.
-    let (before, words, after) = unsafe { keys.as_flattened_mut().align_to_mut::<u128>() };
-    before.zeroize();
-    words.zeroize();
-    after.zeroize();
 }
 
 fn assert_units(unit_bytes: usize, data: &[u8]) {
@@ -279,73 +276,12 @@ pub(crate) fn rounds_alone(kernel: Kernel, groups: usize, data: &mut [u8; 512]) 
     with_kernel!(kernel, rounds_alone(&keys, groups, data))
 }
 
-/// Times x in GF(2^128), in the byte order of IEEE 1619.
-pub(crate) fn double(tweak: u128) -> u128 {
-    //= IEEE 1619-2018 5.2: a carry out of the top bit adds the polynomial, 0x87, to the lowest byte.
-    let carry = (tweak >> 127) * 0x87;
-    (tweak << 1) ^ carry
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::simd::awslc::{Algorithm, Context, Direction};
+    use crate::simd::requests::{Request, noise, numbers, requests};
     use proptest::prelude::*;
-
-    /// Data as requests bring them: no pattern, any alignment, units of every size.
-    #[derive(Debug)]
-    struct Request {
-        unit_bytes: usize,
-        /// Where the data start in memory, beyond a multiple of 64.
-        offset: usize,
-        data: Vec<u8>,
-    }
-
-    fn requests() -> impl Strategy<Value = Request> {
-        // Small units are many in a group of vectors, and several groups; large ones are few, to save time.
-        (4..=17_u32, 0..140_usize, 0..64_usize, any::<u64>()).prop_map(|(log2, units, offset, seed)| {
-            let units = units.min((1 << 18) >> log2).max(1);
-            Request { unit_bytes: 1 << log2, offset, data: noise(seed, units << log2) }
-        })
-    }
-
-    /// Bytes without a pattern (xorshift64; any generator would do).
-    fn noise(seed: u64, len: usize) -> Vec<u8> {
-        let mut state = seed | 1;
-        let words = std::iter::repeat_with(|| {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            state.to_le_bytes()
-        });
-        words.flatten().take(len).collect()
-    }
-
-    /// Numbers around each carry that matters, and any.
-    fn numbers() -> impl Strategy<Value = u128> {
-        prop_oneof![
-            u128::MAX - 150..=u128::MAX,
-            u128::from(u64::MAX - 150)..=u128::from(u64::MAX),
-            u128::from(u32::MAX - 150)..=u128::from(u32::MAX),
-            Just(0),
-            any::<u128>(),
-        ]
-    }
-
-    impl Request {
-        /// What `work` makes of the data where they lie, after checking that it left everything around them alone.
-        fn transform(&self, work: impl FnOnce(&mut [u8])) -> Vec<u8> {
-            const AROUND: usize = 128;
-            let mut room = vec![0xa5; self.data.len() + 2 * AROUND + 64];
-            let start = AROUND + room.as_ptr().align_offset(64) % 64 + self.offset;
-            let end = start + self.data.len();
-            room.resize(end + AROUND, 0xa5);
-            room[start..end].copy_from_slice(&self.data);
-            work(&mut room[start..end]);
-            assert!(room[..start].iter().chain(&room[end..]).all(|&b| b == 0xa5), "bytes around the data");
-            room[start..end].to_vec()
-        }
-    }
 
     fn by_library(
         algorithm: Algorithm,
@@ -363,7 +299,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(400))]
+        #![proptest_config(ProptestConfig::with_cases(crate::unit::cases(400)))]
 
         #[test]
         fn xts_by_every_kernel_equals_the_library(
@@ -420,12 +356,5 @@ mod tests {
         let names: Vec<_> = Kernel::all().map(Kernel::name).collect();
         assert_eq!(Kernel::best().map(Kernel::name), names.first().copied());
         println!("kernels of this CPU: {names:?}");
-    }
-
-    #[test]
-    fn doubling_shifts_and_folds_the_carry() {
-        assert_eq!(double(1), 2);
-        assert_eq!(double(1 << 127), 0x87);
-        assert_eq!(double(3 << 126), (1 << 127) ^ 0x87);
     }
 }
