@@ -128,10 +128,20 @@ fn fio_verifies_fifty_volumes_while_the_engine_process_is_killed() {
 /// The same with a client that knows what every byte must be, and that trims, zeroes and flushes.
 #[test]
 fn every_byte_is_right_while_the_engine_process_is_killed() {
+    verify_while_killing(3);
+}
+
+/// Each process knows the keys by handles of its own.
+#[test]
+fn every_byte_is_right_while_an_engine_process_without_keyslots_is_killed() {
+    verify_while_killing(0);
+}
+
+fn verify_while_killing(slots: u32) {
     const COUNT: usize = 8;
     let mut random = seed();
     let place = Place::new();
-    let server = serve_wrapped(&place, COUNT, MIB, 3);
+    let server = serve_wrapped(&place, COUNT, MIB, slots);
     let over = Until::default();
     let (pauses, answered) = thread::scope(|scope| {
         let clients: Vec<_> = (0..COUNT)
