@@ -21,7 +21,7 @@ use crate::identifier::Identifier;
 use crate::keyfile::KeySource;
 use crate::places;
 use crate::plan::{self, ControlPlan, ListenPlan, Plan, Settings};
-use crate::reencrypt::{self, Job, Old, Terms, Wish};
+use crate::reencrypt::{self, Backings, Job, LuksTerms, Old, Terms, Wish};
 use crate::report::{Code, Failure, Failures, note, print};
 use crate::size::Size;
 use crate::take_over::{self, Message, Predecessor, VolumeFacts};
@@ -508,8 +508,9 @@ impl Running {
         let lies_on = Window::over(served.backing.clone(), served.offset_bytes)
             .map_err(|error| Failure::of(&served.terms.label, &error))?;
         let old = Old::Live(served.volume.clone());
+        let backings = Backings { whole: served.backing.clone(), data: lies_on };
         let (job, key) =
-            reencrypt::begin(old, &served.path, identifier, lies_on, &served.terms, wish, profile)?;
+            reencrypt::begin(old, &served.path, identifier, backings, &served.terms, wish, profile)?;
         self.identifiers.write().unwrap_or_else(PoisonError::into_inner).insert(key, job.identifier);
         job.resume(None);
         Ok(job)
@@ -954,7 +955,9 @@ impl Served {
                     failure
                 }
             })?;
+        let luks = LuksTerms::of(&plan, false);
         let terms = Terms {
+            luks,
             label: plan.label,
             access: plan.access,
             discard: plan.discard,
@@ -965,7 +968,7 @@ impl Served {
         let path = std::path::absolute(&plan.path).unwrap_or(plan.path);
         let (volume, job) = match next {
             None => {
-                if plan.access == Access::ReadWrite
+                if terms.access == Access::ReadWrite
                     && let Err(failure) = reencrypt::settle_remains(&path)
                 {
                     // It costs nobody anything but space, and is tried again at the next start.
@@ -974,7 +977,8 @@ impl Served {
                 (Arc::new(LiveVolume::new(volume)), None)
             }
             Some(next) => {
-                let (volume, job) = reencrypt::go_on(volume, &path, lies_on, &terms, next)?;
+                let backings = Backings { whole: backing.clone(), data: lies_on };
+                let (volume, job) = reencrypt::go_on(volume, &path, backings, &terms, next)?;
                 (volume, Some(job))
             }
         };

@@ -186,6 +186,20 @@ fn info(args: &VolumeInfo) -> Result<(), Failures> {
         if let Some(state) = &settings.reencrypt {
             info.reencrypt = Some(reencrypt_info(volume, state)?);
         }
+        if let Some(Luks { header, next: Some(next), .. }) = &luks {
+            info.reencrypt = Some(ReencryptInfo {
+                state: header.display().to_string(),
+                done_bytes: next.done_of(layout.size_bytes()),
+                size_bytes: layout.size_bytes(),
+                zone_bytes: next.hot_bytes.unwrap_or(0),
+                interrupted: next.hot_bytes.is_some(),
+                mode: next.layout.mode.info().name,
+                data_unit_bytes: next.layout.data_unit.bytes(),
+                iv_offset_sectors: next.layout.iv_offset,
+                key_id: None,
+                key_file: None,
+            });
+        }
         found = Some((layout, settings));
     }
     if *dm_table {

@@ -23,6 +23,11 @@ impl HeaderFile {
         Self::open(path, OpenOptions::new().read(true))
     }
 
+    /// For changing it on behalf of who has locked it.
+    pub(crate) fn writable(path: &Path) -> Result<Self, Failure> {
+        Self::open(path, OpenOptions::new().read(true).write(true))
+    }
+
     /// For changing it: nobody else does so meanwhile. cryptsetup takes the same lock for its changes, and `serve` for as long as
     /// it serves.
     pub(crate) fn locked(path: &Path) -> Result<Self, Failure> {
