@@ -8,6 +8,7 @@ use crate::control::{self, ReencryptAction, ReencryptRequest};
 use crate::files::{self, Medium, shell_word};
 use crate::host::{Host, HostEngine, Ready};
 use crate::keyfile::{KeySource, Wanted};
+use crate::luks::look::Luks;
 use crate::plan::{EnginePlan, Plan};
 use crate::reencrypt::{self, Backings, Job, LuksTerms, Old, Progress, Show, Terms, Wish, ZONE_BYTES};
 use crate::report::{Code, Failure, Failures, note, print};
@@ -79,8 +80,10 @@ fn tell_of_holes(volume: &Path) {
     } else {
         String::new()
     };
+    let is_luks = matches!(Luks::look(volume, None, true, true), Ok(Some(_)));
+    let leaves = if is_luks { "" } else { "; --keep-holes leaves them" };
     note(format_args!(
-        "{} of {} have no storage, and get it{lack}; --keep-holes leaves them",
+        "{} of {} have no storage, and get it{lack}{leaves}",
         Size(holes),
         volume.display()
     ));

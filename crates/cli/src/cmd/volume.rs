@@ -348,7 +348,7 @@ fn describe(info: &Info) -> String {
     }
     if let Some(next) = &info.reencrypt {
         let percent = u128::from(next.done_bytes) * 100 / u128::from(next.size_bytes.max(1));
-        let key = next.key_id.as_deref().unwrap_or("?");
+        let key = next.key_id.as_deref().map_or_else(|| "the new key".to_owned(), |id| format!("key {id}"));
         rows.push((
             "re-encryption",
             format!(
@@ -359,7 +359,7 @@ fn describe(info: &Info) -> String {
                 next.data_unit_bytes
             ),
         ));
-        rows.push(("new key file", next.key_file.clone().unwrap_or_default()));
+        rows.extend(next.key_file.clone().map(|file| ("new key file", file)));
         rows.push(("state", next.state.clone()));
     }
     rows.into_iter().map(|(name, value)| format!("{name:<15}  {value}\n")).collect()

@@ -10,7 +10,7 @@ use crate::plan::{LayoutPlan, Settings};
 use crate::report::{Code, Failure, note};
 use inlinecrypt_core::config::{DataUnitSize, Mode};
 use inlinecrypt_core::volume::IvLayout;
-use inlinecrypt_luks::luks2::{CopyState, Metadata, Resilience, Segment};
+use inlinecrypt_luks::luks2::{CopyState, Metadata, Segment};
 use inlinecrypt_luks::{Kind, detect, encryption, luks1, luks2};
 use std::path::{Path, PathBuf};
 
@@ -35,7 +35,6 @@ pub(crate) struct Luks {
 pub(crate) struct LuksNext {
     pub(crate) layout: LayoutPlan,
     pub(crate) which: WhichKey,
-    pub(crate) resilience: Resilience,
     /// Bytes under the new key; `None` if all are.
     pub(crate) done_bytes: Option<u64>,
     /// Length of the zone behind these that was being written, in bytes.
@@ -199,7 +198,6 @@ impl Luks {
                 next: Some(LuksNext {
                     layout: self::layout(&re.next, mode(&re.next, re.next_digest)?),
                     which: WhichKey::of_digest(value(re.next_digest)),
-                    resilience: re.resilience,
                     done_bytes: re.boundary,
                     hot_bytes: re.hot_bytes,
                 }),

@@ -20,7 +20,7 @@ use inlinecrypt_core::error::Error;
 use inlinecrypt_core::key::{KeyId, RawKey};
 use inlinecrypt_core::profile::CryptoProfile;
 use inlinecrypt_core::reencrypt::check_layouts;
-use inlinecrypt_core::volume::{Layout, Volume};
+use inlinecrypt_core::volume::{IvLayout, Layout, Volume};
 use inlinecrypt_luks::Storage;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -114,7 +114,8 @@ pub(super) fn begin(
         data_unit: present.data_unit_size(),
         block: Some(present.logical_block_bytes()),
         iv_offset: present.iv_offset_sectors(),
-        iv: present.iv(),
+        // Whatever the sectors were: where they had 512 bytes, it was the same as any.
+        iv: IvLayout::Sectors,
         offset: 0,
         length: None,
     };

@@ -409,7 +409,7 @@ impl<S: Storage> Container<S> {
             hot_bytes: None,
         };
         let keyslot_json = json!({
-            "type": KEYSLOT_TYPE, "key_size": 1, "mode": "reencrypt", "direction": "forward",
+            "type": KEYSLOT_TYPE, "key_size": 1, "priority": 0, "mode": "reencrypt", "direction": "forward",
             "area": new.resilience.to_json(area_offset, area_bytes),
         });
         let signed = signed(
