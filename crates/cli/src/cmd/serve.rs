@@ -357,6 +357,8 @@ fn default_control_path() -> Result<PathBuf, Failure> {
 struct Served {
     volume: Arc<LiveVolume>,
     backing: Arc<Watched>,
+    /// The part of that which is the volume's.
+    data: Arc<dyn Backing>,
     /// What is behind it.
     file: Arc<FileBacking>,
     name: String,
@@ -505,10 +507,8 @@ impl Running {
         let identifier = *identifier.expect("entered when its key was admitted");
         drop(identifiers);
         let profile = &self.engine_of(served, current.admission().profile()).profile;
-        let lies_on = Window::over(served.backing.clone(), served.offset_bytes)
-            .map_err(|error| Failure::of(&served.terms.label, &error))?;
         let old = Old::Live(served.volume.clone());
-        let backings = Backings { whole: served.backing.clone(), data: lies_on };
+        let backings = Backings { whole: served.backing.clone(), data: served.data.clone() };
         let (job, key) =
             reencrypt::begin(old, &served.path, identifier, backings, &served.terms, wish, profile)?;
         self.identifiers.write().unwrap_or_else(PoisonError::into_inner).insert(key, job.identifier);
@@ -977,7 +977,7 @@ impl Served {
                 (Arc::new(LiveVolume::new(volume)), None)
             }
             Some(next) => {
-                let backings = Backings { whole: backing.clone(), data: lies_on };
+                let backings = Backings { whole: backing.clone(), data: lies_on.clone() };
                 let (volume, job) = reencrypt::go_on(volume, &path, backings, &terms, next)?;
                 (volume, Some(job))
             }
@@ -986,6 +986,7 @@ impl Served {
         Ok(Self {
             volume,
             backing,
+            data: lies_on,
             file,
             name: plan.name,
             path,

@@ -79,6 +79,21 @@ fn what_is_begun_is_found_and_opens_both_keys() {
     }
 }
 
+/// What cryptsetup's digest is made of.
+#[test]
+fn what_cryptsetup_began_is_known_to_be_whole() {
+    let vector: Value = serde_json::from_str(include_str!("../../vectors/luks2-reencrypt.json")).unwrap();
+    let key = |name: &str| hex::decode(vector[name].as_str().unwrap()).unwrap();
+    let container = Container::read(with_json_of(&vector["metadata"])).unwrap();
+    let re = container.reencryption().unwrap();
+    assert_eq!((re.previous.sector_bytes, re.next.sector_bytes), (512, 4096));
+    assert_eq!(re.resilience, Resilience::Checksum { hash: Hash::Sha256, block_bytes: 4096 });
+    assert_eq!((re.boundary, re.hot_bytes), (Some(0), None));
+    container.check_reencryption(&key("old_key"), &key("new_key")).unwrap();
+    let error = container.check_reencryption(&key("new_key"), &key("old_key")).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Damaged);
+}
+
 #[test]
 fn a_token_of_the_old_keyslot_is_one_of_the_new_as_well() {
     let mut disk = Container::read(alone()).unwrap();
