@@ -82,11 +82,7 @@ fn tell_of_holes(volume: &Path) {
     };
     let is_luks = matches!(Luks::look(volume, None, true, true), Ok(Some(_)));
     let leaves = if is_luks { "" } else { "; --keep-holes leaves them" };
-    note(format_args!(
-        "{} of {} have no storage, and get it{lack}{leaves}",
-        Size(holes),
-        volume.display()
-    ));
+    note(format_args!("{} of {} have no storage, and get it{lack}{leaves}", Size(holes), volume.display()));
 }
 
 /// The control socket of the server that serves `volume`, if one of this user does.

@@ -104,8 +104,7 @@ impl LuksLedger {
             return Err(Failure::new(
                 Code::File,
                 format!(
-                    "{label}: its data has {}, which is not what its re-encryption began with",
-                    Size(size_bytes)
+                    "{label}: its data has {size_bytes} bytes, which is not what its re-encryption by {resilience} began with"
                 ),
                 "Give it the size that it had: nothing may be added or cut off until it is done.",
             ));

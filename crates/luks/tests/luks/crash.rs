@@ -153,12 +153,12 @@ fn every_change_of_a_reencryption_is_done_or_not() {
         container.begin_reencryption(&opened, b"zero", new_data(&new, Resilience::Journal), &mut random(2))
     });
     let begun = begun(Resilience::Journal).into_storage();
-    let size = 64 << 10;
-    check("zone", &begun, &|container| container.set_boundary(0, Some(4096), size, &mut random(2)));
+    const SIZE: u64 = 64 << 10;
+    check("zone", &begun, &|container| container.set_boundary(0, Some(4096), SIZE, &mut random(2)));
     let mut hot = Container::read(begun).unwrap();
-    hot.set_boundary(4096, Some(size - 4096), size, &mut random(2)).unwrap();
+    hot.set_boundary(4096, Some(SIZE - 4096), SIZE, &mut random(2)).unwrap();
     let hot = hot.into_storage();
-    check("behind it", &hot, &|container| container.set_boundary(4096, None, size, &mut random(2)));
+    check("behind it", &hot, &|container| container.set_boundary(4096, None, SIZE, &mut random(2)));
     check("end", &hot, &|container| {
         let left = container.finish_reencryption(&mut random(2))?;
         container.wipe_leftovers(left, &mut random(2))
