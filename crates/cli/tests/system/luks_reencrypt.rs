@@ -209,7 +209,7 @@ fn either_goes_on_where_the_other_was_killed() {
     while kills[0] + kills[1] < wanted || completed == 0 {
         let state = info(&place)["reencrypt"].clone();
         let is_begun = !state.is_null();
-        let who = usize::from(pattern::splitmix64(&mut random) % 2 == 0);
+        let who = usize::from(pattern::splitmix64(&mut random).is_multiple_of(2));
         let mut command = match (who, is_begun) {
             (0, false) => ours(&place, &["--throttle", "40MiB", "--data-unit", sector]),
             (0, true) => ours(&place, &["--throttle", "40MiB", "--resume"]),
