@@ -1,5 +1,6 @@
 //! How far a container's re-encryption is, in its header: as cryptsetup writes it, so that either goes on where the other stopped.
 
+use super::file::ReencryptionLock;
 use super::{failure, random};
 use crate::report::{Code, Failure};
 use crate::size::Size;
@@ -74,6 +75,8 @@ pub(crate) struct LuksLedger {
     hot_bytes: Option<u64>,
     /// Hashes of the blocks of the zone that is at hand, if it is protected by them.
     sums: Vec<u8>,
+    /// Nobody else re-encrypts it.
+    _lock: Option<ReencryptionLock>,
 }
 
 impl LuksLedger {
@@ -81,6 +84,19 @@ impl LuksLedger {
     /// but for its last step is completed.
     pub(crate) fn open(
         storage: Box<dyn Storage + Send>,
+        size_bytes: u64,
+        zone_bytes: u64,
+        label: &str,
+    ) -> Result<Self, Failure> {
+        let failed = |error: inlinecrypt_luks::Error| failure(label, &error);
+        let container = Container::read(storage).map_err(failed)?;
+        let lock = ReencryptionLock::take(&container.header().uuid, label)?;
+        Self::open_locked(container.into_storage(), lock, size_bytes, zone_bytes, label)
+    }
+
+    fn open_locked(
+        storage: Box<dyn Storage + Send>,
+        lock: Option<ReencryptionLock>,
         size_bytes: u64,
         zone_bytes: u64,
         label: &str,
@@ -133,6 +149,7 @@ impl LuksLedger {
             boundary: boundary.unwrap_or(size_bytes),
             hot_bytes,
             sums: Vec::new(),
+            _lock: lock,
         })
     }
 

@@ -7,6 +7,7 @@ use inlinecrypt_testkit::nbd::NbdError;
 use inlinecrypt_testkit::{pattern, require_tool};
 use serde_json::Value;
 use std::fs;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Barrier;
 use std::thread;
@@ -189,7 +190,20 @@ fn we_finish_what_cryptsetup_began() {
         assert_eq!(state["done_bytes"], 0, "{state}");
         // Half of it by the old key, and by both.
         assert!(served(&place, content.len()) == content);
+        // As cryptsetup holds it while it is at work; the file itself it locks now and then only.
+        let uuid = run(&mut cryptsetup(&place, &["luksUUID", "disk"]));
+        let lock = format!("/run/cryptsetup/LN_LUKS2-reencryption-{}", uuid.trim());
+        let held = fs::File::options().create(true).truncate(false).write(true).open(&lock).unwrap();
+        held.lock().unwrap();
+        let output = ours(&place, &["--resume"]).output().unwrap();
+        assert!(
+            output.status.code() == Some(5) && said(&output).contains("somebody else"),
+            "{}",
+            said(&output)
+        );
+        drop(held);
         run(&mut ours(&place, &["--resume"]));
+        assert!(!Path::new(&lock).exists());
         is_finished(&place, &content);
     }
 }

@@ -169,7 +169,7 @@ fn begun(units: (u32, u32), resilience: Resilience, content: &[u8]) -> PowerCutB
 
 fn ledger(disk: &Arc<dyn Backing>) -> LuksLedger {
     let storage = Box::new(OnBacking(disk.clone()));
-    LuksLedger::open(storage, SIZE as u64, CHUNK_BYTES as u64, "test").unwrap()
+    LuksLedger::open_locked(storage, None, SIZE as u64, CHUNK_BYTES as u64, "test").unwrap()
 }
 
 /// One history: a re-encryption with a client between its zones, a cut somewhere in it, and what is found afterwards. Says whether
