@@ -223,6 +223,13 @@ fn offline(args: &VolumeReencrypt, mut progress: Progress) -> Result<(), Failure
     let [volume] = &plan.volumes[..] else { unreachable!("one was planned") };
     match (&volume.next, args.resume) {
         (Some(_), false) => return Err(reencrypt::under_way(&volume.label).into()),
+        (None, true) if volume.luks.as_ref().is_some_and(|luks| luks.is_unsettled) => {
+            let luks = volume.luks.as_ref().expect("it is one");
+            let file = FileBacking::open(&volume.path, OpenOptions::default())
+                .map_err(|error| Failure::of_file(&volume.label, &error))?;
+            reencrypt::settle_container(luks, &volume.path, Arc::new(file), &volume.label)?;
+            return Ok(finished(args, "that the header names")?);
+        }
         (None, true) if reencrypt::has_remains(&args.volume) => {
             let path = std::path::absolute(&args.volume).unwrap_or_else(|_| args.volume.clone());
             let _locked = FileBacking::open(&path, OpenOptions::default())

@@ -965,11 +965,17 @@ impl Served {
             slots: plan.slots,
             is_named_twice: plan.is_named_twice,
         };
-        let path = std::path::absolute(&plan.path).unwrap_or(plan.path);
+        let path = std::path::absolute(&plan.path).unwrap_or_else(|_| plan.path.clone());
         let (volume, job) = match next {
             None => {
+                let settle = || match &plan.luks {
+                    Some(luks) => {
+                        reencrypt::settle_container(luks, &plan.path, backing.clone(), &terms.label)
+                    }
+                    None => reencrypt::settle_remains(&path),
+                };
                 if terms.access == Access::ReadWrite
-                    && let Err(failure) = reencrypt::settle_remains(&path)
+                    && let Err(failure) = settle()
                 {
                     // It costs nobody anything but space, and is tried again at the next start.
                     tracing::warn!(volume = %terms.label, "{}", failure.what);

@@ -352,7 +352,7 @@ fn describe(info: &Info) -> String {
         rows.push((
             "re-encryption",
             format!(
-                "{percent} %: {} of {} are under key {key}, {}, data unit {} bytes",
+                "{percent} %: {} of {} are under {key}, {}, data unit {} bytes",
                 Size(next.done_bytes),
                 Size(next.size_bytes),
                 next.mode,

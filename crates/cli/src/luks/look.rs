@@ -28,6 +28,9 @@ pub(crate) struct Luks {
     pub(crate) which: WhichKey,
     /// What it is being re-encrypted to, if it is.
     pub(crate) next: Option<LuksNext>,
+    /// Whether all of it is re-encrypted, and its header does not say so yet: cryptsetup was killed among its last steps, in which
+    /// the old key goes first.
+    pub(crate) is_unsettled: bool,
 }
 
 /// What a container is being re-encrypted to.
@@ -174,6 +177,7 @@ impl Luks {
             wrapped: None,
             which: WhichKey::default(),
             next: None,
+            is_unsettled: false,
         })
     }
 
@@ -187,8 +191,19 @@ impl Luks {
                 encryption::mode(&segment.encryption, key_bytes(metadata, digest).unwrap_or(0))
                     .map_err(failed)
             };
-            let layout = layout(&re.previous, mode(&re.previous, re.previous_digest)?);
             let value = |digest| metadata.digests()[&digest].value();
+            if re.boundary.is_none() {
+                return Ok(Self {
+                    header: path.to_owned(),
+                    version: 2,
+                    layout: layout(&re.next, mode(&re.next, re.next_digest)?),
+                    wrapped,
+                    which: WhichKey::of_digest(value(re.next_digest)),
+                    next: None,
+                    is_unsettled: true,
+                });
+            }
+            let layout = layout(&re.previous, mode(&re.previous, re.previous_digest)?);
             return Ok(Self {
                 header: path.to_owned(),
                 version: 2,
@@ -201,6 +216,7 @@ impl Luks {
                     done_bytes: re.boundary,
                     hot_bytes: re.hot_bytes,
                 }),
+                is_unsettled: false,
             });
         }
         let (number, segment) = metadata.data().map_err(failed)?;
@@ -226,6 +242,7 @@ impl Luks {
             wrapped,
             which: digest.map_or_else(WhichKey::default, |(_, digest)| WhichKey::of_digest(digest.value())),
             next: None,
+            is_unsettled: false,
         })
     }
 }

@@ -83,6 +83,22 @@ pub(super) fn next_plan(volume: &Path, luks: &Luks, label: &str) -> Result<Optio
     }))
 }
 
+/// Completes the last steps of a re-encryption in the header, if they were not: the header forgets the old key. To be called by who has
+/// locked the container.
+pub(crate) fn settle(
+    luks: &Luks,
+    volume: &Path,
+    whole: Arc<dyn Backing>,
+    label: &str,
+) -> Result<(), Failure> {
+    if luks.is_unsettled {
+        let size_bytes = whole.facts().len_bytes.saturating_sub(luks.layout.offset);
+        let storage = storage(&luks.header, luks.header != volume, whole)?;
+        LuksLedger::open(storage, size_bytes, CHUNK_BYTES as u64, label)?;
+    }
+    Ok(())
+}
+
 /// Where the header is.
 pub(super) fn storage(
     header: &Path,

@@ -20,7 +20,7 @@ mod progress;
 
 pub(crate) use begin::{Backings, Old, Terms, begin, go_on};
 pub(crate) use job::Job;
-pub(crate) use luks::LuksTerms;
+pub(crate) use luks::{LuksTerms, settle as settle_container};
 pub(crate) use progress::{EVERY, Progress, Show};
 
 use crate::cli::{FallbackArg, LayoutArgs};
