@@ -94,6 +94,26 @@ fn what_cryptsetup_began_is_known_to_be_whole() {
     assert_eq!(error.kind(), ErrorKind::Damaged);
 }
 
+/// Where cryptsetup is killed among its last steps: the old key is gone, and the header still says that there is one.
+#[test]
+fn what_is_complete_but_for_its_last_steps_can_be_completed() {
+    let begun = begun(Resilience::Journal);
+    let mut json = Value::Object(begun.header().metadata.json().clone());
+    json["segments"]["0"] = json["segments"]["2"].clone();
+    json["segments"]["0"].as_object_mut().unwrap().remove("flags");
+    json["digests"]["0"]["keyslots"] = json!([]);
+    json["digests"]["0"]["segments"] = json!(["1"]);
+    json["digests"]["1"]["segments"] = json!(["0", "2"]);
+    json["keyslots"].as_object_mut().unwrap().remove("0");
+    let mut container = Container::read(with_json_of(&json)).unwrap();
+    let re = container.reencryption().unwrap();
+    assert_eq!((re.boundary, re.hot_bytes), (None, None));
+    let _ = container.finish_reencryption(&mut random(5)).unwrap();
+    let metadata = &container.header().metadata;
+    assert_eq!((metadata.keyslots().len(), metadata.digests().len()), (1, 1));
+    assert_eq!(metadata.data().unwrap().1.sector_bytes, 4096);
+}
+
 #[test]
 fn a_token_of_the_old_keyslot_is_one_of_the_new_as_well() {
     let mut disk = Container::read(alone()).unwrap();
