@@ -232,10 +232,6 @@ fn either_goes_on_where_the_other_was_killed() {
     while kills[0] + kills[1] < wanted || completed == 0 {
         let state = info(&place)["reencrypt"].clone();
         let is_begun = !state.is_null();
-        if state["interrupted"] == true && pattern::splitmix64(&mut random).is_multiple_of(2) {
-            run(&mut cryptsetup(&place, &["repair", "-q", "-d", "zero", "disk"]));
-            repaired += 1;
-        }
         let who = usize::from(pattern::splitmix64(&mut random).is_multiple_of(2));
         let mut command = match (who, is_begun) {
             (0, false) => ours(&place, &["--throttle", "40MiB", "--data-unit", sector]),
@@ -248,6 +244,11 @@ fn either_goes_on_where_the_other_was_killed() {
         kills[who] += u64::from(kill_after(child, delay));
         let now = info(&place)["reencrypt"].clone();
         in_a_zone += u64::from(now["interrupted"] == true);
+        // Else the server does it, which comes next.
+        if now["interrupted"] == true && pattern::splitmix64(&mut random).is_multiple_of(2) {
+            run(&mut cryptsetup(&place, &["repair", "-q", "-d", "zero", "disk"]));
+            repaired += 1;
+        }
         let server = serve(&place, &["--pause-reencryption"]);
         let read = server.client("disk").read(0, 12 << 20).unwrap();
         assert!(read == content, "after {kills:?} kills: {now}");
