@@ -1,9 +1,12 @@
 //! A LUKS2 header with whatever JSON, under a right checksum: read, and changed in every way. What is written is read again.
 //!
-//! The input is JSON, or what is put in place of values of a good one: number of the value, its new value, 0xff.
+//! The input is JSON, or what is put in place of values of a good one, which is being re-encrypted if the first byte is `R`: number of
+//! the value, its new value, 0xff.
 #![no_main]
 
-use inlinecrypt_luks::luks2::{Container, Header};
+use inlinecrypt_luks::kdf::Kdf;
+use inlinecrypt_luks::luks2::{Container, Header, NewData, Opened, Resilience};
+use inlinecrypt_luks::{Hash, encryption};
 use libfuzzer_sys::fuzz_target;
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
@@ -47,16 +50,38 @@ fn nth(json: &mut Value, number: &mut usize, with: &mut dyn FnMut(&mut Value)) {
     }
 }
 
+/// The same while it is re-encrypted, in the middle of a zone.
+const REENCRYPTED: &str = r#"{"keyslots":{"0":{"type":"luks2","key_size":32,"af":{"type":"luks1","stripes":4000,"hash":"sha256"},
+"area":{"type":"raw","offset":"32768","size":"131072","encryption":"aes-xts-plain64","key_size":32},
+"kdf":{"type":"pbkdf2","hash":"sha256","iterations":1,"salt":"X/UGotSwDWrY0HGXljRnVyVPJaKet2rdPDGagFaUF+0="}},
+"1":{"type":"reencrypt","key_size":1,"mode":"reencrypt","direction":"forward",
+"area":{"type":"checksum","offset":"163840","size":"393216","hash":"sha256","sector_size":512}}},
+"tokens":{},
+"segments":{"0":{"type":"crypt","offset":"557056","size":"4096","iv_tweak":"0","encryption":"aes-xts-plain64","sector_size":512},
+"1":{"type":"crypt","offset":"561152","size":"4096","iv_tweak":"8","encryption":"aes-xts-plain64","sector_size":512,"flags":["in-reencryption"]},
+"2":{"type":"crypt","offset":"565248","size":"dynamic","iv_tweak":"16","encryption":"aes-xts-plain64","sector_size":512},
+"3":{"type":"crypt","offset":"557056","size":"dynamic","iv_tweak":"0","encryption":"aes-xts-plain64","sector_size":512,"flags":["backup-previous"]},
+"4":{"type":"crypt","offset":"557056","size":"dynamic","iv_tweak":"0","encryption":"aes-xts-plain64","sector_size":512,"flags":["backup-final"]}},
+"digests":{"0":{"type":"pbkdf2","keyslots":["0"],"segments":["1","2","3"],"hash":"sha256","iterations":1000,
+"salt":"Ru9Dmi0H30ULysJ1G9Get1Ro5oWXFQVBnu0XSrDM7vM=","digest":"a+HxTrvoQYCQcR83PMEEFOmkZqK2orEY+wTsmnCbGJc="},
+"1":{"type":"pbkdf2","keyslots":[],"segments":["0","1","4"],"hash":"sha256","iterations":1000,
+"salt":"Ru9Dmi0H30ULysJ1G9Get1Ro5oWXFQVBnu0XSrDM7vM=","digest":"a+HxTrvoQYCQcR83PMEEFOmkZqK2orEY+wTsmnCbGJc="},
+"2":{"type":"pbkdf2","keyslots":["1"],"segments":[],"hash":"sha256","iterations":1000,
+"salt":"Ru9Dmi0H30ULysJ1G9Get1Ro5oWXFQVBnu0XSrDM7vM=","digest":"a+HxTrvoQYCQcR83PMEEFOmkZqK2orEY+wTsmnCbGJc="}},
+"config":{"json_size":"12288","keyslots_size":"524288","requirements":{"mandatory":["online-reencrypt-v2"]}}}"#;
+
 fn json(data: &[u8]) -> Vec<u8> {
-    if data.first() == Some(&b'{') {
-        return data.to_vec();
-    }
-    let mut json: Value = serde_json::from_str(GOOD).expect("it is good");
+    let (good, data) = match data {
+        [b'{', ..] => return data.to_vec(),
+        [b'R', rest @ ..] => (REENCRYPTED, rest),
+        _ => (GOOD, data),
+    };
+    let mut json: Value = serde_json::from_str(good).expect("it is good");
     for edit in data.split(|&byte| byte == 0xff) {
         let Some((&number, value)) = edit.split_first() else { continue };
         let text = || Value::String(String::from_utf8_lossy(value).into_owned());
         let value = serde_json::from_slice(value).unwrap_or_else(|_| text());
-        nth(&mut json, &mut usize::from(number % 64), &mut |old| *old = value.clone());
+        nth(&mut json, &mut usize::from(number % 192), &mut |old| *old = value.clone());
     }
     serde_json::to_vec(&json).expect("it is JSON")
 }
@@ -76,6 +101,7 @@ fuzz_target!(|data: &[u8]| {
     let metadata = &header.metadata;
     let _ = metadata.data();
     let _ = metadata.requirements();
+    let _ = metadata.reencryption();
     for (number, slot) in metadata.keyslots() {
         assert!(slot.area_offset >= 2 * SIZE as u64, "LUKS keyslot {number}");
         if let Ok(kdf) = &slot.kdf {
@@ -97,6 +123,29 @@ fuzz_target!(|data: &[u8]| {
         container.add_token(serde_json::json!({ "type": "x", "keyslots": [] }), &mut random).is_ok()
     });
     change(&disk, |container| container.erase("x", &mut random).is_ok());
+    if let Ok(Some(re)) = metadata.reencryption() {
+        assert!(re.area_offset >= 2 * SIZE as u64 && re.hot_bytes.is_none_or(|_| re.boundary.is_some()));
+        for hot in [None, Some(4096), Some((1 << 20) - 4096)] {
+            change(&disk, |container| container.set_boundary(4096, hot, 1 << 20, &mut random).is_ok());
+        }
+        change(&disk, |container| container.finish_reencryption(&mut random).is_ok());
+    } else if let Some(&number) = numbers.first() {
+        let opened = Opened { keyslot: number, digest: 0, key: vec![7; 64].into() };
+        let resilience = Resilience::Checksum { hash: Hash::Sha256, block_bytes: 512 };
+        let mode = encryption::mode("aes-xts-plain64", 64).expect("it is known");
+        let (sector_bytes, zone_bytes_min) = (512, 4096);
+        let new = NewData { mode, sector_bytes, key: &[3; 64], iterations: 1, resilience, zone_bytes_min };
+        // What a LUKS keyslot costs is another's.
+        let is_cheap =
+            matches!(metadata.keyslots()[&number].kdf, Ok(Kdf::Pbkdf2 { iterations, .. }) if iterations < 10);
+        if is_cheap {
+            change(&disk, |container| {
+                let begun = container.begin_reencryption(&opened, b"", new, &mut random).is_ok();
+                assert!(!begun || container.reencryption().is_ok());
+                begun
+            });
+        }
+    }
     if !numbers.is_empty() {
         change(&disk, |container| container.remove_keyslots(&numbers[..1], &mut random).is_ok());
     }

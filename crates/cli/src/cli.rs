@@ -521,6 +521,9 @@ Examples:
     /// At any moment all of it may be killed, or the power go: `serve` and --resume go on from there. Until it is done
     /// both keys are needed. The state lies beside the volume, in VOLUME.reencrypt; in the end VOLUME.toml names the new
     /// key and layout, and the old key's file stays unless --remove-old-key is given.
+    ///
+    /// A LUKS2 container gets a new volume key, which the same passphrase opens. Its state is in the header, as cryptsetup
+    /// writes it: cryptsetup reencrypt --resume-only goes on with it, and --resume goes on with cryptsetup's.
     #[command(
         visible_alias = "convert",
         after_help = "\
@@ -530,6 +533,8 @@ Examples:
   inlinecrypt volume reencrypt --key raw:new.key --throttle 50MiB demo.img
   inlinecrypt volume convert --data-unit 512 --mode Adiantum demo.img
       another layout, with a new key
+  inlinecrypt volume reencrypt --passphrase-file pass disk.luks
+      a LUKS2 container, which has one passphrase
   inlinecrypt volume reencrypt --pause demo.img
   inlinecrypt volume reencrypt --resume --progress-json demo.img"
     )]
@@ -539,7 +544,7 @@ Examples:
 /// Get a volume under another key.
 #[derive(Args, Debug)]
 pub(crate) struct VolumeReencrypt {
-    /// A file or block device with a description
+    /// A file or block device with a description, or a LUKS2 container
     #[arg(value_name = "VOLUME")]
     pub(crate) volume: PathBuf,
     /// Its new key: FILE for a wrapped key, raw:FILE for a raw one [default: a new one in VOLUME.XXXXXXXX.key]
@@ -549,6 +554,10 @@ pub(crate) struct VolumeReencrypt {
     pub(crate) layout: LayoutArgs,
     #[command(flatten)]
     pub(crate) engine: EngineArgs,
+    /// Key file of a LUKS container: every byte of FILE (- for standard input) counts, as in cryptsetup's --key-file; not while the
+    /// container is served
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["passphrase_file", "passphrase_fd"], help_heading = "Engine")]
+    pub(crate) key_file: Option<PathBuf>,
     /// Engine for the new key, if another; not while the volume is served
     #[arg(long, value_name = "SPEC", value_parser = parse_core::<EngineSpec>, help_heading = "Engine")]
     pub(crate) new_engine: Option<EngineSpec>,

@@ -7,6 +7,7 @@ use crate::engine_process::{self, EngineHome, Started};
 use crate::files::{self, Medium, quoted, shell_word};
 use crate::identifier::Identifier;
 use crate::keyfile::{KeySource, LoadedKey, Wanted};
+use crate::luks::unlock::LuksKey;
 use crate::orders::{self, Candidate};
 use crate::places::{self, beside};
 use crate::plain::ReadyPlain;
@@ -196,7 +197,13 @@ impl Host {
             };
             if let Some(next) = &volume.next {
                 let Some(engine) = &host.engines[next.engine] else { continue };
-                match admit_next(volume, next, &medium, engine) {
+                let mut next = next.clone();
+                if let (Some(old), Some(new)) = (ready.plan.key.luks_key(), next.key.luks_key()) {
+                    // One passphrase opens both.
+                    let which = new.which.clone();
+                    next.key = KeySource::luks(LuksKey { which, ..old.clone() });
+                }
+                match admit_next(volume, &next, &medium, engine) {
                     Ok(next) => ready.next = Some(next),
                     Err(failure) => {
                         failures.push(failure);
@@ -390,7 +397,8 @@ fn admit_next(
     let (admission, identifier) =
         admit_key(&loaded, key, &layout, volume.fallback, volume.slots, &engine.profile, label)
             .map_err(|failure| failure.within(label))?;
-    if next.key_id != Some(identifier) {
+    // In a container both keys have digests, which were compared.
+    if next.key_id.is_some_and(|expected| expected != identifier) {
         return Err(Failure::new(
             Code::Refused,
             format!(

@@ -76,6 +76,14 @@ impl KeySource {
         }
     }
 
+    /// What opens it, if it is the volume key of a LUKS container.
+    pub(crate) fn luks_key(&self) -> Option<&LuksKey> {
+        match &self.place {
+            Place::Luks(key) => Some(key),
+            _ => None,
+        }
+    }
+
     /// Whether a raw key can be read again without asking anybody.
     pub(crate) fn can_be_had_again(&self) -> bool {
         match &self.place {

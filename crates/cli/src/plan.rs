@@ -785,12 +785,13 @@ impl Builder {
         let sibling = beside(path, ".key");
         let key = match &settings.key {
             _ if luks.is_some() => {
-                let Luks { header, wrapped, .. } = luks.as_ref().expect("it is one");
+                let Luks { header, wrapped, which, .. } = luks.as_ref().expect("it is one");
                 match wrapped {
                     Some(wrapped) if !settings.luks.recover => KeySource::token(header.clone(), wrapped),
                     _ => KeySource::luks(LuksKey {
                         header: header.clone(),
                         passphrase: Passphrase::NotAsked(settings.luks.passphrase.clone()),
+                        which: which.clone(),
                     }),
                 }
             }
@@ -840,7 +841,7 @@ impl Builder {
             }
             None => (said_by, settings.layout(), settings.key_id),
         };
-        let next = match reencrypt::next_plan(path, settings.reencrypt.as_deref(), &label) {
+        let next = match reencrypt::next_plan(path, settings.reencrypt.as_deref(), luks.as_ref(), &label) {
             Ok(None) => None,
             Ok(Some((mut next, described))) => {
                 next.engine = described.map_or(engine, |described| self.engine(described));

@@ -13,8 +13,8 @@
 //! - Zones are whole chunks, and no piece of a request crosses the border of a chunk; so every piece lies on one side.
 //! - Which side that is, is decided while the piece's range is locked, and a zone is moved while all of it is locked. So a
 //!   request finds its data units wholly under the one key or the other, and waits no longer than for one zone.
-//! - What a zone becomes is stable in a [`State`] before the zone is touched, so that a kill or a power cut at any moment
-//!   loses nothing ([`state`] says in which order). Clients write to a zone again only once it is done for good.
+//! - What a zone becomes, or what it was, is stable in a [`Ledger`] before the zone is touched, so that a kill or a power cut at
+//!   any moment loses nothing ([`state`] says in which order). Clients write to a zone again only once it is done for good.
 //! - No request fails since it came at the wrong time.
 //!
 //! While nothing is re-encrypted a request takes one lock more than it would with a plain volume, shared, which nobody has
@@ -22,21 +22,23 @@
 //!
 //! Start reading at [`Reencryption::step`].
 
+pub mod ledger;
 pub mod state;
 
-use crate::backing::{Access, Extent};
+use crate::backing::{Access, Durability, Extent};
 use crate::batch::{Batch, Item, Transfer};
 use crate::config::Mode;
 use crate::disk::{CHUNK_BYTES, Disk, Geometry, LARGE_BUFFER_BYTES, Span, Unaligned};
+use crate::engine::Direction;
 use crate::error::{Error, ErrorKind, Op};
 use crate::memory::Buffer;
 use crate::profile::CryptoProfile;
 use crate::range_lock::{RangeLock, Sharing};
 use crate::sync::{RwLock, RwLockReadGuard};
-use crate::volume::{Layout, Volume};
+use crate::volume::{Layout, Volume, again_if_interrupted};
 use inlinecrypt_cipher::SectorUpdate;
-use inlinecrypt_cipher::digest::Digest;
-use state::{State, chunks};
+use ledger::{Keeps, Ledger};
+use state::chunks;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -219,7 +221,8 @@ impl LiveVolume {
     /// # Blocking
     ///
     /// Waits for all requests that are under way.
-    pub fn begin(self: &Arc<Self>, new: Volume, mut state: State) -> Result<Reencryption, Error> {
+    pub fn begin(self: &Arc<Self>, new: Volume, state: impl Ledger + 'static) -> Result<Reencryption, Error> {
+        let mut state: Box<dyn Ledger> = Box::new(state);
         let invalid = |why: &str| Err(Error::new(ErrorKind::Invalid, Op::Reencrypt).detail(why.to_owned()));
         let mut sides = self.sides.write();
         let Sides::One(old) = &*sides else {
@@ -248,10 +251,7 @@ impl LiveVolume {
         if self.geometry.can_trim && !new.geometry().can_trim {
             return invalid("clients know that it can be trimmed, and the new volume could not be");
         }
-        state.check_journal()?;
-        // The rest can be served, and a later step completes it: media come back, and disks get room.
-        let unfinished = state.redo(&**old.backing()).err();
-
+        state.check()?;
         let new = Arc::new(new);
         let room = match old.try_large_buffer() {
             Some(buffer) => buffer,
@@ -261,22 +261,36 @@ impl LiveVolume {
             true => None,
             false => Some(new.private_buffer(LARGE_BUFFER_BYTES)?),
         };
-        let border = Arc::new(Border::default());
-        border.boundary.store(state.boundary(), Ordering::Relaxed);
-        if state.is_interrupted() {
-            border.broken_end.store(state.next_zone().end, Ordering::Relaxed);
-        }
-        let two = Two { old, new, border };
-        self.change_sides(&mut sides, Sides::Two(two.clone()));
-        Ok(Reencryption {
+        let two = Two { old, new, border: Arc::default() };
+        let mut running = Reencryption {
             live: self.clone(),
-            two,
+            two: two.clone(),
             state,
-            room,
-            other_room,
+            rooms: Rooms { first: room, other: other_room },
             holes: Holes::Rewritten,
-            unfinished,
-        })
+            unfinished: None,
+        };
+        let zone = running.state.next_zone();
+        if running.state.is_interrupted() {
+            // The rest can be served, and a later step completes it: media come back, and disks get room.
+            running.unfinished = running.complete(&zone).err();
+        }
+        // From here on pieces of requests lie on one side each.
+        if let Some(error) = running.unfinished.take_if(|_| !is_border(&zone)) {
+            return Err(error);
+        }
+        while !is_border(&running.state.next_zone()) {
+            let zone = running.state.next_zone();
+            running.prepare(&zone)?;
+            running.state.commit(&zone)?;
+            running.complete(&zone)?;
+        }
+        two.border.boundary.store(running.state.boundary(), Ordering::Relaxed);
+        if running.state.is_interrupted() {
+            two.border.broken_end.store(zone.end, Ordering::Relaxed);
+        }
+        self.change_sides(&mut sides, Sides::Two(two));
+        Ok(running)
     }
 
     /// Does the pieces at these indices of `batch`, all of which are `volume`'s and locked.
@@ -313,6 +327,11 @@ impl LiveVolume {
             item.set_result(result);
         }
     }
+}
+
+/// Whether a zone begins and ends at borders of chunks, or of the volume: what is empty is at its end.
+fn is_border(zone: &Range<u64>) -> bool {
+    zone.is_empty() || zone.start.is_multiple_of(CHUNK_BYTES as u64)
 }
 
 /// Whether the engine of `volume` reaches the memory of `profile`'s.
@@ -459,14 +478,37 @@ pub enum Holes {
 pub struct Reencryption {
     live: Arc<LiveVolume>,
     two: Two,
-    state: State,
-    /// One chunk is in memory at a time, whatever the zone.
-    room: Buffer,
-    /// If the new volume's engine has memory of its own.
-    other_room: Option<Buffer>,
+    state: Box<dyn Ledger>,
+    rooms: Rooms,
     holes: Holes,
     /// Why the zone that was interrupted could not be completed when this began.
     unfinished: Option<Error>,
+}
+
+/// Memory for one chunk at a time, whatever the zone.
+#[derive(Debug)]
+struct Rooms {
+    first: Buffer,
+    /// If the new volume's engine has memory of its own.
+    other: Option<Buffer>,
+}
+
+impl Rooms {
+    /// Makes new ciphertext of the old one that is in the first room at `range`, and lies on the volume at `at`. It is at the same
+    /// range of the buffer that is returned.
+    fn convert(&mut self, two: &Two, at: u64, range: Range<usize>) -> Result<&Buffer, Error> {
+        let Self { first, other } = self;
+        two.old.crypt_units(Direction::Decrypt, at, first, range.clone())?;
+        let ciphertext = match other {
+            None => first,
+            Some(other) => {
+                other.bytes_mut()[range.clone()].copy_from_slice(&first.bytes()[range.clone()]);
+                other
+            }
+        };
+        two.new.crypt_units(Direction::Encrypt, at, ciphertext, range)?;
+        Ok(ciphertext)
+    }
 }
 
 /// How far it is.
@@ -524,23 +566,21 @@ impl Reencryption {
         let live = self.live.clone();
         let _guard = live.locks.take(zone.clone(), Sharing::Exclusive);
         let is_hole = !self.state.is_interrupted() && self.holes == Holes::Kept && self.is_hole(&zone)?;
-        let digest = match self.state.is_interrupted() || is_hole {
-            true => None,
-            false => Some(self.prepare(&zone)?),
-        };
-        // From here on the journal may count, and nobody may see what is between old and new, or write what the journal
+        let is_new = !self.state.is_interrupted() && !is_hole;
+        if is_new {
+            self.prepare(&zone)?;
+        }
+        // From here on what was prepared may count, and nobody may see what is between old and new, or write what a repair
         // would undo.
-        let Border { boundary, broken_end } = &*self.two.border;
+        let border = self.two.border.clone();
+        let Border { boundary, broken_end } = &*border;
         broken_end.store(zone.end, Ordering::Relaxed);
-        if is_hole {
-            self.state.advance_to(zone.end)?;
-        } else {
-            if let Some(digest) = digest {
-                self.state.commit(zone.end - zone.start, digest)?;
-            }
-            let backing = self.two.old.backing();
-            self.state.write_zone(&**backing, &mut self.room.bytes_mut()[..CHUNK_BYTES])?;
-            self.state.advance()?;
+        if is_new {
+            self.state.commit(&zone)?;
+        }
+        match is_hole {
+            true => self.state.advance_to(zone.end)?,
+            false => self.complete(&zone)?,
         }
         boundary.store(zone.end, Ordering::Relaxed);
         broken_end.store(0, Ordering::Relaxed);
@@ -553,29 +593,41 @@ impl Reencryption {
         Ok(runs.first().is_some_and(|run| !run.allocated && run.len >= len))
     }
 
-    /// Puts the zone's new ciphertext into the journal, and says what its digest is.
-    fn prepare(&mut self, zone: &Range<u64>) -> Result<Digest, Error> {
-        let Self { two: Two { old, new, .. }, state, room, other_room, .. } = self;
-        let mut digest = Digest::default();
+    /// Has the ledger keep what it keeps of the zone.
+    fn prepare(&mut self, zone: &Range<u64>) -> Result<(), Error> {
+        let Self { two, state, rooms, .. } = self;
         for (at, len) in chunks(zone.clone()) {
-            let unit = u32::try_from(old.unit_bytes()).expect("at most 64 KiB");
-            let mut batch =
-                Batch::of_one(Span::cut(unit, at, len as u64, LARGE_BUFFER_BYTES), Transfer::Read);
-            old.transfer_locked(&mut batch, room);
-            batch.into_only_result()?;
-            let ciphertext = match other_room {
-                None => &mut *room,
-                Some(other) => {
-                    other.bytes_mut()[..len].copy_from_slice(&room.bytes()[..len]);
-                    other
-                }
-            };
-            new.encrypt_units(at, ciphertext, 0..len)?;
-            digest.update(&ciphertext.bytes()[..len]);
-            state.put(at, &ciphertext.bytes()[..len])?;
+            again_if_interrupted(|| {
+                two.old.backing().read(at, &mut rooms.first.bytes_mut()[..len])?;
+                let ciphertext = match state.keeps() {
+                    Keeps::Past => &rooms.first,
+                    Keeps::Future => rooms.convert(two, at, 0..len)?,
+                };
+                state.put(at, &ciphertext.bytes()[..len])
+            })?;
         }
-        state.flush_journal()?;
-        Ok(digest)
+        state.seal()
+    }
+
+    /// Writes the zone as the ledger has kept it, and moves the boundary behind it. Whoever finds it interrupted does the same.
+    fn complete(&mut self, zone: &Range<u64>) -> Result<(), Error> {
+        let Self { two, state, rooms, .. } = self;
+        let backing = two.old.backing();
+        for (at, len) in chunks(zone.clone()) {
+            again_if_interrupted(|| {
+                for part in state.recall(&**backing, at, &mut rooms.first.bytes_mut()[..len])? {
+                    let from = at + part.start as u64;
+                    let ciphertext = match state.keeps() {
+                        Keeps::Future => &rooms.first,
+                        Keeps::Past => rooms.convert(two, from, part.clone())?,
+                    };
+                    backing.write(from, &ciphertext.bytes()[part], Durability::Cached)?;
+                }
+                Ok(())
+            })?;
+        }
+        backing.flush()?;
+        state.advance_to(zone.end)
     }
 
     /// Leaves the old volume behind, and returns the new one. The old key is evicted when this is dropped, if nobody else

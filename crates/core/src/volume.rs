@@ -394,16 +394,17 @@ impl Volume {
         request.crypt_pieces(direction, buffer.memory_mut(), pieces)
     }
 
-    /// Encrypts the data units of `range`, of which the first lies at `offset`, and writes nothing.
-    pub(crate) fn encrypt_units(
+    /// Encrypts or decrypts the data units of `range`, of which the first lies at `offset`. Reads and writes nothing.
+    pub(crate) fn crypt_units(
         &self,
+        direction: Direction,
         offset: u64,
         buffer: &mut Buffer,
         range: Range<usize>,
     ) -> Result<(), Error> {
         let mut pieces = Vec::new();
         self.layout.pieces(offset, range, &mut |piece| pieces.push(piece));
-        self.admission.begin()?.crypt_pieces(Direction::Encrypt, buffer.memory_mut(), &mut pieces)
+        self.admission.begin()?.crypt_pieces(direction, buffer.memory_mut(), &mut pieces)
     }
 
     /// Does what [`transfer`](Disk::transfer) does, for who holds the ranges already. Pieces that have failed before are
@@ -557,7 +558,7 @@ impl Disk for Volume {
 }
 
 /// Reads and decrypts, again if the engine ended in the midst of the decryption.
-fn again_if_interrupted(mut read: impl FnMut() -> Result<(), Error>) -> Result<(), Error> {
+pub(crate) fn again_if_interrupted(mut read: impl FnMut() -> Result<(), Error>) -> Result<(), Error> {
     for _ in 1..INTERRUPTIONS_MAX {
         match read() {
             Err(error) if error.kind() == ErrorKind::Interrupted => {}

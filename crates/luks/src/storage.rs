@@ -39,6 +39,24 @@ pub trait Storage {
     fn flush(&mut self) -> io::Result<()>;
 }
 
+impl<S: Storage + ?Sized> Storage for Box<S> {
+    fn len_bytes(&self) -> u64 {
+        (**self).len_bytes()
+    }
+
+    fn read(&mut self, offset: u64, data: &mut [u8]) -> io::Result<()> {
+        (**self).read(offset, data)
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
+        (**self).write(offset, data)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        (**self).flush()
+    }
+}
+
 /// Memory, for what is made before it is written, and for tests.
 impl Storage for Vec<u8> {
     fn len_bytes(&self) -> u64 {

@@ -8,9 +8,10 @@ use crate::control::{self, ReencryptAction, ReencryptRequest};
 use crate::files::{self, Medium, shell_word};
 use crate::host::{Host, HostEngine, Ready};
 use crate::keyfile::{KeySource, Wanted};
+use crate::luks::look::Luks;
 use crate::plain;
 use crate::plan::{EnginePlan, Plan};
-use crate::reencrypt::{self, Job, Old, Progress, Show, Terms, Wish, ZONE_BYTES};
+use crate::reencrypt::{self, Backings, Job, LuksTerms, Old, Progress, Show, Terms, Wish, ZONE_BYTES};
 use crate::report::{Code, Failure, Failures, note, print};
 use crate::size::Size;
 use crate::watch::Watched;
@@ -80,11 +81,9 @@ fn tell_of_holes(volume: &Path) {
     } else {
         String::new()
     };
-    note(format_args!(
-        "{} of {} have no storage, and get it{lack}; --keep-holes leaves them",
-        Size(holes),
-        volume.display()
-    ));
+    let is_luks = matches!(Luks::look(volume, None, true, true), Ok(Some(_)));
+    let leaves = if is_luks { "" } else { "; --keep-holes leaves them" };
+    note(format_args!("{} of {} have no storage, and get it{lack}{leaves}", Size(holes), volume.display()));
 }
 
 /// The control socket of the server that serves `volume`, if one of this user does.
@@ -225,12 +224,15 @@ fn offline(args: &VolumeReencrypt, mut progress: Progress) -> Result<(), Failure
     let [volume] = &plan.volumes[..] else {
         return Err(plain::has_no_key(&args.volume.display().to_string()).into());
     };
-    // Before anybody is asked for its passphrase.
-    if volume.luks.is_some() {
-        return Err(reencrypt::is_luks(&volume.label).into());
-    }
     match (&volume.next, args.resume) {
         (Some(_), false) => return Err(reencrypt::under_way(&volume.label).into()),
+        (None, true) if volume.luks.as_ref().is_some_and(|luks| luks.is_unsettled) => {
+            let luks = volume.luks.as_ref().expect("it is one");
+            let file = FileBacking::open(&volume.path, OpenOptions::default())
+                .map_err(|error| Failure::of_file(&volume.label, &error))?;
+            reencrypt::settle_container(luks, &volume.path, Arc::new(file), &volume.label)?;
+            return Ok(finished(args, "that the header names")?);
+        }
         (None, true) if reencrypt::has_remains(&args.volume) => {
             let path = std::path::absolute(&args.volume).unwrap_or_else(|_| args.volume.clone());
             let _locked = FileBacking::open(&path, OpenOptions::default())
@@ -265,8 +267,9 @@ fn offline(args: &VolumeReencrypt, mut progress: Progress) -> Result<(), Failure
         _ => {}
     }
     let other = other_engine(args, &plan.engines[volume.engine]);
-    let mut asker = Asker::new(&args.engine.passphrase);
-    let becomes_wrapped = other.is_none() && volume.next.is_none() && wants_root(args);
+    let mut asker = Asker::new(&args.engine.passphrase).with_key_file(args.key_file.clone());
+    let becomes_wrapped =
+        other.is_none() && volume.next.is_none() && volume.luks.is_none() && wants_root(args);
     let own = volume.engine;
     if becomes_wrapped {
         let engine = &mut plan.engines[own];
@@ -361,6 +364,7 @@ fn begin(
     other: Option<EnginePlan>,
 ) -> Result<Job, Failure> {
     let Ready { plan: volume, layout, admission, identifier, unused_bytes: _, next } = ready;
+    let luks = LuksTerms::of(&volume, true);
     let label = volume.label.clone();
     let failed = |error: Error| Failure::of(&label, &error);
     let options =
@@ -377,7 +381,7 @@ fn begin(
     let backing = Arc::new(Watched::new(Arc::new(file)));
     let path = std::path::absolute(&volume.path).unwrap_or_else(|_| volume.path.clone());
     let (access, discard) = (Access::ReadWrite, volume.discard);
-    let lies_on = Window::over(backing, volume.layout.offset).map_err(failed)?;
+    let lies_on = Window::over(backing.clone(), volume.layout.offset).map_err(failed)?;
     let old = Volume::new(layout, admission, lies_on.clone(), access, discard).map_err(failed)?;
     let terms = Terms {
         label,
@@ -386,9 +390,11 @@ fn begin(
         fallback: volume.fallback,
         slots: volume.slots,
         is_named_twice: false,
+        luks,
     };
+    let backings = Backings { whole: backing, data: lies_on };
     if let Some(next) = next {
-        return Ok(reencrypt::go_on(old, &path, lies_on, &terms, next)?.1);
+        return Ok(reencrypt::go_on(old, &path, backings, &terms, next)?.1);
     }
     let wish = Wish {
         layout: args.layout.clone(),
@@ -399,5 +405,5 @@ fn begin(
         remove_old_key: args.remove_old_key,
         engine: other,
     };
-    Ok(reencrypt::begin(Old::Idle(old), &path, identifier, lies_on, &terms, &wish, profile)?.0)
+    Ok(reencrypt::begin(Old::Idle(old), &path, identifier, backings, &terms, &wish, profile)?.0)
 }

@@ -22,7 +22,7 @@ use crate::keyfile::KeySource;
 use crate::places;
 use crate::plain::{self, ServedPlain};
 use crate::plan::{self, ControlPlan, ListenPlan, Plan, Settings};
-use crate::reencrypt::{self, Job, Old, Terms, Wish};
+use crate::reencrypt::{self, Backings, Job, LuksTerms, Old, Terms, Wish};
 use crate::report::{Code, Failure, Failures, note, print};
 use crate::size::Size;
 use crate::take_over::{self, Message, Predecessor, VolumeFacts};
@@ -360,6 +360,8 @@ fn default_control_path() -> Result<PathBuf, Failure> {
 struct Served {
     volume: Arc<LiveVolume>,
     backing: Arc<Watched>,
+    /// The part of that which is the volume's.
+    data: Arc<dyn Backing>,
     /// What is behind it.
     file: Arc<FileBacking>,
     name: String,
@@ -523,11 +525,10 @@ impl Running {
         let identifier = *identifier.expect("entered when its key was admitted");
         drop(identifiers);
         let profile = &self.engine_of(served, current.admission().profile()).profile;
-        let lies_on = Window::over(served.backing.clone(), served.offset_bytes)
-            .map_err(|error| Failure::of(&served.terms.label, &error))?;
         let old = Old::Live(served.volume.clone());
+        let backings = Backings { whole: served.backing.clone(), data: served.data.clone() };
         let (job, key) =
-            reencrypt::begin(old, &served.path, identifier, lies_on, &served.terms, wish, profile)?;
+            reencrypt::begin(old, &served.path, identifier, backings, &served.terms, wish, profile)?;
         self.identifiers.write().unwrap_or_else(PoisonError::into_inner).insert(key, job.identifier);
         job.resume(None);
         Ok(job)
@@ -990,7 +991,9 @@ impl Served {
                     failure
                 }
             })?;
+        let luks = LuksTerms::of(&plan, false);
         let terms = Terms {
+            luks,
             label: plan.label,
             access: plan.access,
             discard: plan.discard,
@@ -998,11 +1001,17 @@ impl Served {
             slots: plan.slots,
             is_named_twice: plan.is_named_twice,
         };
-        let path = std::path::absolute(&plan.path).unwrap_or(plan.path);
+        let path = std::path::absolute(&plan.path).unwrap_or_else(|_| plan.path.clone());
         let (volume, job) = match next {
             None => {
-                if plan.access == Access::ReadWrite
-                    && let Err(failure) = reencrypt::settle_remains(&path)
+                let settle = || match &plan.luks {
+                    Some(luks) => {
+                        reencrypt::settle_container(luks, &plan.path, backing.clone(), &terms.label)
+                    }
+                    None => reencrypt::settle_remains(&path),
+                };
+                if terms.access == Access::ReadWrite
+                    && let Err(failure) = settle()
                 {
                     // It costs nobody anything but space, and is tried again at the next start.
                     tracing::warn!(volume = %terms.label, "{}", failure.what);
@@ -1010,7 +1019,8 @@ impl Served {
                 (Arc::new(LiveVolume::new(volume)), None)
             }
             Some(next) => {
-                let (volume, job) = reencrypt::go_on(volume, &path, lies_on, &terms, next)?;
+                let backings = Backings { whole: backing.clone(), data: lies_on.clone() };
+                let (volume, job) = reencrypt::go_on(volume, &path, backings, &terms, next)?;
                 (volume, Some(job))
             }
         };
@@ -1018,6 +1028,7 @@ impl Served {
         Ok(Self {
             volume,
             backing,
+            data: lies_on,
             file,
             name: plan.name,
             path,

@@ -195,6 +195,20 @@ fn info(args: &VolumeInfo) -> Result<(), Failures> {
         if let Some(state) = &settings.reencrypt {
             info.reencrypt = Some(reencrypt_info(volume, state)?);
         }
+        if let Some(Luks { header, next: Some(next), .. }) = &luks {
+            info.reencrypt = Some(ReencryptInfo {
+                state: header.display().to_string(),
+                done_bytes: next.done_of(layout.size_bytes()),
+                size_bytes: layout.size_bytes(),
+                zone_bytes: next.hot_bytes.unwrap_or(0),
+                interrupted: next.hot_bytes.is_some(),
+                mode: next.layout.mode.info().name,
+                data_unit_bytes: next.layout.data_unit.bytes(),
+                iv_offset_sectors: next.layout.iv_offset,
+                key_id: None,
+                key_file: None,
+            });
+        }
         found = Some((layout, settings));
     }
     if *dm_table {
@@ -380,18 +394,18 @@ fn describe(info: &Info) -> String {
     }
     if let Some(next) = &info.reencrypt {
         let percent = u128::from(next.done_bytes) * 100 / u128::from(next.size_bytes.max(1));
-        let key = next.key_id.as_deref().unwrap_or("?");
+        let key = next.key_id.as_deref().map_or_else(|| "the new key".to_owned(), |id| format!("key {id}"));
         rows.push((
             "re-encryption",
             format!(
-                "{percent} %: {} of {} are under key {key}, {}, data unit {} bytes",
+                "{percent} %: {} of {} are under {key}, {}, data unit {} bytes",
                 Size(next.done_bytes),
                 Size(next.size_bytes),
                 next.mode,
                 next.data_unit_bytes
             ),
         ));
-        rows.push(("new key file", next.key_file.clone().unwrap_or_default()));
+        rows.extend(next.key_file.clone().map(|file| ("new key file", file)));
         rows.push(("state", next.state.clone()));
     }
     rows.into_iter().map(|(name, value)| format!("{name:<15}  {value}\n")).collect()

@@ -5,10 +5,10 @@ use crate::report::{Code, Failure};
 use inlinecrypt_luks::Storage;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
-use std::fs::{File, OpenOptions};
+use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
-use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
-use std::path::Path;
+use std::os::unix::fs::{DirBuilderExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
 
 /// A file or block device with a header on it.
 #[derive(Debug)]
@@ -21,6 +21,11 @@ impl HeaderFile {
     /// For reading. Nobody is kept from changing it: of two copies one is always whole.
     pub(crate) fn read_only(path: &Path) -> Result<Self, Failure> {
         Self::open(path, OpenOptions::new().read(true))
+    }
+
+    /// For changing it on behalf of who has locked it.
+    pub(crate) fn writable(path: &Path) -> Result<Self, Failure> {
+        Self::open(path, OpenOptions::new().read(true).write(true))
     }
 
     /// For changing it: nobody else does so meanwhile. cryptsetup takes the same lock for its changes, and `serve` for as long as
@@ -115,5 +120,49 @@ impl Storage for HeaderFile {
 
     fn flush(&mut self) -> io::Result<()> {
         self.file.sync_data()
+    }
+}
+
+/// Where cryptsetup has its locks that are of no file.
+const LOCKS: &str = "/run/cryptsetup";
+
+/// The lock by which cryptsetup keeps others from re-encrypting the same container. It locks the container itself for a moment now
+/// and then only.
+#[derive(Debug)]
+pub(crate) struct ReencryptionLock {
+    path: PathBuf,
+    _file: File,
+}
+
+impl ReencryptionLock {
+    /// Takes the lock of the container with this UUID. `None` where such a lock cannot be: then cryptsetup cannot be at work, either.
+    pub(crate) fn take(uuid: &str, label: &str) -> Result<Option<Self>, Failure> {
+        if uuid.is_empty() || !uuid.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-') {
+            return Ok(None);
+        }
+        let _ = DirBuilder::new().mode(0o700).create(LOCKS);
+        let path = Path::new(LOCKS).join(format!("LN_LUKS2-reencryption-{uuid}"));
+        loop {
+            let options = OpenOptions::new().create(true).truncate(false).write(true).mode(0o700).open(&path);
+            let Ok(file) = options else { return Ok(None) };
+            if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+                return Err(Failure::new(
+                    Code::Busy,
+                    format!("{label} is being re-encrypted by somebody else at this moment"),
+                    "Wait for the other, or end it: what it leaves can be gone on with.",
+                ));
+            }
+            // Whoever had it removed it, perhaps, after it was opened here.
+            let is_there = file.metadata().ok().zip(path.metadata().ok());
+            if is_there.is_some_and(|(ours, there)| ours.ino() == there.ino() && ours.dev() == there.dev()) {
+                return Ok(Some(Self { path, _file: file }));
+            }
+        }
+    }
+}
+
+impl Drop for ReencryptionLock {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
     }
 }

@@ -3,13 +3,14 @@
 use super::failure;
 use super::file::HeaderFile;
 use super::token::WrappedKey;
+use super::unlock::WhichKey;
 use crate::files::shell_word;
 use crate::keyfile::KeySource;
 use crate::plan::{LayoutPlan, Settings};
 use crate::report::{Code, Failure, note};
-use inlinecrypt_core::config::DataUnitSize;
+use inlinecrypt_core::config::{DataUnitSize, Mode};
 use inlinecrypt_core::volume::IvLayout;
-use inlinecrypt_luks::luks2::CopyState;
+use inlinecrypt_luks::luks2::{CopyState, Metadata, Segment};
 use inlinecrypt_luks::{Kind, detect, encryption, luks1, luks2};
 use std::path::{Path, PathBuf};
 
@@ -23,6 +24,31 @@ pub(crate) struct Luks {
     pub(crate) layout: LayoutPlan,
     /// The wrapped key in it, if there is one.
     pub(crate) wrapped: Option<WrappedKey>,
+    /// Which key is that of the data, or the old one.
+    pub(crate) which: WhichKey,
+    /// What it is being re-encrypted to, if it is.
+    pub(crate) next: Option<LuksNext>,
+    /// Whether all of it is re-encrypted, and its header does not say so yet: cryptsetup was killed among its last steps, in which
+    /// the old key goes first.
+    pub(crate) is_unsettled: bool,
+}
+
+/// What a container is being re-encrypted to.
+#[derive(Clone, Debug)]
+pub(crate) struct LuksNext {
+    pub(crate) layout: LayoutPlan,
+    pub(crate) which: WhichKey,
+    /// Bytes under the new key; `None` if all are.
+    pub(crate) done_bytes: Option<u64>,
+    /// Length of the zone behind these that was being written, in bytes.
+    pub(crate) hot_bytes: Option<u64>,
+}
+
+impl LuksNext {
+    /// How far it is, of data of so many bytes.
+    pub(crate) fn done_of(&self, size_bytes: u64) -> u64 {
+        self.done_bytes.unwrap_or(size_bytes)
+    }
 }
 
 impl Luks {
@@ -149,25 +175,58 @@ impl Luks {
                 length: None,
             },
             wrapped: None,
+            which: WhichKey::default(),
+            next: None,
+            is_unsettled: false,
         })
     }
 
     fn of_luks2(path: &Path, header: &luks2::Header) -> Result<Self, Failure> {
         let name = path.display();
         let metadata = &header.metadata;
-        let (number, segment) = metadata.data().map_err(|error| failure(&name, &error))?;
+        let failed = |error| failure(&name, &error);
         let wrapped = WrappedKey::find(metadata).map_err(|failure| failure.within(&name))?;
-        // How long a key is stands with the LUKS keyslots that hold it.
-        let key_bytes = metadata
-            .digest_of(number)
-            .and_then(|(_, digest)| digest.keyslots.iter().find_map(|slot| metadata.keyslots().get(slot)))
-            .map(|slot| slot.key_bytes);
-        let mode = match (&wrapped, key_bytes) {
-            (Some(wrapped), _) => encryption::mode(&segment.encryption, wrapped.mode.info().key_bytes)
-                .map_err(|error| failure(&name, &error))?,
-            (None, Some(key_bytes)) => {
-                encryption::mode(&segment.encryption, key_bytes).map_err(|error| failure(&name, &error))?
+        if let Some(re) = metadata.reencryption().map_err(failed)? {
+            let mode = |segment: &Segment, digest| {
+                encryption::mode(&segment.encryption, key_bytes(metadata, digest).unwrap_or(0))
+                    .map_err(failed)
+            };
+            let value = |digest| metadata.digests()[&digest].value();
+            if re.boundary.is_none() {
+                return Ok(Self {
+                    header: path.to_owned(),
+                    version: 2,
+                    layout: layout(&re.next, mode(&re.next, re.next_digest)?),
+                    wrapped,
+                    which: WhichKey::of_digest(value(re.next_digest)),
+                    next: None,
+                    is_unsettled: true,
+                });
             }
+            let layout = layout(&re.previous, mode(&re.previous, re.previous_digest)?);
+            return Ok(Self {
+                header: path.to_owned(),
+                version: 2,
+                layout,
+                wrapped,
+                which: WhichKey::of_digest(value(re.previous_digest)),
+                next: Some(LuksNext {
+                    layout: self::layout(&re.next, mode(&re.next, re.next_digest)?),
+                    which: WhichKey::of_digest(value(re.next_digest)),
+                    done_bytes: re.boundary,
+                    hot_bytes: re.hot_bytes,
+                }),
+                is_unsettled: false,
+            });
+        }
+        let (number, segment) = metadata.data().map_err(failed)?;
+        let digest = metadata.digest_of(number);
+        let key_bytes = digest.and_then(|(digest, _)| key_bytes(metadata, digest));
+        let mode = match (&wrapped, key_bytes) {
+            (Some(wrapped), _) => {
+                encryption::mode(&segment.encryption, wrapped.mode.info().key_bytes).map_err(failed)?
+            }
+            (None, Some(key_bytes)) => encryption::mode(&segment.encryption, key_bytes).map_err(failed)?,
             (None, None) => {
                 return Err(Failure::new(
                     Code::Refused,
@@ -176,21 +235,33 @@ impl Luks {
                 ));
             }
         };
-        let data_unit = DataUnitSize::from_bytes(segment.sector_bytes).unwrap_or(DataUnitSize::MIN_SERVED);
         Ok(Self {
             header: path.to_owned(),
             version: 2,
-            layout: LayoutPlan {
-                mode,
-                data_unit,
-                block: None,
-                iv_offset: segment.iv_tweak,
-                // LUKS has no flag for iv_large_sectors, so nobody has it.
-                iv: IvLayout::Sectors,
-                offset: segment.offset,
-                length: segment.size,
-            },
+            layout: layout(segment, mode),
             wrapped,
+            which: digest.map_or_else(WhichKey::default, |(_, digest)| WhichKey::of_digest(digest.value())),
+            next: None,
+            is_unsettled: false,
         })
+    }
+}
+
+/// How long the key of a digest is, which stands with the LUKS keyslots that hold it.
+fn key_bytes(metadata: &Metadata, digest: u32) -> Option<usize> {
+    let slots = &metadata.digests()[&digest].keyslots;
+    slots.iter().find_map(|slot| metadata.keyslots().get(slot)).map(|slot| slot.key_bytes)
+}
+
+fn layout(segment: &Segment, mode: Mode) -> LayoutPlan {
+    LayoutPlan {
+        mode,
+        data_unit: DataUnitSize::from_bytes(segment.sector_bytes).unwrap_or(DataUnitSize::MIN_SERVED),
+        block: None,
+        iv_offset: segment.iv_tweak,
+        // LUKS has no flag for iv_large_sectors, so nobody has it.
+        iv: IvLayout::Sectors,
+        offset: segment.offset,
+        length: segment.size,
     }
 }

@@ -1,22 +1,27 @@
 //! From a passphrase to a volume key, in a process of its own.
 //!
 //! ```text
-//!   server --socket--> helper: header's path, passphrase
+//!   server --socket--> helper: header's path, passphrase, what to do
 //!                      argon2, area, stripes, digest
 //!   server <--socket-- volume key, or why not; then the end
 //! ```
 //!
 //! What was made of the passphrase, and the areas, are in that process's memory alone and end with it. The server gets the key,
-//! hands it to its engine and wipes it. Messages are fields, each with its length before it (4 bytes, little-endian).
+//! hands it to its engine and wipes it. The helper also writes down that a re-encryption begins, since that takes a LUKS keyslot for the
+//! new key, and a digest of both. Messages are fields, each with its length before it (4 bytes, little-endian).
 
 use super::file::HeaderFile;
 use crate::ask::Asker;
 use crate::files::{self, Secrecy};
 use crate::report::{Code, Failure};
+use inlinecrypt_cipher::Mode;
 use inlinecrypt_core::key::RawKey;
 use inlinecrypt_engine::root::strip_line_feed;
-use inlinecrypt_luks::{Kind, PASSPHRASE_BYTES_MAX, VolumeKey, detect, luks1, luks2};
+use inlinecrypt_luks::luks2::{NewData, Resilience};
+use inlinecrypt_luks::{Error, Hash, Kind, PASSPHRASE_BYTES_MAX, VolumeKey, detect, luks1, luks2};
+use serde::{Deserialize, Serialize};
 use std::ffi::OsStr;
+use std::fmt;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -25,11 +30,14 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use zeroize::Zeroizing;
 
 /// The subcommand that opens containers.
 pub(crate) const HELPER: &str = "luks-helper";
+
+/// Of the digests of a new key. It is random, so that nobody has to be held up who guesses at it; cryptsetup has no less.
+const DIGEST_ITERATIONS: u32 = 1000;
 
 /// Longest field of an answer: messages and keys.
 const ANSWER_BYTES_MAX: usize = 64 << 10;
@@ -63,11 +71,29 @@ impl PassphraseFile {
     }
 }
 
+/// Which of the keys of a container: that whose digest has this value. Unknown as long as there is one key.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct WhichKey(Arc<OnceLock<Vec<u8>>>);
+
+impl WhichKey {
+    pub(crate) fn of_digest(value: &[u8]) -> Self {
+        let which = Self::default();
+        which.is_of_digest(value);
+        which
+    }
+
+    /// From now on it is known.
+    fn is_of_digest(&self, value: &[u8]) {
+        self.0.get_or_init(|| value.to_vec());
+    }
+}
+
 /// A volume key that a passphrase opens.
 #[derive(Clone)]
 pub(crate) struct LuksKey {
     pub(crate) header: PathBuf,
     pub(crate) passphrase: Passphrase,
+    pub(crate) which: WhichKey,
 }
 
 impl LuksKey {
@@ -77,6 +103,19 @@ impl LuksKey {
         Ok(Self { passphrase: asker.luks(&self.header, file.as_ref())?, ..self.clone() })
     }
 
+    /// The same without a passphrase that was typed or came through a descriptor.
+    pub(crate) fn without_what_was_given(self) -> Self {
+        match self.passphrase {
+            Passphrase::Given(_) => Self { passphrase: Passphrase::NotAsked(None), ..self },
+            _ => self,
+        }
+    }
+
+    /// Whether its passphrase is at hand.
+    pub(crate) fn is_there(&self) -> bool {
+        !matches!(self.passphrase, Passphrase::NotAsked(_))
+    }
+
     /// Whether it can be opened again without asking anybody.
     pub(crate) fn can_be_had_again(&self) -> bool {
         matches!(self.passphrase, Passphrase::File(_))
@@ -84,9 +123,28 @@ impl LuksKey {
 
     /// The volume key.
     pub(crate) fn open(&self) -> Result<RawKey, Failure> {
+        let order = Order::Open { digest: self.which.0.get().cloned() };
+        self.ask(&order, &[]).map(|key| RawKey::new(&key))
+    }
+
+    /// Writes into the header that a re-encryption to `new_key` begins; from then on `next` is that key. Whoever calls this has
+    /// locked the container.
+    pub(crate) fn begin_reencryption(
+        &self,
+        new: NewLayout,
+        new_key: &RawKey,
+        next: &WhichKey,
+    ) -> Result<(), Failure> {
+        let digest = self.ask(&Order::Begin(new), new_key.expose())?;
+        next.is_of_digest(&digest);
+        Ok(())
+    }
+
+    /// Has an order done by a helper.
+    fn ask(&self, order: &Order, new_key: &[u8]) -> Result<Zeroizing<Vec<u8>>, Failure> {
         match &self.passphrase {
-            Passphrase::File(file) => volume_key(&self.header, &file.read()?),
-            Passphrase::Given(given) => volume_key(&self.header, given),
+            Passphrase::File(file) => ask_helper(&self.header, &file.read()?, order, new_key),
+            Passphrase::Given(given) => ask_helper(&self.header, given, order, new_key),
             Passphrase::NotAsked(_) => Err(Failure::new(
                 Code::Refused,
                 format!("{}: there is no passphrase", self.header.display()),
@@ -96,12 +154,45 @@ impl LuksKey {
     }
 }
 
-/// The volume key of the container with this header, from a process that has ended when this returns.
+/// Shows no passphrase.
+impl fmt::Debug for LuksKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "LuksKey({})", self.header.display())
+    }
+}
+
+/// What a helper is to do.
+#[derive(Debug, Deserialize, Serialize)]
+enum Order {
+    /// Give the volume key, of the digest with this value; of the data, if none is said.
+    Open { digest: Option<Vec<u8>> },
+    /// Begin to re-encrypt to the key that follows, and give the value of its digest.
+    Begin(NewLayout),
+}
+
+/// What a container's data is to become.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub(crate) struct NewLayout {
+    /// As [`Mode::from_name`] takes it.
+    pub(crate) mode: String,
+    pub(crate) sector_bytes: u32,
+    /// Length of the blocks whose checksums protect the zone at hand; a journal does, if there is none.
+    pub(crate) checksum_bytes: Option<u32>,
+    /// How long a zone is at least, in bytes.
+    pub(crate) zone_bytes_min: u64,
+}
+
+/// What a helper gives, that has ended when this returns.
 ///
 /// # Blocking
 ///
 /// As long as the header's key derivation takes, for each LUKS keyslot until one opens.
-pub(crate) fn volume_key(header: &Path, passphrase: &[u8]) -> Result<RawKey, Failure> {
+fn ask_helper(
+    header: &Path,
+    passphrase: &[u8],
+    order: &Order,
+    new_key: &[u8],
+) -> Result<Zeroizing<Vec<u8>>, Failure> {
     let broken = |error: io::Error| {
         Failure::of_io("the process that opens LUKS containers", &error, "Free memory, or start again.")
     };
@@ -115,11 +206,13 @@ pub(crate) fn volume_key(header: &Path, passphrase: &[u8]) -> Result<RawKey, Fai
     let path = std::path::absolute(header).unwrap_or_else(|_| header.to_owned());
     let answer = send(&mut ours, path.as_os_str().as_bytes())
         .and_then(|()| send(&mut ours, passphrase))
+        .and_then(|()| send(&mut ours, &serde_json::to_vec(order).expect("numbers and names")))
+        .and_then(|()| send(&mut ours, new_key))
         .and_then(|()| ours.shutdown(Shutdown::Write))
         .and_then(|()| Answer::receive(&mut ours));
     let status = child.wait().map_err(broken)?;
     match answer {
-        Ok(Answer::Key(key)) => Ok(RawKey::new(&key)),
+        Ok(Answer::Key(key)) => Ok(key),
         Ok(Answer::Refused(failure)) => Err(failure),
         Err(_silence) => Err(Failure::new(
             Code::File,
@@ -175,7 +268,14 @@ pub(crate) fn helper() -> Result<(), Failure> {
         let mut socket: UnixStream = io::stdin().as_fd().try_clone_to_owned()?.into();
         let path = receive(&mut socket, 64 << 10)?;
         let passphrase = receive(&mut socket, PASSPHRASE_BYTES_MAX)?;
-        let answer = match open(Path::new(OsStr::from_bytes(&path)), &passphrase) {
+        let order = receive(&mut socket, 64 << 10)?;
+        let new_key = receive(&mut socket, 4096)?;
+        let header = Path::new(OsStr::from_bytes(&path));
+        let done = match serde_json::from_slice(&order)? {
+            Order::Open { digest } => open(header, &passphrase, digest.as_deref()),
+            Order::Begin(new) => begin(header, &passphrase, &new, &new_key).map(Zeroizing::new),
+        };
+        let answer = match done {
             Ok(key) => Answer::Key(key),
             Err(failure) => Answer::Refused(failure),
         };
@@ -191,25 +291,82 @@ pub(crate) fn helper() -> Result<(), Failure> {
 }
 
 /// Opens a container here.
-fn open(header: &Path, passphrase: &[u8]) -> Result<VolumeKey, Failure> {
+fn open(header: &Path, passphrase: &[u8], digest: Option<&[u8]>) -> Result<VolumeKey, Failure> {
     let mut file = HeaderFile::read_only(header)?;
     let opened = match detect(&mut file) {
         Ok(Some(Kind::Luks1)) => luks1::Header::read(&mut file)
             .and_then(|header| header.open(&mut file, passphrase))
             .map(|(_, key)| key),
         Ok(_) => luks2::Container::read(file)
-            .and_then(|mut container| {
-                container.header().metadata.data()?;
-                container.open(passphrase, None)
-            })
-            .map(|opened| opened.key),
+            .and_then(|mut container| open_luks2(&mut container, passphrase, digest)),
         Err(error) => Err(error),
     };
-    // Whoever asked says whose it is.
-    opened.map_err(|error| {
-        let Failure { code, what, advice } = super::failure("", &error);
-        Failure::new(code, what.trim_start_matches(": "), advice)
-    })
+    opened.map_err(nameless)
+}
+
+/// Opens the key of the digest with this value; that of the data, or the old one while it is re-encrypted, if none is said. If it is
+/// re-encrypted, what the header says of that is checked, which takes both keys.
+fn open_luks2(
+    container: &mut luks2::Container<HeaderFile>,
+    passphrase: &[u8],
+    digest: Option<&[u8]>,
+) -> Result<VolumeKey, Error> {
+    let metadata = &container.header().metadata;
+    let found = digest.and_then(|value| {
+        let mut digests = metadata.digests().iter();
+        digests.find(|(_, digest)| digest.value() == value).map(|(number, _)| *number)
+    });
+    let Some(re) = metadata.reencryption()? else {
+        metadata.data()?;
+        let opened = match found {
+            Some(digest) => container.open_digest(passphrase, digest),
+            // What has another digest now may still be the same key: whoever asks compares.
+            None => container.open(passphrase, None),
+        };
+        return opened.map(|opened| opened.key);
+    };
+    if re.boundary.is_none() {
+        // Of the old key there may be nothing left.
+        return container.open_digest(passphrase, re.next_digest).map(|opened| opened.key);
+    }
+    let old = container.open_digest(passphrase, re.previous_digest)?.key;
+    let new = container.open_digest(passphrase, re.next_digest)?.key;
+    container.check_reencryption(&old, &new)?;
+    Ok(if found == Some(re.next_digest) { new } else { old })
+}
+
+/// Writes down that a re-encryption begins. Says which digest the new key has.
+fn begin(header: &Path, passphrase: &[u8], new: &NewLayout, key: &[u8]) -> Result<Vec<u8>, Failure> {
+    let NewLayout { mode, sector_bytes, checksum_bytes, zone_bytes_min } = new;
+    let Some(mode) = Mode::from_name(mode) else {
+        return Err(Failure::new(Code::Wrong, format!("there is no mode {mode}"), "Report this."));
+    };
+    let file = HeaderFile::writable(header)?;
+    let begun = luks2::Container::read(file).and_then(|mut container| {
+        container.header().metadata.data()?;
+        let opened = container.open(passphrase, None)?;
+        let new = NewData {
+            mode,
+            sector_bytes: *sector_bytes,
+            key,
+            iterations: DIGEST_ITERATIONS,
+            resilience: match checksum_bytes {
+                Some(block_bytes) => Resilience::Checksum { hash: Hash::Sha256, block_bytes: *block_bytes },
+                None => Resilience::Journal,
+            },
+            zone_bytes_min: *zone_bytes_min,
+        };
+        container.begin_reencryption(&opened, passphrase, new, &mut super::random)?;
+        let re = container.reencryption()?;
+        Ok(container.header().metadata.digests()[&re.next_digest].value().to_vec())
+    });
+    begun.map_err(nameless)
+}
+
+/// Whoever asked says whose it is.
+fn nameless(error: Error) -> Failure {
+    let Failure { code, what, advice } = super::failure("", &error);
+    Failure::new(code, what.trim_start_matches(": "), advice)
 }
 
 fn send(to: &mut impl Write, field: &[u8]) -> io::Result<()> {

@@ -1,6 +1,6 @@
 //! Who does the work: a thread that moves the boundary, until it is done or told to rest.
 
-use super::{Intent, settle};
+use super::Record;
 use crate::identifier::Identifier;
 use crate::report::Failure;
 use inlinecrypt_core::error::Error;
@@ -110,8 +110,7 @@ impl Rest {
 struct Work {
     running: Reencryption,
     volume: PathBuf,
-    state: PathBuf,
-    intent: Intent,
+    record: Record,
     shared: Arc<Shared>,
 }
 
@@ -120,21 +119,21 @@ impl Job {
     pub(crate) fn start(
         running: Reencryption,
         volume: PathBuf,
-        state: PathBuf,
-        intent: Intent,
+        record: Record,
+        throttle_bytes: u64,
         identifier: Identifier,
     ) -> Result<Self, Failure> {
         let orders = Orders {
             is_paused: true,
             is_stopping: false,
-            throttle_bytes: intent.throttle_bytes,
+            throttle_bytes,
             progress: running.progress(),
             phase: Phase::Working,
             failure: running.unfinished().map(|error| failed_at(&volume, error)),
         };
         let shared = Arc::new(Shared { orders: Mutex::new(orders), changed: Condvar::new() });
-        let running = running.with_holes(intent.holes());
-        let mut work = Work { running, volume, state, intent, shared: shared.clone() };
+        let running = running.with_holes(record.holes());
+        let mut work = Work { running, volume, record, shared: shared.clone() };
         let worker = std::thread::Builder::new()
             .name("reencrypt".to_owned())
             .spawn(move || work.run())
@@ -242,7 +241,7 @@ impl Work {
             return Ok(false);
         }
         let new = self.running.finish().map_err(failed)?;
-        settle(&self.volume, &self.state, &self.intent)?;
+        self.record.settle(&self.volume)?;
         set(Phase::Done);
         tracing::info!(volume = %label, mode = %new.layout().mode(), "re-encrypted");
         Ok(true)

@@ -10,15 +10,17 @@
 //! description, then the old key goes if that was asked for, and the state. What a kill leaves of that goes at the next start. Until the mark is there nothing has happened,
 //! and what lies around is written anew. A program that does not know the mark refuses the description, as it should.
 //!
-//! The state is ours (`core::reencrypt::state`, docs/reencryption.md). LUKS2 keeps its own in its header; that would be
-//! another way to fill in a [`NextPlan`], and another `State`.
+//! The state is ours (`core::reencrypt::state`, docs/reencryption.md). A LUKS2 container has it in its header instead, as cryptsetup
+//! writes it: then there is no other file, and the header is all that changes (`luks.rs`).
 
 mod begin;
 mod job;
+mod luks;
 mod progress;
 
-pub(crate) use begin::{Old, Terms, begin, go_on};
+pub(crate) use begin::{Backings, Old, Terms, begin, go_on};
 pub(crate) use job::Job;
+pub(crate) use luks::{LuksTerms, settle as settle_container};
 pub(crate) use progress::{EVERY, Progress, Show};
 
 use crate::cli::{FallbackArg, LayoutArgs};
@@ -72,19 +74,51 @@ impl Intent {
     }
 }
 
+/// Where it is written down how far a re-encryption is, and what comes of it.
+#[derive(Clone, Debug)]
+pub(crate) enum Record {
+    /// In a file of ours.
+    File { state: PathBuf, intent: Intent },
+    /// In the header of the container, which may lie elsewhere than its data.
+    Header { header: PathBuf, is_detached: bool },
+}
+
+impl Record {
+    /// The last steps: the volume is what it was to become, and says so.
+    fn settle(&self, volume: &Path) -> Result<(), Failure> {
+        match self {
+            Self::File { state, intent } => settle(volume, state, intent),
+            // The header did with its last zone.
+            Self::Header { .. } => Ok(()),
+        }
+    }
+
+    fn throttle_bytes(&self) -> u64 {
+        match self {
+            Self::File { intent, .. } => intent.throttle_bytes,
+            Self::Header { .. } => 0,
+        }
+    }
+
+    fn holes(&self) -> Holes {
+        match self {
+            Self::File { intent, .. } => intent.holes(),
+            Self::Header { .. } => Holes::Rewritten,
+        }
+    }
+}
+
 /// What a volume is being re-encrypted to.
 #[derive(Clone, Debug)]
 pub(crate) struct NextPlan {
     /// How messages call it.
     pub(crate) label: String,
-    /// The file that says how far it is.
-    pub(crate) state: PathBuf,
+    pub(crate) record: Record,
     pub(crate) key: KeySource,
     pub(crate) key_id: Option<Identifier>,
     pub(crate) layout: LayoutPlan,
     /// Index in `Plan::engines`.
     pub(crate) engine: usize,
-    pub(crate) intent: Intent,
     /// How far it was when this was read, in bytes.
     pub(crate) done_bytes: u64,
     pub(crate) size_bytes: u64,
@@ -118,8 +152,13 @@ pub(crate) fn look(path: &Path) -> Result<(StateFacts, Intent), Failure> {
 pub(crate) fn next_plan(
     volume: &Path,
     marked: Option<&Path>,
+    container: Option<&Luks>,
     label: &str,
 ) -> Result<Option<(NextPlan, Option<EnginePlan>)>, Vec<Failure>> {
+    if let Some(container) = container {
+        let next = luks::next_plan(volume, container, label).map_err(|failure| vec![failure])?;
+        return Ok(next.map(|next| (next, None)));
+    }
     let Some(state) = marked else {
         return match is_forgotten(volume) {
             Ok(()) => Ok(None),
@@ -135,12 +174,11 @@ pub(crate) fn next_plan(
     };
     let plan = NextPlan {
         label,
-        state: state.to_owned(),
+        record: Record::File { state: state.to_owned(), intent },
         key,
         key_id: next.settings.key_id,
         layout: next.settings.layout(),
         engine: 0,
-        intent,
         done_bytes: facts.boundary,
         size_bytes: facts.size_bytes,
     };
@@ -209,15 +247,6 @@ struct Present {
     pub(crate) slots: SlotsPlan,
 }
 
-/// Refuses a LUKS container.
-pub(crate) fn is_luks(label: &str) -> Failure {
-    Failure::new(
-        Code::Wrong,
-        format!("{label} is a LUKS container, whose header names its key"),
-        "Use cryptsetup reencrypt; for another passphrase: inlinecrypt luks change-key.",
-    )
-}
-
 /// All that has to be known before anything is written: the new key is admitted beside the old one.
 #[derive(Debug)]
 struct Prepared {
@@ -241,10 +270,6 @@ impl Prepared {
     ) -> Result<(Self, Admission), Failure> {
         let Present { path, label, layout: old, planned, identifier: old_identifier, .. } = present;
         let found = Description::find(path).map_err(first)?;
-        let header = found.as_ref().and_then(|found| found.settings.luks.header.as_deref());
-        if Luks::look(path, header, true, true).map_err(|failure| failure.within(label))?.is_some() {
-            return Err(is_luks(label));
-        }
         let Some(description) = found else {
             return Err(Failure::new(
                 Code::File,

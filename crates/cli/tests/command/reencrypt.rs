@@ -467,16 +467,24 @@ fn a_volume_that_grew_half_way_is_told_how_long_it_was() {
     place.run(["volume", "reencrypt", "--resume", "--throttle", "0", "v.img"]).done();
 }
 
-/// Nobody is asked for a passphrase that would not be used.
+/// Its state is in its header: what only a description can say is refused, and nothing is left beside it.
 #[test]
-fn a_luks_container_is_cryptsetups() {
+fn a_luks_container_has_all_of_it_in_its_header() {
     let place = Place::new();
     place.write("p", b"word");
     let args = ["luks", "create", "--size", "1MiB", "--pbkdf", "pbkdf2", "--passphrase-file", "p", "l.img"];
     place.run(args).done();
+    let before = fs::read(place.path("l.img")).unwrap();
+    let reencrypt = ["volume", "reencrypt", "--passphrase-file", "p", "l.img"];
+    place.run(["volume", "reencrypt", "l.img"]).refused(2, &["l.img asks for a passphrase"]);
     place
-        .run(["volume", "reencrypt", "l.img"])
-        .refused(1, &["l.img is a LUKS container", "cryptsetup reencrypt"]);
+        .run([&reencrypt[..], &["--keep-holes"]].concat())
+        .refused(1, &["l.img is a LUKS container", "Leave out --keep-holes"]);
+    place.run([&reencrypt[..], &["--resume"]].concat()).refused(1, &["not being re-encrypted"]);
+    assert!(fs::read(place.path("l.img")).unwrap() == before);
+    place.run(reencrypt).done();
+    place.run(["luks", "test", "--passphrase-file", "p", "l.img"]).done();
+    assert!(!place.path("l.img.reencrypt").exists() && !place.path("l.img.toml").exists());
 }
 
 /// What has no storage gets some, which is told before.

@@ -5,6 +5,7 @@
 //!   filesystem    ext4 over a loop device over nbdfuse over a served volume
 //!   dm_crypt      volumes that Linux wrote
 //!   luks          containers of cryptsetup, and ours in cryptsetup, qemu and nbdkit
+//!   luks_reencrypt   another key for them, by us and cryptsetup in turns, and kill -9 during that
 //!   fscrypt       files that Linux encrypted, on ext4
 //!   many_volumes  more keys than keyslots, all at once
 //!   plain         volumes without encryption
@@ -35,6 +36,7 @@ mod isolation;
 mod kill;
 mod load;
 mod luks;
+mod luks_reencrypt;
 mod many_volumes;
 mod others_bugs;
 mod plain;

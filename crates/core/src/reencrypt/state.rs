@@ -20,6 +20,7 @@
 //! another header has nothing to repair. Both headers are written before either is acted upon: one that is damaged is
 //! made good by the other. All numbers are little-endian.
 
+use super::ledger::{Keeps, Ledger};
 use crate::backing::{Backing, Durability};
 use crate::disk::CHUNK_BYTES;
 use crate::error::{Error, ErrorKind, Op};
@@ -225,6 +226,8 @@ pub struct State {
     medium: Arc<dyn Backing>,
     header: Header,
     plan: Vec<u8>,
+    /// Of what was put of the next zone, and up to where that goes.
+    prepared: (Digest, u64),
 }
 
 impl State {
@@ -264,7 +267,7 @@ impl State {
             plan_digest: Digest::of(plan),
             zone: None,
         };
-        let mut state = Self { medium, header, plan: plan.to_vec() };
+        let mut state = Self { medium, header, plan: plan.to_vec(), prepared: Default::default() };
         let mut prefix = vec![0; PREFIX_BYTES];
         prefix[PLAN_AT..PLAN_AT + plan.len()].copy_from_slice(plan);
         state.medium.write(0, &prefix, Durability::Cached)?;
@@ -291,7 +294,7 @@ impl State {
         if medium.facts().len_bytes < Self::medium_bytes(header.zone_bytes) {
             return Err(Error::new(ErrorKind::Invalid, Op::Reencrypt).detail("it has lost its end"));
         }
-        Ok(Self { medium, header, plan })
+        Ok(Self { medium, header, plan, prepared: Default::default() })
     }
 
     /// Everything before is under the new key, in bytes.
@@ -324,14 +327,8 @@ impl State {
         self.header.zone.is_some()
     }
 
-    /// The zone that comes next. Empty at the end.
-    pub(super) fn next_zone(&self) -> Range<u64> {
-        let Header { boundary, size_bytes, zone_bytes, .. } = self.header;
-        boundary..size_bytes.min(boundary.saturating_add(zone_bytes))
-    }
-
     /// Puts a part of the next zone's new ciphertext, that begins at `offset` of the volume, into the journal.
-    pub(super) fn put(&self, offset: u64, ciphertext: &[u8]) -> Result<(), Error> {
+    fn write_journal(&self, offset: u64, ciphertext: &[u8]) -> Result<(), Error> {
         self.medium.write(self.journal_at(offset), ciphertext, Durability::Cached)
     }
 
@@ -339,20 +336,15 @@ impl State {
         PREFIX_BYTES as u64 + (offset - self.header.boundary)
     }
 
-    /// Step 1: what was put into the journal is stable.
-    pub(super) fn flush_journal(&self) -> Result<(), Error> {
-        self.medium.flush()
-    }
-
     /// Step 2: the journal has all of a zone of `len_bytes` and `digest`, and from now on it counts. If this fails, it may
     /// count or not; as nobody may use the zone then, the same journal is written again.
-    pub(super) fn commit(&mut self, len_bytes: u64, digest: Digest) -> Result<(), Error> {
+    fn commit_journal(&mut self, len_bytes: u64, digest: Digest) -> Result<(), Error> {
         let zone = Some(InJournal { len_bytes, digest: digest.finish() });
         self.put_header(Header { zone, ..self.header.clone() })
     }
 
     /// Step 3: writes the zone that is in the journal to the volume on `backing`, by way of `room`, of which there is a chunk.
-    pub(super) fn write_zone(&self, backing: &dyn Backing, room: &mut [u8]) -> Result<(), Error> {
+    fn write_zone(&self, backing: &dyn Backing, room: &mut [u8]) -> Result<(), Error> {
         let Some(InJournal { len_bytes, .. }) = self.header.zone else { return Ok(()) };
         let start = self.header.boundary;
         for (at, len) in chunks(start..start + len_bytes) {
@@ -364,14 +356,9 @@ impl State {
     }
 
     /// Step 4: the zone that was in the journal is where it belongs.
-    pub(super) fn advance(&mut self) -> Result<(), Error> {
+    fn advance(&mut self) -> Result<(), Error> {
         let Some(InJournal { len_bytes, .. }) = self.header.zone else { return Ok(()) };
         self.advance_to(self.header.boundary + len_bytes)
-    }
-
-    /// The boundary is at `boundary`: nothing in between had to be written.
-    pub(super) fn advance_to(&mut self, boundary: u64) -> Result<(), Error> {
-        self.put_header(Header { boundary, zone: None, ..self.header.clone() })
     }
 
     /// Completes the zone that was interrupted, if one was. Afterwards each data unit of the volume on `backing` is wholly
@@ -382,7 +369,10 @@ impl State {
     /// [`ErrorKind::Invalid`] if the journal is damaged: nothing was written then. Else what backing and medium say.
     pub fn recover(&mut self, backing: &dyn Backing) -> Result<(), Error> {
         self.check_journal()?;
-        self.redo(backing)
+        // Aligned as any backing may ask.
+        let mut room = HeapSource.allocate(CHUNK_BYTES)?;
+        self.write_zone(backing, room.bytes_mut())?;
+        self.advance()
     }
 
     /// Whether what is in the journal is what was put there, if it counts.
@@ -390,7 +380,7 @@ impl State {
     /// # Errors
     ///
     /// [`ErrorKind::Invalid`] if it is damaged; what the medium says.
-    pub(super) fn check_journal(&self) -> Result<(), Error> {
+    fn check_journal(&self) -> Result<(), Error> {
         let Some(InJournal { len_bytes, digest }) = self.header.zone else { return Ok(()) };
         let mut room = HeapSource.allocate(CHUNK_BYTES)?;
         let room = room.bytes_mut();
@@ -408,14 +398,6 @@ impl State {
         Ok(())
     }
 
-    /// Writes the zone that was interrupted from the journal, which was [checked](Self::check_journal).
-    pub(super) fn redo(&mut self, backing: &dyn Backing) -> Result<(), Error> {
-        // Aligned as any backing may ask.
-        let mut room = HeapSource.allocate(CHUNK_BYTES)?;
-        self.write_zone(backing, room.bytes_mut())?;
-        self.advance()
-    }
-
     /// Writes a header to both places. It counts, here, once it is stable.
     fn put_header(&mut self, header: Header) -> Result<(), Error> {
         let header = Header { sequence: self.header.sequence + 1, ..header };
@@ -426,6 +408,64 @@ impl State {
         self.medium.flush()?;
         self.header = header;
         Ok(())
+    }
+}
+
+impl Ledger for State {
+    fn size_bytes(&self) -> u64 {
+        self.header.size_bytes
+    }
+
+    fn boundary(&self) -> u64 {
+        self.header.boundary
+    }
+
+    fn is_interrupted(&self) -> bool {
+        self.header.zone.is_some()
+    }
+
+    fn next_zone(&self) -> Range<u64> {
+        let Header { boundary, size_bytes, zone_bytes, zone, .. } = &self.header;
+        let len = zone.map_or(*zone_bytes, |InJournal { len_bytes, .. }| len_bytes);
+        *boundary..(*size_bytes).min(boundary.saturating_add(len))
+    }
+
+    fn keeps(&self) -> Keeps {
+        Keeps::Future
+    }
+
+    fn check(&mut self) -> Result<(), Error> {
+        self.check_journal()
+    }
+
+    fn put(&mut self, offset: u64, ciphertext: &[u8]) -> Result<(), Error> {
+        if offset == self.header.boundary {
+            self.prepared = Default::default();
+        }
+        let (digest, end) = &mut self.prepared;
+        digest.update(ciphertext);
+        *end = offset + ciphertext.len() as u64;
+        self.write_journal(offset, ciphertext)
+    }
+
+    fn seal(&mut self) -> Result<(), Error> {
+        self.medium.flush()
+    }
+
+    fn commit(&mut self, zone: &Range<u64>) -> Result<(), Error> {
+        let (digest, end) = std::mem::take(&mut self.prepared);
+        assert!(*zone == (self.header.boundary..end), "all of the zone was put");
+        self.commit_journal(zone.end - zone.start, digest)
+    }
+
+    fn recall(&mut self, _: &dyn Backing, offset: u64, room: &mut [u8]) -> Result<Vec<Range<usize>>, Error> {
+        self.medium.read(self.journal_at(offset), room)?;
+        // All of it is one part.
+        Ok(std::iter::once(0..room.len()).collect())
+    }
+
+    fn advance_to(&mut self, boundary: u64) -> Result<(), Error> {
+        self.put_header(Header { boundary, zone: None, ..self.header.clone() })
     }
 }
 
@@ -455,10 +495,10 @@ mod tests {
         let medium = medium();
         let mut state = State::create(medium.clone(), 5 * ZONE + 4096, ZONE, b"a plan").unwrap();
         assert_eq!(state.next_zone(), 0..ZONE);
-        state.put(0, &[7; CHUNK_BYTES]).unwrap();
+        state.write_journal(0, &[7; CHUNK_BYTES]).unwrap();
         let mut digest = Digest::default();
         digest.update(&[7; CHUNK_BYTES]);
-        state.commit(CHUNK_BYTES as u64, digest).unwrap();
+        state.commit_journal(CHUNK_BYTES as u64, digest).unwrap();
         let facts = StateFacts::parse(&medium.content()).unwrap();
         assert!(facts.is_interrupted && facts.boundary == 0 && facts.plan == b"a plan", "{facts:?}");
         let mut again = State::open(medium.clone()).unwrap();
@@ -495,8 +535,8 @@ mod tests {
     fn a_damaged_journal_or_plan_is_refused_before_anything_is_written() {
         let medium = medium();
         let mut state = State::create(medium.clone(), 5 * ZONE, ZONE, b"plan").unwrap();
-        state.put(0, &[7; CHUNK_BYTES]).unwrap();
-        state.commit(CHUNK_BYTES as u64, Digest::default()).unwrap();
+        state.write_journal(0, &[7; CHUNK_BYTES]).unwrap();
+        state.commit_journal(CHUNK_BYTES as u64, Digest::default()).unwrap();
         let volume = MemBacking::new(usize::try_from(5 * ZONE).unwrap(), 1);
         let error = state.recover(&volume).unwrap_err();
         assert!(error.chain().contains("journal is damaged"), "{}", error.chain());

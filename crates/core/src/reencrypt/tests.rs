@@ -1,3 +1,4 @@
+use super::state::State;
 use super::*;
 use crate::admission::Fallback;
 use crate::backing::{Backing, Durability};

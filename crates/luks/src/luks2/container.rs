@@ -75,7 +75,7 @@ impl<S: Storage> Container<S> {
 
     /// The LUKS keyslots of the data in the order in which they are tried: those of high priority first, those to be ignored not at
     /// all.
-    fn order(&self) -> Vec<u32> {
+    pub(super) fn order(&self) -> Vec<u32> {
         let slots = self.metadata().keyslots();
         let mut order: Vec<u32> =
             self.metadata().bound_keyslots().filter(|slot| slots[slot].priority > 0).collect();
@@ -106,6 +106,11 @@ impl<S: Storage> Container<S> {
             }
             Some(slot) => return Err(Error::no_such_slot(slot)),
         };
+        self.open_one_of(passphrase, order)
+    }
+
+    /// Opens it with the first of these LUKS keyslots that takes `passphrase`.
+    pub(super) fn open_one_of(&mut self, passphrase: &[u8], order: Vec<u32>) -> Result<Opened, Error> {
         if order.is_empty() {
             return Err(Error::new(
                 ErrorKind::Passphrase,
@@ -178,7 +183,7 @@ impl<S: Storage> Container<S> {
         Ok(true)
     }
 
-    fn change(
+    pub(super) fn change(
         &mut self,
         random: &mut Random<'_>,
         change: impl FnOnce(&mut Map<String, Value>),
@@ -215,7 +220,7 @@ impl<S: Storage> Container<S> {
         Ok(number)
     }
 
-    fn free_number(&self, wanted: Option<u32>) -> Result<u32, Error> {
+    pub(super) fn free_number(&self, wanted: Option<u32>) -> Result<u32, Error> {
         let taken = self.metadata().json()["keyslots"].as_object().expect("it was looked at");
         let is_free = |number: &u32| !taken.contains_key(&number.to_string());
         match wanted {
@@ -235,7 +240,7 @@ impl<S: Storage> Container<S> {
     }
 
     /// Writes key material where no copy of the header names any, and makes it stable.
-    fn write_area(
+    pub(super) fn write_area(
         &mut self,
         key: &[u8],
         passphrase: &[u8],
@@ -367,7 +372,7 @@ impl<S: Storage> Container<S> {
     }
 
     /// Overwrites an area that no header names any more.
-    fn wipe(&mut self, offset: u64, bytes: u64, random: &mut Random<'_>) -> Result<(), Error> {
+    pub(super) fn wipe(&mut self, offset: u64, bytes: u64, random: &mut Random<'_>) -> Result<(), Error> {
         let mut noise = vec![0; 64 << 10];
         let end = offset + bytes;
         let mut at = offset;
@@ -539,7 +544,7 @@ fn area_bytes(key: &[u8]) -> u64 {
 }
 
 /// Where `bytes` are free between `begin` and `end`, beside what is taken.
-fn gap(mut taken: Vec<(u64, u64)>, begin: u64, end: u64, bytes: u64) -> Option<u64> {
+pub(super) fn gap(mut taken: Vec<(u64, u64)>, begin: u64, end: u64, bytes: u64) -> Option<u64> {
     taken.sort_unstable();
     let mut free = begin;
     for (offset, len) in taken {
@@ -553,7 +558,7 @@ fn gap(mut taken: Vec<(u64, u64)>, begin: u64, end: u64, bytes: u64) -> Option<u
 
 impl Digest {
     /// Whether `key` is the right one.
-    fn matches(&self, key: &[u8]) -> Result<bool, Error> {
+    pub(super) fn matches(&self, key: &[u8]) -> Result<bool, Error> {
         let kdf = self.kdf.as_ref().map_err(|why| Error::unsupported(why.clone()))?;
         let value = kdf.derive(key, &self.salt, self.value.len())?;
         Ok(bool::from(value.ct_eq(&self.value)))
@@ -587,7 +592,7 @@ impl Digest {
     }
 }
 
-fn object<'j>(json: &'j mut Map<String, Value>, name: &str) -> &'j mut Map<String, Value> {
+pub(super) fn object<'j>(json: &'j mut Map<String, Value>, name: &str) -> &'j mut Map<String, Value> {
     json.get_mut(name).and_then(Value::as_object_mut).expect("it was looked at")
 }
 

@@ -73,6 +73,8 @@ pub struct Segment {
     pub sector_bytes: u32,
     /// Whether it has integrity tags.
     pub has_integrity: bool,
+    /// What else it is: a backup, say, while it is re-encrypted.
+    pub flags: Vec<String>,
 }
 
 /// What tells the right volume key.
@@ -142,6 +144,8 @@ struct SegmentJson {
     encryption: Option<String>,
     sector_size: Option<u32>,
     integrity: Option<Value>,
+    #[serde(default)]
+    flags: Vec<String>,
 }
 
 #[derive(Deserialize)]
@@ -373,7 +377,7 @@ impl Metadata {
         let [first, ..] = &self.requirements()[..] else { return Ok(()) };
         Err(Error::unsupported(match first.as_str() {
             "online-reencrypt" | "online-reencrypt-v2" | "online-reencrypt-v3" | "offline-reencrypt" => {
-                format!("it is being re-encrypted by cryptsetup ({first})")
+                format!("it is being re-encrypted ({first})")
             }
             other => format!("it requires {other:?}, which is not done here"),
         }))
@@ -588,7 +592,14 @@ impl Segment {
             encryption: json.encryption.unwrap_or_default(),
             sector_bytes,
             has_integrity: json.integrity.is_some(),
+            flags: json.flags,
         })
+    }
+
+    /// Whether it says what data was or becomes, and not what it is.
+    #[must_use]
+    pub fn is_backup(&self) -> bool {
+        self.flags.iter().any(|flag| flag.starts_with("backup-"))
     }
 }
 
@@ -597,6 +608,12 @@ fn number_of(text: &str) -> Option<u64> {
 }
 
 impl Digest {
+    /// What the right key's derivation gives: names the digest, whatever number it has.
+    #[must_use]
+    pub fn value(&self) -> &[u8] {
+        &self.value
+    }
+
     fn view(at: u32, value: Value) -> Result<Self, Error> {
         let name = format!("digest {at}");
         let json: DigestJson = view(&name, value)?;

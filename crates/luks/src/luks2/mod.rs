@@ -13,6 +13,7 @@
 //! | `metadata.rs` | what the JSON says: kept as it is, and looked at through checked views |
 //! | `container.rs` | opening with a passphrase; LUKS keyslots and tokens added, changed and removed; backups |
 //! | `create.rs` | new containers |
+//! | `reencrypt.rs` | another key for the data, in cryptsetup's own way |
 //!
 //! # What a crash leaves
 //!
@@ -24,8 +25,10 @@ mod container;
 mod create;
 mod header;
 mod metadata;
+mod reencrypt;
 
 pub use container::{Container, Opened};
 pub use create::{DATA_OFFSET_DEFAULT, NewContainer};
 pub use header::{CopyState, HEADER_SIZES, Header};
 pub use metadata::{Digest, Keyslot, Metadata, Segment};
+pub use reencrypt::{Leftovers, NewData, Reencryption, Resilience};

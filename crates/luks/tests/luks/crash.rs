@@ -2,7 +2,8 @@
 //! whole, with LUKS keyslots that open.
 
 use crate::common::{CHEAP, container, key, opens, random};
-use inlinecrypt_luks::luks2::{Container, Header};
+use crate::reencrypt::{alone, begun, new_data, new_key};
+use inlinecrypt_luks::luks2::{Container, Header, Resilience};
 use inlinecrypt_luks::{ErrorKind, Storage};
 use serde_json::json;
 use std::collections::BTreeSet;
@@ -141,6 +142,27 @@ fn every_change_is_done_or_not() {
     for (name, change) in &changes {
         check(name, &disk, change);
     }
+}
+
+/// A re-encryption begins, goes on and ends.
+#[test]
+fn every_change_of_a_reencryption_is_done_or_not() {
+    check("begin", &alone(), &|container| {
+        let opened = container.open(b"zero", None)?;
+        let new = new_key();
+        container.begin_reencryption(&opened, b"zero", new_data(&new, Resilience::Journal), &mut random(2))
+    });
+    let begun = begun(Resilience::Journal).into_storage();
+    const SIZE: u64 = 64 << 10;
+    check("zone", &begun, &|container| container.set_boundary(0, Some(4096), SIZE, &mut random(2)));
+    let mut hot = Container::read(begun).unwrap();
+    hot.set_boundary(4096, Some(SIZE - 4096), SIZE, &mut random(2)).unwrap();
+    let hot = hot.into_storage();
+    check("behind it", &hot, &|container| container.set_boundary(4096, None, SIZE, &mut random(2)));
+    check("end", &hot, &|container| {
+        let left = container.finish_reencryption(&mut random(2))?;
+        container.wipe_leftovers(left, &mut random(2))
+    });
 }
 
 #[test]

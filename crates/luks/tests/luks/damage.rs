@@ -18,10 +18,15 @@ fn sum(disk: &mut [u8], copy: usize) {
 
 /// Both copies with another JSON, and right checksums.
 fn with_json(change: impl FnOnce(&mut Value)) -> Vec<u8> {
-    let mut disk = container();
-    let mut json = Value::Object(Header::read(&mut disk).unwrap().metadata.json().clone());
+    let mut json = Value::Object(Header::read(&mut container()).unwrap().metadata.json().clone());
     change(&mut json);
-    let text = serde_json::to_vec(&json).unwrap();
+    with_json_of(&json)
+}
+
+/// The same with this JSON.
+pub(crate) fn with_json_of(json: &Value) -> Vec<u8> {
+    let mut disk = container();
+    let text = serde_json::to_vec(json).unwrap();
     for copy in [0, COPY] {
         disk[copy + 4096..copy + COPY].fill(0);
         disk[copy + 4096..][..text.len()].copy_from_slice(&text);

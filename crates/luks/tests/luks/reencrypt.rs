@@ -1,0 +1,248 @@
+//! What headers say of re-encryptions: what cryptsetup writes is believed, what is written is read again, and what contradicts itself
+//! is refused.
+
+use crate::common::{KEY_BYTES, container, key, random};
+use crate::damage::with_json_of;
+use inlinecrypt_cipher::Mode;
+use inlinecrypt_luks::luks2::{Container, NewData, Reencryption, Resilience};
+use inlinecrypt_luks::{ErrorKind, Hash};
+use proptest::prelude::*;
+use serde_json::{Value, json};
+
+/// Of the data in the containers of these tests.
+const SIZE: u64 = 64 << 10;
+
+pub(crate) fn new_key() -> [u8; KEY_BYTES] {
+    key().map(|byte| byte ^ 0xa5)
+}
+
+pub(crate) fn new_data(key: &[u8], resilience: Resilience) -> NewData<'_> {
+    NewData {
+        mode: Mode::Aes256Xts,
+        sector_bytes: 4096,
+        key,
+        iterations: 1,
+        resilience,
+        zone_bytes_min: 4096,
+    }
+}
+
+/// With one LUKS keyslot alone, which `zero` opens.
+pub(crate) fn alone() -> Vec<u8> {
+    let mut container = Container::read(container()).unwrap();
+    container.remove_keyslots(&[1], &mut random(3)).unwrap();
+    container.into_storage()
+}
+
+pub(crate) fn begun(resilience: Resilience) -> Container<Vec<u8>> {
+    let mut container = Container::read(alone()).unwrap();
+    let opened = container.open(b"zero", None).unwrap();
+    container.begin_reencryption(&opened, b"zero", new_data(&new_key(), resilience), &mut random(4)).unwrap();
+    container
+}
+
+fn resiliences() -> [Resilience; 3] {
+    [
+        Resilience::Journal,
+        Resilience::Checksum { hash: Hash::Sha256, block_bytes: 512 },
+        Resilience::Checksum { hash: Hash::Sha512, block_bytes: 4096 },
+    ]
+}
+
+#[test]
+fn what_is_begun_is_found_and_opens_both_keys() {
+    for resilience in resiliences() {
+        let mut container = begun(resilience);
+        let re = container.reencryption().unwrap();
+        assert_eq!((re.resilience, re.boundary, re.hot_bytes), (resilience, Some(0), None));
+        assert_eq!((re.previous.sector_bytes, re.next.sector_bytes), (512, 4096));
+        assert!(re.area_bytes >= 258_048 && re.area_offset >= 32 << 10);
+        let old = container.open_digest(b"zero", re.previous_digest).unwrap().key;
+        let new = container.open_digest(b"zero", re.next_digest).unwrap().key;
+        assert!(old[..] == key() && new[..] == new_key());
+        container.check_reencryption(&old, &new).unwrap();
+        for (old, new) in [(&new, &old), (&old, &old)] {
+            let error = container.check_reencryption(old, new).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Damaged);
+        }
+        // What else is changed while it goes on?
+        assert_eq!(container.resize(Some(4096), &mut random(1)).unwrap_err().kind(), ErrorKind::Unsupported);
+        let _ = container.finish_reencryption(&mut random(1)).unwrap();
+        assert!(container.open(b"zero", None).unwrap().key[..] == new_key());
+        let metadata = &container.header().metadata;
+        assert_eq!(
+            (metadata.keyslots().len(), metadata.digests().len(), metadata.segments().len()),
+            (1, 1, 1)
+        );
+        assert_eq!(metadata.data().unwrap().1.sector_bytes, 4096);
+        assert!(metadata.requirements().is_empty() && metadata.reencryption().unwrap().is_none());
+    }
+}
+
+/// What cryptsetup's digest is made of.
+#[test]
+fn what_cryptsetup_began_is_known_to_be_whole() {
+    let vector: Value = serde_json::from_str(include_str!("../../vectors/luks2-reencrypt.json")).unwrap();
+    let key = |name: &str| hex::decode(vector[name].as_str().unwrap()).unwrap();
+    let container = Container::read(with_json_of(&vector["metadata"])).unwrap();
+    let re = container.reencryption().unwrap();
+    assert_eq!((re.previous.sector_bytes, re.next.sector_bytes), (512, 4096));
+    assert_eq!(re.resilience, Resilience::Checksum { hash: Hash::Sha256, block_bytes: 4096 });
+    assert_eq!((re.boundary, re.hot_bytes), (Some(0), None));
+    container.check_reencryption(&key("old_key"), &key("new_key")).unwrap();
+    let error = container.check_reencryption(&key("new_key"), &key("old_key")).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Damaged);
+}
+
+/// Where cryptsetup is killed among its last steps: the old key is gone, and the header still says that there is one.
+#[test]
+fn what_is_complete_but_for_its_last_steps_can_be_completed() {
+    let begun = begun(Resilience::Journal);
+    let mut json = Value::Object(begun.header().metadata.json().clone());
+    json["segments"]["0"] = json["segments"]["2"].clone();
+    json["segments"]["0"].as_object_mut().unwrap().remove("flags");
+    json["digests"]["0"]["keyslots"] = json!([]);
+    json["digests"]["0"]["segments"] = json!(["1"]);
+    json["digests"]["1"]["segments"] = json!(["0", "2"]);
+    json["keyslots"].as_object_mut().unwrap().remove("0");
+    let mut container = Container::read(with_json_of(&json)).unwrap();
+    let re = container.reencryption().unwrap();
+    assert_eq!((re.boundary, re.hot_bytes), (None, None));
+    let _ = container.finish_reencryption(&mut random(5)).unwrap();
+    let metadata = &container.header().metadata;
+    assert_eq!((metadata.keyslots().len(), metadata.digests().len()), (1, 1));
+    assert_eq!(metadata.data().unwrap().1.sector_bytes, 4096);
+}
+
+#[test]
+fn a_token_of_the_old_keyslot_is_one_of_the_new_as_well() {
+    let mut disk = Container::read(alone()).unwrap();
+    disk.add_token(json!({ "type": "x", "keyslots": ["0"] }), &mut random(2)).unwrap();
+    let opened = disk.open(b"zero", None).unwrap();
+    disk.begin_reencryption(&opened, b"zero", new_data(&new_key(), Resilience::Journal), &mut random(4))
+        .unwrap();
+    let of = |disk: &Container<Vec<u8>>| disk.header().metadata.tokens()[&1]["keyslots"].clone();
+    assert_eq!(of(&disk), json!(["0", "1"]));
+    let _ = disk.finish_reencryption(&mut random(5)).unwrap();
+    assert_eq!(of(&disk), json!(["1"]));
+}
+
+#[test]
+fn what_cannot_begin_leaves_the_header_as_it_is() {
+    let mut disk = Container::read(container()).unwrap();
+    let before = disk.storage().clone();
+    let opened = disk.open(b"zero", None).unwrap();
+    let key = new_key();
+    let new = new_data(&key, Resilience::Journal);
+    let error = disk.begin_reencryption(&opened, b"zero", new, &mut random(4)).unwrap_err();
+    assert!(error.kind() == ErrorKind::Invalid && error.to_string().contains("others (1)"), "{error}");
+    assert!(*disk.storage() == before);
+    let mut disk = Container::read(alone()).unwrap();
+    let opened = disk.open(b"zero", None).unwrap();
+    let new = NewData { zone_bytes_min: 64 << 20, ..new };
+    let error = disk.begin_reencryption(&opened, b"zero", new, &mut random(4)).unwrap_err();
+    assert!(error.to_string().contains("no room"), "{error}");
+    assert!(disk.header().metadata.reencryption().unwrap().is_none());
+    let mut fixed = Container::read(alone()).unwrap();
+    fixed.resize(Some(4096), &mut random(1)).unwrap();
+    let new = new_data(&key, Resilience::Journal);
+    let error = fixed.begin_reencryption(&opened, b"zero", new, &mut random(4)).unwrap_err();
+    assert!(error.to_string().contains("fixed length"), "{error}");
+}
+
+proptest! {
+    /// How far it is, is what was written down.
+    #[test]
+    fn boundaries_are_read_as_they_were_written(boundary in 0u64..16, hot in 0u64..16) {
+        let (boundary, hot) = (boundary * 4096, hot * 4096);
+        let hot = (hot > 0).then_some(hot.min(SIZE - boundary));
+        let mut container = begun(Resilience::Journal);
+        container.set_boundary(boundary, hot, SIZE, &mut random(6)).unwrap();
+        let again = Container::read(container.into_storage()).unwrap();
+        let Reencryption { boundary: at, hot_bytes, .. } = again.reencryption().unwrap();
+        prop_assert_eq!((at, hot_bytes), (Some(boundary), hot));
+        // Nothing of it is in what the digest covers.
+        again.check_reencryption(&key(), &new_key()).unwrap();
+    }
+}
+
+#[test]
+fn what_contradicts_itself_or_is_not_known_is_refused() {
+    let mut good = begun(Resilience::Checksum { hash: Hash::Sha256, block_bytes: 512 });
+    good.set_boundary(8192, Some(4096), SIZE, &mut random(6)).unwrap();
+    let good = Value::Object(good.header().metadata.json().clone());
+    let keyslot = good["keyslots"].as_object().unwrap().iter();
+    let keyslot = keyslot.filter(|(_, slot)| slot["type"] == "reencrypt").map(|(number, _)| number.clone());
+    let keyslot = keyslot.collect::<Vec<_>>()[0].clone();
+    type Change = Box<dyn Fn(&mut Value)>;
+    let keyslot = &keyslot;
+    let slot = |change: fn(&mut Value)| -> Change {
+        let keyslot = keyslot.clone();
+        Box::new(move |json| change(&mut json["keyslots"][&keyslot]))
+    };
+    let segment = |number: &'static str, field: &'static str, value: Value| -> Change {
+        Box::new(move |json| json["segments"][number][field] = value.clone())
+    };
+    use ErrorKind::{Damaged, Unsupported};
+    let changes: Vec<(Change, ErrorKind)> = vec![
+        (
+            Box::new(|json| json["config"]["requirements"]["mandatory"] = json!(["online-reencrypt-v3"])),
+            Unsupported,
+        ),
+        (
+            Box::new(|json| {
+                json["config"]["requirements"]["mandatory"] = json!(["online-reencrypt-v2", "x"])
+            }),
+            Unsupported,
+        ),
+        (slot(|slot| slot["mode"] = json!("encrypt")), Unsupported),
+        (slot(|slot| slot["direction"] = json!("backward")), Unsupported),
+        (slot(|slot| slot["area"]["type"] = json!("datashift")), Unsupported),
+        (slot(|slot| slot["area"]["type"] = json!("none")), Unsupported),
+        (slot(|slot| slot["area"]["hash"] = json!("md5")), Unsupported),
+        (slot(|slot| slot["area"]["sector_size"] = json!(0)), Damaged),
+        (slot(|slot| slot["area"]["sector_size"] = json!(u64::MAX)), Damaged),
+        (slot(|slot| slot["type"] = json!("other")), Damaged),
+        (segment("0", "offset", json!("0")), Damaged),
+        (segment("0", "size", json!("4096")), Damaged),
+        (segment("0", "iv_tweak", json!("1")), Damaged),
+        (segment("0", "sector_size", json!(512)), Damaged),
+        (segment("1", "flags", json!([])), Damaged),
+        (segment("1", "size", json!("dynamic")), Damaged),
+        (segment("1", "size", json!("18446744073709547520")), Damaged),
+        (segment("2", "size", json!("4096")), Unsupported),
+        (segment("2", "type", json!("linear")), Damaged),
+        (segment("3", "flags", json!([])), Damaged),
+        (segment("4", "flags", json!(["backup-previous"])), Damaged),
+        (segment("3", "offset", json!("0")), Unsupported),
+        (segment("3", "iv_tweak", json!("8")), Unsupported),
+        (segment("4", "size", json!("4096")), Unsupported),
+        (Box::new(|json| json["digests"]["0"]["segments"] = json!(["1", "2", "3", "4"])), Damaged),
+        (Box::new(|json| json["digests"]["1"]["segments"] = json!(["1", "4"])), Damaged),
+    ];
+    assert!(Container::read(with_json_of(&good)).unwrap().reencryption().is_ok());
+    for (number, (change, kind)) in changes.iter().enumerate() {
+        let mut json = good.clone();
+        change(&mut json);
+        assert_ne!(json, good, "{number}");
+        let found = Container::read(with_json_of(&json)).and_then(|container| container.reencryption());
+        let error = found.map(|re| panic!("{number}: {re:?}")).unwrap_err();
+        assert_eq!(error.kind(), *kind, "{number}: {error}");
+    }
+    // What the digest covers, and nobody but who has both keys can change.
+    for change in [
+        slot(|slot| slot["area"]["hash"] = json!("sha512")),
+        slot(|slot| slot["area"]["sector_size"] = json!(4096)),
+        Box::new(|json: &mut Value| {
+            for number in ["3", "2"] {
+                json["segments"][number]["encryption"] = json!("aes-cbc-essiv:sha256");
+            }
+        }),
+    ] {
+        let mut json = good.clone();
+        change(&mut json);
+        let container = Container::read(with_json_of(&json)).unwrap();
+        let error = container.check_reencryption(&key(), &new_key()).unwrap_err();
+        assert!(error.kind() == Damaged && error.to_string().contains("without its keys"), "{error}");
+    }
+}
