@@ -63,7 +63,10 @@ fn order() -> impl Strategy<Value = Vec<u8>> {
         let all = u32::try_from(pieces.len()).unwrap();
         lane_order(engine, is_slot, encrypt, key, count.unwrap_or(all), &pieces)
     });
-    prop_oneof![9 => good, 1 => vec(any::<u8>(), 0..2000)]
+    let handle = prop_oneof![3 => Just(KNOWN_HANDLE), 1 => 0..9u32];
+    let program =
+        (0..3u8, 0..5u32, handle).prop_map(|(engine, slot, handle)| program_order(engine, slot, handle));
+    prop_oneof![9 => good, 2 => program, 1 => vec(any::<u8>(), 0..2000)]
 }
 
 proptest! {
@@ -101,6 +104,9 @@ fn good_orders_are_taken_and_done() {
     // The first keyslot gets the second key, as `lane` then expects.
     process.lane(&program_order(0, 0, KNOWN_HANDLE));
     process.lane(&lane_order(0, true, true, 0, 1, &all));
+    // What is remembered for keyslots is good for nothing else.
+    process.lane(&lane_order(0, false, false, KNOWN_HANDLE, 1, &all));
+    process.lane(&lane_order(0, false, false, KNOWN_HANDLE, 0, &[]));
     // No such keyslot, handle, or engine with keyslots.
     for (engine, slot, handle) in [(0, 3, KNOWN_HANDLE), (0, 0, KNOWN_HANDLE + 1), (1, 0, 0), (2, 0, 0)] {
         process.lane(&program_order(engine, slot, handle));

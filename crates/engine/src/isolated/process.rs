@@ -555,6 +555,9 @@ fn transform(
         let unit = hosted.units.get(head.key as usize).ok_or_else(|| refused("there is no such keyslot"))?;
         (KeyRef::Slot(SlotIndex(head.key)), unit.load(Ordering::Acquire))
     } else {
+        if !hosted.units.is_empty() {
+            return Err(refused("the engine has keyslots, it takes no key with a request"));
+        }
         remembered = hosted.remembered(head.key, Op::Crypt)?;
         (KeyRef::Inline(&remembered), remembered.config().data_unit_size().bytes())
     };
