@@ -9,6 +9,7 @@ use crate::disk::Span;
 use crate::engine::Piece;
 use crate::error::{Error, ErrorKind, Op};
 use crate::memory::Buffer;
+use crate::range_lock::{RangeGuard, RangeLock, Sharing};
 use std::ops::Range;
 
 /// What is to be done with a piece.
@@ -229,6 +230,21 @@ impl Batch {
     pub fn clear(&mut self) {
         self.items.clear();
         (self.writes, self.end) = (0, 0);
+    }
+
+    /// Locks the data units of all pieces that take part; those that are only read, together with others that read.
+    ///
+    /// # Blocking
+    ///
+    /// Waits until all of them are free.
+    pub(crate) fn lock<'l>(&self, locks: &'l RangeLock) -> RangeGuard<'l> {
+        locks.take_all(self.items.iter().filter(|item| item.result().is_ok()).map(|item| {
+            let sharing = match item.transfer() {
+                Transfer::Read => Sharing::Shared,
+                Transfer::Write(_) => Sharing::Exclusive,
+            };
+            (item.span().units(), sharing)
+        }))
     }
 
     /// Does with `work` what `part_of` says of the pieces that take part, in one go: where on the backing, where in the buffer.

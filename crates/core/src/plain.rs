@@ -7,7 +7,7 @@
 //! What an interrupted write may damage is what the medium damages: sectors of that write, and no others.
 
 use crate::backing::{Access, Backing, Extent};
-use crate::batch::{Batch, Item, Transfer};
+use crate::batch::{Batch, Item};
 use crate::disk::{Disk, Geometry, SCRATCH_BYTES, Span, Unaligned};
 use crate::error::{Error, ErrorKind, Op};
 use crate::memory::{Buffer, HeapSource, MemoryPool};
@@ -116,14 +116,7 @@ impl Disk for PlainVolume {
         for item in &mut batch.items {
             item.set_result(self.check_piece(item, buffer));
         }
-        let tried = batch.items.iter().filter(|item| item.result().is_ok());
-        let _guard = self.locks.take_all(tried.map(|item| {
-            let sharing = match item.transfer() {
-                Transfer::Read => Sharing::Shared,
-                Transfer::Write(_) => Sharing::Exclusive,
-            };
-            (item.span().units(), sharing)
-        }));
+        let _guard = batch.lock(&self.locks);
         batch.do_parts(
             |item| item.goes(Access::ReadOnly).then(|| (item.span().units().start, item.units())),
             |parts| self.backing.read_parts(buffer.bytes_mut(), parts),

@@ -26,7 +26,7 @@
 //! with dm-crypt; a backing that writes `data unit size` bytes atomically does not tear it.)
 
 use crate::backing::{Access, Backing, Extent};
-use crate::batch::{Batch, Item, Transfer};
+use crate::batch::{Batch, Item};
 use crate::config::{CryptoConfig, DataUnitSize, Mode};
 use crate::disk::{Disk, Geometry, Span, Unaligned};
 use crate::engine::{Direction, Piece};
@@ -494,14 +494,7 @@ impl Disk for Volume {
         for item in &mut batch.items {
             item.set_result(self.check_piece(item, buffer));
         }
-        let tried = batch.items.iter().filter(|item| item.result().is_ok());
-        let _guard = self.locks.take_all(tried.map(|item| {
-            let sharing = match item.transfer() {
-                Transfer::Read => Sharing::Shared,
-                Transfer::Write(_) => Sharing::Exclusive,
-            };
-            (item.span().units(), sharing)
-        }));
+        let _guard = batch.lock(&self.locks);
         self.transfer_locked(batch, buffer);
     }
 

@@ -1,6 +1,7 @@
 use super::*;
 use crate::admission::Fallback;
 use crate::backing::Durability;
+use crate::batch::Transfer;
 use crate::caps::{Capabilities, KeyTypes, UnitMask};
 use crate::config::Hardware;
 use crate::disk::{LARGE_BUFFER_BYTES, SMALL_BUFFER_BYTES, Zeroing};
