@@ -139,10 +139,19 @@ pub(crate) fn refuse_encrypted(
     description: Option<&Description>,
     label: &str,
 ) -> Result<(), Failure> {
-    let described = description.map(|description| (&description.path, "describes an encrypted volume"));
-    let sibling = beside(path, ".key");
-    let keyed = files::exists(&sibling).then_some((&sibling, "is the key of an encrypted volume"));
-    let Some((evidence, is)) = described.or(keyed) else { return Ok(()) };
+    let described =
+        description.map(|description| (description.path.clone(), "describes an encrypted volume"));
+    // What a link is called says nothing of what it leads to.
+    let real = path.canonicalize().ok();
+    let elsewhere = real.iter().map(|real| (beside(real, ".toml"), "describes what this is a link to"));
+    let besides = [Some(path), real.as_deref()].into_iter().flatten().flat_map(|path| {
+        [
+            (beside(path, ".key"), "is the key of an encrypted volume"),
+            (beside(path, ".reencrypt"), "is the state of its re-encryption"),
+        ]
+    });
+    let found = elsewhere.chain(besides).find(|(evidence, _)| files::exists(evidence));
+    let Some((evidence, is)) = described.or(found) else { return Ok(()) };
     if asked.read_only == Some(true) {
         note(format_args!("{label}: {} {is}; plain, clients read its ciphertext", evidence.display()));
         return Ok(());

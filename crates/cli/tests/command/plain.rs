@@ -181,6 +181,10 @@ fn plaintext_is_not_written_over_what_is_encrypted() {
     place.run(plain).refused(1, &["v.img.toml describes an encrypted volume", "destroys it", "--read-only"]);
     place.write("c.toml", b"[[volume]]\npath = \"v.img\"\nplain = true\n");
     place.run(["check", "c.toml"]).refused(1, &["v.img.toml describes an encrypted volume"]);
+    // By whatever name.
+    std::os::unix::fs::symlink("v.img", place.path("link")).unwrap();
+    let link = ["serve", "--plain", "link"];
+    place.run(link).refused(1, &["v.img.toml describes what this is a link to"]);
     // Its ciphertext can be had.
     let server = place.serve("v.img.sock", ["--plain", "--read-only", "v.img"]);
     assert_same(&server.client("v").read(0, 1 << 20).unwrap(), &stored);
@@ -189,7 +193,11 @@ fn plaintext_is_not_written_over_what_is_encrypted() {
     // Nor what has lost its description.
     fs::remove_file(place.path("v.img.toml")).unwrap();
     place.run(plain).refused(1, &["v.img.key is the key of an encrypted volume"]);
+    place.run(link).refused(1, &["v.img.key is the key of an encrypted volume"]);
     fs::remove_file(place.path("v.img.key")).unwrap();
+    place.write("v.img.reencrypt", b"half done");
+    place.run(plain).refused(1, &["v.img.reencrypt is the state of its re-encryption"]);
+    fs::remove_file(place.path("v.img.reencrypt")).unwrap();
     place.serve("v.img.sock", ["--plain", "v.img"]).stop();
     assert_eq!(fs::read(place.path("v.img")).unwrap(), stored);
 }
