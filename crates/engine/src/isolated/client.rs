@@ -681,7 +681,7 @@ impl Host {
         let mut lanes = near.chain(0..self.busy.len()).map(|index| (index, &self.busy[index]));
         // Looked at first: a look is cheaper than a try.
         let free = |busy: &AtomicBool| !busy.load(Ordering::Relaxed) && !busy.swap(true, Ordering::SeqCst);
-        lanes.find(|(_, busy)| free(busy)).map(|(index, _)| TakenLane { host: self, index })
+        lanes.find(|(_, busy)| free(busy)).map(|(index, _)| TakenLane { host: self, index, cpu })
     }
 
     /// The same, but waits while all are taken.
@@ -722,6 +722,15 @@ fn wait_for_process(pid: u32) {
 struct TakenLane<'h> {
     host: &'h Host,
     index: usize,
+    /// Where the thread ran when it took the lane.
+    cpu: usize,
+}
+
+impl TakenLane<'_> {
+    /// The same as an order says it.
+    fn wire_cpu(&self) -> u32 {
+        u32::try_from(self.cpu).unwrap_or(u32::MAX)
+    }
 }
 
 impl Drop for TakenLane<'_> {
@@ -828,12 +837,13 @@ impl IsolatedEngine {
             Called::Slot(slot) => (slot.0, true, host.current.load(Ordering::SeqCst)),
             Called::Known(Known { generation, handle }) => (handle, false, generation),
         };
+        let taken = host.take_lane(rustix::thread::sched_getcpu());
         let head = Head {
             engine: self.index,
             is_slot,
             deed: if direction == Direction::Encrypt { Deed::Encrypt } else { Deed::Decrypt },
             key: number,
-            cpu: 0,
+            cpu: taken.wire_cpu(),
             pieces: u32::try_from(pieces.len()).expect("at most PIECES_MAX"),
         };
         let wire = pieces.iter().map(|Piece { first, range }| WirePiece {
@@ -841,9 +851,7 @@ impl IsolatedEngine {
             len: range.len() as u64,
             first: *first,
         });
-        let cpu = rustix::thread::sched_getcpu();
-        let taken = host.take_lane(cpu);
-        let lane = self.hand_in(&taken, cpu, generation, head, wire);
+        let lane = self.hand_in(&taken, generation, head, wire);
         match lane.result() {
             0 => {
                 pieces.iter_mut().for_each(Piece::finish);
@@ -867,14 +875,13 @@ impl IsolatedEngine {
     fn hand_in(
         &self,
         taken: &TakenLane<'_>,
-        cpu: usize,
         generation: u64,
         head: Head,
         pieces: impl Iterator<Item = WirePiece>,
     ) -> Lane<'_> {
         let host = self.host();
         let lane = host.lane(taken.index);
-        lane.post(generation, Head { cpu: u32::try_from(cpu).unwrap_or(u32::MAX), ..head }, pieces);
+        lane.post(generation, head, pieces);
         lane.wait(generation, || host.gone.load(Ordering::SeqCst) >= generation);
         lane
     }
@@ -884,23 +891,23 @@ impl IsolatedEngine {
     fn program_by_lane(&self, slot: SlotIndex, key: &Key) -> Result<bool, Error> {
         // What it has against the key is said on the other way.
         let Ok(Known { generation, handle }) = self.remember(key) else { return Ok(false) };
-        let cpu = rustix::thread::sched_getcpu();
-        let Some(taken) = self.host().free_lane(cpu) else { return Ok(false) };
+        let Some(taken) = self.host().free_lane(rustix::thread::sched_getcpu()) else { return Ok(false) };
         let deed = Deed::Program { slot: slot.0 };
-        let head = Head { engine: self.index, is_slot: false, deed, key: handle, cpu: 0, pieces: 0 };
-        let lane = self.hand_in(&taken, cpu, generation, head, std::iter::empty());
-        let error = match lane.result() {
+        let cpu = taken.wire_cpu();
+        let head = Head { engine: self.index, is_slot: false, deed, key: handle, cpu, pieces: 0 };
+        let lane = self.hand_in(&taken, generation, head, std::iter::empty());
+        match lane.result() {
             0 => return Ok(true),
-            RESULT_LOST => None,
-            code => Some(error_of(&lane, code, Op::Program)),
-        };
-        match error {
-            Some(error) if error.kind() != ErrorKind::NoKey => Err(error),
-            _ => {
-                self.known().remove(&key.id());
-                Ok(false)
+            RESULT_LOST => {}
+            code => {
+                let error = error_of(&lane, code, Op::Program);
+                if error.kind() != ErrorKind::NoKey {
+                    return Err(error);
+                }
             }
         }
+        self.known().remove(&key.id());
+        Ok(false)
     }
 }
 

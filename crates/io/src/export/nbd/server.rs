@@ -129,6 +129,11 @@ struct Connection {
 }
 
 impl Table {
+    /// Whether so few connections share the machine that each may have much memory.
+    fn are_few(&self) -> bool {
+        self.connections.len() <= LARGE_SEND_ROOMS_MAX
+    }
+
     /// How many resting connections stay with this server.
     fn staying(&self) -> usize {
         self.connections.values().filter(|connection| matches!(connection.rest, Some(Rest::Stays))).count()
@@ -539,7 +544,7 @@ impl Inner {
             if let Some(connection) = table.connections.get_mut(&id) {
                 connection.thread = Some(rustix::thread::gettid());
             }
-            table.connections.len() <= LARGE_SEND_ROOMS_MAX
+            table.are_few()
         };
         // Replies leave when we say so.
         if few && let Err(error) = socket.set_send_room(SEND_ROOM_BYTES) {
@@ -555,9 +560,6 @@ impl Inner {
         if let Some((terms, unread)) = taken {
             let timed = Timed::new(&self.cores, socket, None);
             let mut inbox = Inbox::with(timed, &unread);
-            if few {
-                inbox.enlarge();
-            }
             return self.transmit(id, socket, activity, &terms, &mut inbox, HandOver::Possible, || timed);
         }
         let deadline = Instant::now() + self.options.handshake_time_max;
@@ -565,17 +567,11 @@ impl Inner {
         match self.shake_hands(timed) {
             Ok(Shaken::Plain(mut inbox, terms)) => {
                 inbox.reader_mut().deadline = None;
-                if few {
-                    inbox.enlarge();
-                }
                 let timed = Timed::new(&self.cores, socket, None);
                 self.transmit(id, socket, activity, &terms, &mut inbox, HandOver::Possible, || timed);
             }
             Ok(Shaken::Tls(tls, mut inbox, terms)) => {
                 inbox.reader_mut().transport().deadline = None;
-                if few {
-                    inbox.enlarge();
-                }
                 let writer = || tls.writer(Timed::new(&self.cores, socket, None));
                 self.transmit(id, socket, activity, &terms, &mut inbox, HandOver::Impossible, writer);
                 tls.close(Timed::new(&self.cores, socket, Some(Instant::now() + CUT_OFF_GRACE)));
@@ -634,6 +630,9 @@ impl Inner {
         hand_over: HandOver,
         writer: impl Fn() -> W,
     ) {
+        if self.lock().are_few() {
+            inbox.enlarge();
+        }
         let name = terms.export.name();
         tracing::debug!(connection = id, peer = %socket.peer(), export = name, structured = terms.structured, "connected");
         terms.export.counters().connected();
@@ -641,7 +640,7 @@ impl Inner {
             let _ = socket.shutdown(Shutdown::Both);
         };
         let resize = |is_crowded: bool| {
-            let few = self.lock().connections.len() <= LARGE_SEND_ROOMS_MAX;
+            let few = self.lock().are_few();
             let room = if is_crowded { CROWDED_SEND_ROOM_BYTES } else { SEND_ROOM_BYTES };
             if few && let Err(error) = socket.set_send_room(room) {
                 tracing::debug!(connection = id, %error, "send buffer left as it is");
