@@ -175,6 +175,14 @@ impl Load {
         self.finish(client)
     }
 
+    /// Asks and checks until the server dies, which somebody must see to, and takes what it had answered before.
+    pub(crate) fn run_until_killed(&mut self, client: &mut Client<UnixStream>) {
+        let ended = self.run(client, || false);
+        assert!(matches!(ended, Err(NbdError::Io(_))), "{ended:?}");
+        let ended = self.finish(client);
+        assert!(matches!(ended, Ok(()) | Err(NbdError::Io(_))), "{ended:?}");
+    }
+
     /// Takes all answers that are still to come.
     ///
     /// # Errors
