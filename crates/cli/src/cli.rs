@@ -349,7 +349,7 @@ A config:
   # tls, tls_cert, tls_key, tls_client_ca, tls_verify_client
 
   [server]
-  # control, workers, connections_max, stop_seconds";
+  # control, workers, connections_max, stop_seconds; zero_copy = true as --zero-copy";
 
 /// Serve volumes.
 #[derive(Args, Debug)]
@@ -439,6 +439,10 @@ pub(crate) struct Serve {
     /// come together wait together without them, through io_uring [default: 0]
     #[arg(long, value_name = "N", help_heading = "Server", value_parser = parse_workers)]
     pub(crate) workers: Option<usize>,
+    /// Lend clients on Unix sockets what they read, which saves a copy. Not where a proxy stands between that splices from
+    /// its socket, as systemd-socket-proxyd and programs written in Go do: it could send on what a later read returned
+    #[arg(long, help_heading = "Server")]
+    pub(crate) zero_copy: bool,
 }
 
 /// Certificates.

@@ -94,6 +94,7 @@ pub(crate) struct ServerTable {
     pub(crate) workers: Option<usize>,
     pub(crate) connections_max: Option<usize>,
     pub(crate) stop_seconds: Option<u64>,
+    pub(crate) zero_copy: Option<bool>,
 }
 
 /// Which keys each table may have. A test compares it with the types above.
@@ -148,7 +149,7 @@ const KEYS: &[(&str, &[&str])] = &[
         ],
     ),
     ("listen", &["nbd", "tls", "tls_cert", "tls_key", "tls_client_ca", "tls_verify_client"]),
-    ("server", &["control", "workers", "connections_max", "stop_seconds"]),
+    ("server", &["control", "workers", "connections_max", "stop_seconds", "zero_copy"]),
 ];
 
 /// A config and where it is, for messages and for the paths in it.

@@ -146,6 +146,7 @@ pub(crate) struct ServerPlan {
     pub(crate) workers: usize,
     pub(crate) connections_max: Option<usize>,
     pub(crate) stop_time_max: Duration,
+    pub(crate) zero_copy: bool,
 }
 
 /// Where `status` finds the server.
@@ -1041,6 +1042,7 @@ impl Plan {
             plan.server.control = ControlPlan::parse(control.clone());
         }
         plan.server.workers = args.workers.unwrap_or(plan.server.workers);
+        plan.server.zero_copy |= args.zero_copy;
         plan.engines.iter_mut().for_each(|engine| args.isolation.apply(engine));
         plan.listen.check(&mut failures);
         if failures.is_empty() { Ok(plan) } else { Err(failures) }
@@ -1339,13 +1341,14 @@ impl Default for ServerPlan {
             workers: 0,
             connections_max: None,
             stop_time_max: STOP_TIME_MAX,
+            zero_copy: false,
         }
     }
 }
 
 impl ServerPlan {
     fn new(file: &ConfigFile, base: &Path, failures: &mut Vec<Failure>) -> Self {
-        let ServerTable { control, workers, connections_max, stop_seconds } = &file.config.server;
+        let ServerTable { control, workers, connections_max, stop_seconds, zero_copy } = &file.config.server;
         let workers = workers.unwrap_or(0);
         if workers > WORKERS_MAX {
             let why = format!("[server] workers = {workers}: a number from 0 to {WORKERS_MAX}");
@@ -1367,6 +1370,7 @@ impl ServerPlan {
             workers,
             connections_max: *connections_max,
             stop_time_max: stop_seconds.map_or(STOP_TIME_MAX, Duration::from_secs),
+            zero_copy: zero_copy.unwrap_or(false),
         }
     }
 }

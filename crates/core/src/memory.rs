@@ -7,6 +7,7 @@
 
 use crate::error::{Error, ErrorKind, Op};
 use crate::sync::Mutex;
+use memmap2::MmapMut;
 use std::fmt;
 use std::sync::Arc;
 
@@ -14,6 +15,8 @@ use std::sync::Arc;
 pub const ALIGN_BYTES: usize = 4096;
 
 /// A piece of memory that an engine can reach.
+///
+/// Its pages hold nothing else, and go back to the system when it is dropped: others may have been lent them, to read.
 pub trait Memory: fmt::Debug + Send {
     /// The bytes. Aligned to [`ALIGN_BYTES`].
     fn bytes(&self) -> &[u8];
@@ -45,24 +48,17 @@ impl MemorySource for HeapSource {
     }
 }
 
-/// Memory from the heap, aligned by leaving out what comes before the boundary.
+/// Whole pages of this process. Those that nobody touches are never resident.
 struct HeapMemory {
-    bytes: Vec<u8>,
-    start: usize,
+    pages: MmapMut,
     len_bytes: usize,
 }
 
 impl HeapMemory {
     fn new(len_bytes: usize) -> Result<Self, Error> {
-        let out_of_memory = || Error::new(ErrorKind::OutOfMemory, Op::Allocate);
-        let room = len_bytes.checked_add(ALIGN_BYTES).ok_or_else(out_of_memory)?;
-        // Zeroed by the allocator, so pages that nobody touches are never resident.
-        let bytes = vec![0; room];
-        let start = bytes.as_ptr().align_offset(ALIGN_BYTES);
-        if start > ALIGN_BYTES {
-            return Err(out_of_memory());
-        }
-        Ok(Self { bytes, start, len_bytes })
+        let no_memory = |why| Error::new(ErrorKind::OutOfMemory, Op::Allocate).because(why);
+        let pages = MmapMut::map_anon(len_bytes.max(1)).map_err(no_memory)?;
+        Ok(Self { pages, len_bytes })
     }
 }
 
@@ -74,11 +70,11 @@ impl fmt::Debug for HeapMemory {
 
 impl Memory for HeapMemory {
     fn bytes(&self) -> &[u8] {
-        &self.bytes[self.start..][..self.len_bytes]
+        &self.pages[..self.len_bytes]
     }
 
     fn bytes_mut(&mut self) -> &mut [u8] {
-        &mut self.bytes[self.start..][..self.len_bytes]
+        &mut self.pages[..self.len_bytes]
     }
 
     fn mapped_at(&self) -> u64 {
@@ -91,6 +87,7 @@ pub struct Buffer {
     /// `None` only while dropping.
     memory: Option<Box<dyn Memory>>,
     home: Option<Arc<Mutex<Free>>>,
+    is_secluded: bool,
 }
 
 impl Buffer {
@@ -111,6 +108,19 @@ impl Buffer {
     pub fn memory_mut(&mut self) -> &mut dyn Memory {
         &mut **self.memory.as_mut().expect("present until dropped")
     }
+
+    /// Keeps the memory from other users of the pool: it does not go back there, but to the system, when dropped. For memory
+    /// that somebody else may go on reading. `false`, and nothing has changed, if it has no pool or half of that is so already.
+    #[must_use]
+    pub fn seclude(&mut self) -> bool {
+        let Some(home) = &self.home else { return false };
+        if !self.is_secluded {
+            let mut free = home.lock();
+            self.is_secluded = free.secluded < free.large_max / 2;
+            free.secluded += usize::from(self.is_secluded);
+        }
+        self.is_secluded
+    }
 }
 
 impl fmt::Debug for Buffer {
@@ -121,8 +131,15 @@ impl fmt::Debug for Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        if let (Some(home), Some(memory)) = (self.home.take(), self.memory.take()) {
-            home.lock().idle.push(memory);
+        let Some(home) = self.home.take() else { return };
+        if self.is_secluded {
+            // Given back before another can be made instead.
+            self.memory = None;
+            let mut free = home.lock();
+            free.secluded -= 1;
+            free.made -= 1;
+        } else {
+            home.lock().idle.extend(self.memory.take());
         }
     }
 }
@@ -132,6 +149,9 @@ struct Free {
     /// Last in, first out: the warmest buffer is used next, and cold ones are never touched.
     idle: Vec<Box<dyn Memory>>,
     made: usize,
+    large_max: usize,
+    /// How many of those made will not come back.
+    secluded: usize,
 }
 
 /// A bounded number of large buffers, shared by all volumes of an engine.
@@ -139,14 +159,14 @@ struct Free {
 pub struct MemoryPool {
     free: Arc<Mutex<Free>>,
     large_bytes: usize,
-    large_max: usize,
 }
 
 impl MemoryPool {
     /// A pool of at most `large_max` buffers of `large_bytes` each, made when first needed.
     #[must_use]
     pub fn new(large_bytes: usize, large_max: usize) -> Self {
-        Self { free: Arc::new(Mutex::new(Free { idle: Vec::new(), made: 0 })), large_bytes, large_max }
+        let free = Free { idle: Vec::new(), made: 0, large_max, secluded: 0 };
+        Self { free: Arc::new(Mutex::new(free)), large_bytes }
     }
 
     /// Length of the large buffers, in bytes.
@@ -160,14 +180,14 @@ impl MemoryPool {
         let mut free = self.free.lock();
         let memory = match free.idle.pop() {
             Some(memory) => memory,
-            None if free.made < self.large_max => {
+            None if free.made < free.large_max => {
                 let memory = source.allocate(self.large_bytes).ok()?;
                 free.made += 1;
                 memory
             }
             None => return None,
         };
-        Some(Buffer { memory: Some(memory), home: Some(self.free.clone()) })
+        Some(Buffer { memory: Some(memory), home: Some(self.free.clone()), is_secluded: false })
     }
 
     /// A buffer of `len_bytes` that belongs to its taker alone and is freed when dropped.
@@ -176,7 +196,7 @@ impl MemoryPool {
     ///
     /// [`ErrorKind::OutOfMemory`].
     pub fn private(source: &dyn MemorySource, len_bytes: usize) -> Result<Buffer, Error> {
-        Ok(Buffer { memory: Some(source.allocate(len_bytes)?), home: None })
+        Ok(Buffer { memory: Some(source.allocate(len_bytes)?), home: None, is_secluded: false })
     }
 }
 
@@ -197,6 +217,25 @@ mod tests {
     fn a_pool_of_none_still_lets_one_go_on() {
         assert!(MemoryPool::new(8192, 0).try_large(&HeapSource).is_none());
         assert_eq!(MemoryPool::private(&HeapSource, 512).unwrap().bytes().len(), 512);
+    }
+
+    #[test]
+    fn secluded_memory_is_nobody_elses_and_makes_room_when_it_goes() {
+        let pool = MemoryPool::new(8192, 2);
+        let mut first = pool.try_large(&HeapSource).unwrap();
+        let mut second = pool.try_large(&HeapSource).unwrap();
+        assert!(first.seclude() && first.seclude());
+        assert!(!second.seclude(), "half of a pool of two is one");
+        first.bytes_mut().fill(1);
+        drop(first);
+        let mut third = pool.try_large(&HeapSource).expect("room for another");
+        assert_eq!(third.bytes()[0], 0, "other memory");
+        assert!(pool.try_large(&HeapSource).is_none());
+        assert!(third.seclude());
+        second.bytes_mut().fill(2);
+        drop(second);
+        assert_eq!(pool.try_large(&HeapSource).unwrap().bytes()[0], 2, "the same memory");
+        assert!(!MemoryPool::private(&HeapSource, 512).unwrap().seclude());
     }
 
     #[test]

@@ -90,6 +90,7 @@ pub(super) fn run(mut args: Serve) -> Result<(), Failures> {
         workers: plan.server.workers,
         tls,
         connections_max: plan.server.connections_max.unwrap_or(ServerOptions::default().connections_max),
+        zero_copy: plan.server.zero_copy,
         ..ServerOptions::default()
     };
     let takes_plain = !matches!(options.tls, TlsMode::Required(_));

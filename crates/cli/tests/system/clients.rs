@@ -28,10 +28,14 @@ fn created(size: &str, more: &[&str]) -> (Place, Server) {
     (place, server)
 }
 
-/// Layouts that clients see differently, a small and a large logical block; and an engine on the way to the disk, which no
-/// client can tell from software.
-const LAYOUTS: [&[&str]; 3] =
-    [&[], &["--data-unit", "4096", "--block", "4096"], &["--engine", "ice:hwkm-v2,slots=2"]];
+/// Layouts that clients see differently, a small and a large logical block; an engine on the way to the disk, which no client
+/// can tell from software; and replies that are lent.
+const LAYOUTS: [&[&str]; 4] = [
+    &[],
+    &["--data-unit", "4096", "--block", "4096"],
+    &["--engine", "ice:hwkm-v2,slots=2"],
+    &["--zero-copy"],
+];
 
 #[test]
 fn qemu_img_converts_there_and_back_and_finds_no_difference() {
@@ -314,7 +318,7 @@ fn fio_verifies_while_the_engine_is_reset_once_a_second() {
 #[test]
 fn fio_finds_what_it_wrote_and_notices_when_it_does_not() {
     let Some(program) = fio_program() else { return };
-    for (layout, block) in LAYOUTS.into_iter().zip(["512", "4k", "512"]) {
+    for (layout, block) in LAYOUTS.into_iter().zip(["512", "4k", "512", "512"]) {
         let (place, server) = created("24MiB", layout);
         let said = run(&mut fio(&program, &place, &server.uri("v"), block, &["--do_verify=1"]));
         assert_eq!(said.matches("err= 0").count(), 1, "{said}");

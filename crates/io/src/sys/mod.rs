@@ -2,9 +2,11 @@
 #![allow(unsafe_code)]
 
 pub(crate) mod blk_crypto;
+mod pages;
 mod turn;
 mod uring;
 
+pub(crate) use pages::{put_pages, unread_bytes};
 pub(crate) use turn::{let_waker_finish, take_turn_at_once};
 pub(crate) use uring::{Memory, Moved, TOGETHER_MAX, Which, transfer_together};
 

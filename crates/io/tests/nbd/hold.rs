@@ -52,8 +52,8 @@ fn work(mut client: Client<UnixStream>, number: u64, done: &AtomicBool, answered
 
 #[test]
 fn clients_under_load_are_handed_from_server_to_server_and_notice_nothing() {
-    for workers in [0, 2] {
-        let options = ServerOptions { workers, cores: 2, ..ServerOptions::default() };
+    for (workers, zero_copy) in [(0, false), (2, false), (0, true)] {
+        let options = ServerOptions { workers, cores: 2, zero_copy, ..ServerOptions::default() };
         let disk = Arc::new(RamDisk::new(SIZE));
         let make = || NbdServer::new([spec("disk", &disk)], options.clone()).unwrap();
         let mut server = make();
@@ -100,6 +100,34 @@ fn clients_under_load_are_handed_from_server_to_server_and_notice_nothing() {
         assert_eq!(status.exports[0].counters.errors, 0);
         eventually("all have said goodbye", || server.status().connections_now == 0);
     }
+}
+
+#[test]
+fn who_was_lent_pages_may_pause_for_as_long_as_he_likes_here_and_elsewhere() {
+    let options = ServerOptions { zero_copy: true, ..ServerOptions::default() };
+    let rig = Rig::with_options(RamDisk::new(SIZE), options);
+    let pause = || thread::sleep(Duration::from_millis(1300));
+    let mut client = rig.client();
+    let data = pattern::bytes(1, 0, 600_000);
+    client.write(0, &data).unwrap();
+    for _ in 0..2 {
+        assert!(client.read(0, 600_000).unwrap() == data);
+        pause();
+    }
+    assert!(client.read(0, 600_000).unwrap() == data);
+    let cookie = client.send_header(cmd::WRITE, 0, 0, 600_000).unwrap();
+    std::io::Write::write_all(client.stream(), &data[..100_000]).unwrap();
+    pause();
+    std::io::Write::write_all(client.stream(), &data[100_000..]).unwrap();
+    let reply = client.receive().unwrap();
+    assert_eq!((reply.cookie, reply.errno), (cookie, 0));
+    assert!(client.read(0, 600_000).unwrap() == data);
+
+    let next = NbdServer::new([spec("disk", &rig.disk)], ServerOptions::default()).unwrap();
+    next.adopt(rig.server.hold(PATIENCE).unwrap().connections.pop().unwrap()).unwrap();
+    rig.server.close_held();
+    pause();
+    assert!(client.read(0, 600_000).unwrap() == data);
 }
 
 #[test]

@@ -23,13 +23,15 @@ const EOVERFLOW: Option<u32> = Some(75);
 const ENOTSUP: Option<u32> = Some(95);
 
 /// Runs with the connection's own thread, with a helper for long requests, and with workers; each with memory to spare
-/// and without.
+/// and without, and with memory that is lent to the client.
 fn each_way(check: impl Fn(&Rig)) {
     for (workers, cores, large_max) in
         [(0, 1, 8), (0, 1, 0), (0, 8, 8), (0, 8, 1), (0, 8, 0), (3, 1, 8), (3, 1, 0)]
     {
-        let options = ServerOptions { workers, cores, ..ServerOptions::default() };
-        check(&Rig::with_options(RamDisk::new(SIZE).with_pool_of(large_max), options));
+        for zero_copy in [false, true] {
+            let options = ServerOptions { workers, cores, zero_copy, ..ServerOptions::default() };
+            check(&Rig::with_options(RamDisk::new(SIZE).with_pool_of(large_max), options));
+        }
     }
 }
 

@@ -5,8 +5,9 @@
 
 use super::activity::Busy;
 use super::helper::{Besides, Help, Job};
+use super::lend::Lender;
 use super::parts::{ReadAhead, ReadInParts, ReadPart, WriteInParts, WritePart};
-use super::reply::{Failure, Shared};
+use super::reply::{Failure, Lent, Shared};
 use super::request::{Request, WriteRequest};
 use super::wire::*;
 use crate::export::Kind;
@@ -195,11 +196,7 @@ impl<'s, 'a, W: Write> Executor<'s, 'a, W> {
                         Err(_) => self.execute(request, cookie),
                     };
                 }
-                match self.with_buffer(|buffer| read_simple(shared, cookie, offset, len, buffer, Some(help)))
-                {
-                    Ok(done) => done,
-                    Err(no_memory) => Ok(shared.fail(cookie, &no_memory, None)?),
-                }
+                self.read_simple(cookie, offset, len, Some(help))
             }
             _ => self.execute(request, cookie),
         }
@@ -230,39 +227,140 @@ impl<'s, 'a, W: Write> Executor<'s, 'a, W> {
         if whole.has_failed_before(*offset) {
             return Ok(whole.fail_part(shared, None)?);
         }
-        let done = self.with_buffer(|buffer| {
-            let (mut at, end) = (*offset, offset + len);
-            loop {
-                let span = shared.disk().span(at, end - at, buffer.bytes().len());
-                if let Err(error) = shared.disk().read(span, buffer) {
-                    return whole.fail_part(shared, Some((at, error)));
-                }
-                let payload = &buffer.bytes()[span.payload()];
-                let next = at + wide(payload.len());
-                if next == end {
-                    return whole.end_part(shared, at, payload);
-                }
-                whole.send(shared, at, payload)?;
-                at = next;
+        let (mut at, end) = (*offset, offset + len);
+        loop {
+            let (span, mut lease) = match self.read_piece(at, end) {
+                Ok(read) => read,
+                Err(error) => return Ok(whole.fail_part(shared, Some((at, error)))?),
+            };
+            let (payload, buffer) = (span.payload(), lease.buffer());
+            let next = at + wide(payload.len());
+            let lent = if next == end {
+                whole.end_part(shared, at, buffer, payload)?
+            } else {
+                whole.send(shared, at, buffer, payload)?
+            };
+            self.settle(lease, lent);
+            if next == end {
+                return Ok(());
             }
-        });
-        match done {
-            Ok(done) => Ok(done?),
-            Err(no_memory) => Ok(whole.fail_part(shared, Some((*offset, no_memory)))?),
+            at = next;
         }
     }
 
     fn read(&mut self, cookie: u64, offset: u64, len: u32, one_chunk: bool) -> Result<(), Failure> {
-        let shared = self.shared;
-        let how = match (shared.is_structured(), one_chunk) {
-            (false, _) => read_simple_alone,
-            (true, false) => read_chunks,
-            (true, true) => read_one_chunk,
-        };
-        match self.with_buffer(|buffer| how(shared, cookie, offset, u64::from(len), buffer)) {
-            Ok(done) => done,
-            Err(no_memory) => Ok(shared.fail(cookie, &no_memory, None)?),
+        let len = u64::from(len);
+        match (self.shared.is_structured(), one_chunk) {
+            (false, _) => self.read_simple(cookie, offset, len, None),
+            (true, false) => self.read_chunks(cookie, offset, len),
+            (true, true) => self.read_one_chunk(cookie, offset, len),
         }
+    }
+
+    /// Answers a read by chunks, one for each piece.
+    fn read_chunks(&mut self, cookie: u64, offset: u64, len: u64) -> Result<(), Failure> {
+        let shared = self.shared;
+        let end = offset + len;
+        let mut at = offset;
+        while at < end {
+            let (span, mut lease) = match self.read_piece(at, end) {
+                Ok(read) => read,
+                Err(error) => return Ok(shared.fail(cookie, &error, Some(at))?),
+            };
+            let payload = span.payload();
+            let next = at + wide(payload.len());
+            //= NBD protocol, NBD_REPLY_FLAG_DONE: allowed on data, since nothing can fail any more once it was read.
+            let flags = if next == end { NBD_REPLY_FLAG_DONE } else { 0 };
+            if next == end {
+                shared.count(Kind::Read, len);
+            }
+            let head = data_chunk_header(flags, cookie, at, payload.len());
+            let lent = shared.send_from(&mut *shared.lock()?, &head, lease.buffer(), payload)?;
+            self.settle(lease, lent);
+            at = next;
+        }
+        Ok(())
+    }
+
+    /// Answers a read by one chunk: in place if it is one piece, gathered else.
+    fn read_one_chunk(&mut self, cookie: u64, offset: u64, len: u64) -> Result<(), Failure> {
+        let shared = self.shared;
+        let end = offset + len;
+        // Never more than a chunk, by the rules for requests; exactly so much, without growing.
+        let mut gathered = Vec::new();
+        let mut at = offset;
+        while at < end {
+            let (span, mut lease) = match self.read_piece(at, end) {
+                Ok(read) => read,
+                Err(error) => return Ok(shared.fail(cookie, &error, Some(at))?),
+            };
+            let payload = span.payload();
+            if wide(payload.len()) == len {
+                shared.count(Kind::Read, len);
+                let head = data_chunk_header(NBD_REPLY_FLAG_DONE, cookie, offset, payload.len());
+                let lent = shared.send_from(&mut *shared.lock()?, &head, lease.buffer(), payload)?;
+                self.settle(lease, lent);
+                return Ok(());
+            }
+            if gathered.is_empty() {
+                gathered.reserve_exact(usize::try_from(len).unwrap_or(CHUNK_BYTES));
+            }
+            at += wide(payload.len());
+            gathered.extend_from_slice(&lease.buffer().bytes()[payload]);
+            self.settle(lease, None);
+        }
+        shared.count(Kind::Read, len);
+        let head = data_chunk_header(NBD_REPLY_FLAG_DONE, cookie, offset, gathered.len());
+        Ok(shared.send(&head, &gathered)?)
+    }
+
+    /// Answers a read by a simple reply. With help, the next piece is read while the last is sent.
+    ///
+    /// The first piece is read before anything is said, so that the common failures can still be told.
+    fn read_simple(
+        &mut self,
+        cookie: u64,
+        offset: u64,
+        len: u64,
+        help: Option<&Help<'_, 's, 'a, W>>,
+    ) -> Result<(), Failure> {
+        let shared = self.shared;
+        let end = offset + len;
+        let read_ahead = |at: u64| {
+            let help = help.filter(|_| at < end)?;
+            let span = shared.disk().span(at, end - at, LARGE_BUFFER_BYTES);
+            let ahead = Arc::new(ReadAhead::new(span));
+            help.offer(Job::Ahead(ahead.clone()), Besides::More).ok().map(|()| ahead)
+        };
+        let late = |error: Error| {
+            //= NBD protocol, NBD_CMD_READ, simple replies: an error after the header is a hard disconnect.
+            shared.note_late_failure(&error);
+            Failure::Late
+        };
+        let mut ahead = read_ahead(chunk_end(offset, end));
+        let (span, mut lease) = match self.read_piece(offset, end) {
+            Ok(read) => read,
+            Err(error) => return Ok(shared.fail(cookie, &error, None)?),
+        };
+        let mut outbox = shared.lock()?;
+        let lent = shared.send_from(&mut outbox, &simple_reply(0, cookie), lease.buffer(), span.payload())?;
+        self.settle(lease, lent);
+        let mut at = offset + wide(span.payload().len());
+        while at < end {
+            let due = ahead.take_if(|ahead| ahead.span().offset() == at);
+            if due.is_some() {
+                ahead = read_ahead(chunk_end(at, end));
+            }
+            let (span, mut lease) = match due.and_then(|due| due.take().map(|read| (due.span(), read))) {
+                Some((span, read)) => (span, Lease::Pooled(read.map_err(late)?)),
+                None => self.read_piece(at, end).map_err(late)?,
+            };
+            let lent = shared.send_from(&mut outbox, &[], lease.buffer(), span.payload())?;
+            self.settle(lease, lent);
+            at += wide(span.payload().len());
+        }
+        shared.count(Kind::Read, len);
+        Ok(())
     }
 
     fn block_status(
@@ -392,6 +490,31 @@ impl<'s, 'a, W: Write> Executor<'s, 'a, W> {
         }
     }
 
+    /// Reads the piece that begins at `at`, of a request that ends at `end`, into a buffer to be sent from.
+    fn read_piece(&mut self, at: u64, end: u64) -> Result<(Span, Lease), Error> {
+        let disk = self.shared.disk();
+        let mut lease = match self.shared.lender().and_then(Lender::take) {
+            Some(buffer) => Lease::Pooled(buffer),
+            None => self.lease()?,
+        };
+        let span = disk.span(at, end - at, lease.buffer().bytes().len());
+        match disk.read(span, lease.buffer()) {
+            Ok(()) => Ok((span, lease)),
+            Err(error) => {
+                self.give_back(lease);
+                Err(error)
+            }
+        }
+    }
+
+    /// What was in the buffer has been sent.
+    fn settle(&mut self, lease: Lease, lent: Lent) {
+        match (lease, lent, self.shared.lender()) {
+            (Lease::Pooled(buffer), Some(until), Some(lender)) => lender.keep(buffer, until),
+            (lease, ..) => self.give_back(lease),
+        }
+    }
+
     fn give_back(&mut self, lease: Lease) {
         if let Lease::Private(buffer) = lease {
             self.private = Some(buffer);
@@ -428,123 +551,6 @@ fn skip(mut rest: u64, receive: &mut impl FnMut(&mut [u8]) -> Result<(), Failure
         receive(&mut nowhere[..len])?;
         rest -= wide(len);
     }
-    Ok(())
-}
-
-/// Answers a read by chunks, one for each piece.
-fn read_chunks<W: Write>(
-    shared: &Shared<'_, W>,
-    cookie: u64,
-    offset: u64,
-    len: u64,
-    buffer: &mut Buffer,
-) -> Result<(), Failure> {
-    let end = offset + len;
-    let mut at = offset;
-    while at < end {
-        let span = shared.disk().span(at, end - at, buffer.bytes().len());
-        if let Err(error) = shared.disk().read(span, buffer) {
-            return Ok(shared.fail(cookie, &error, Some(at))?);
-        }
-        let payload = &buffer.bytes()[span.payload()];
-        let next = at + wide(payload.len());
-        //= NBD protocol, NBD_REPLY_FLAG_DONE: allowed on data, since nothing can fail any more once it was read.
-        let flags = if next == end { NBD_REPLY_FLAG_DONE } else { 0 };
-        if next == end {
-            shared.count(Kind::Read, len);
-        }
-        shared.send(&data_chunk_header(flags, cookie, at, payload.len()), payload)?;
-        at = next;
-    }
-    Ok(())
-}
-
-/// Answers a read by one chunk: in place if it is one piece, gathered else.
-fn read_one_chunk<W: Write>(
-    shared: &Shared<'_, W>,
-    cookie: u64,
-    offset: u64,
-    len: u64,
-    buffer: &mut Buffer,
-) -> Result<(), Failure> {
-    if wide(shared.disk().span(offset, len, buffer.bytes().len()).payload().len()) == len {
-        return read_chunks(shared, cookie, offset, len, buffer);
-    }
-    // Never more than a chunk, by the rules for requests; exactly so much, without growing.
-    let mut gathered = Vec::with_capacity(usize::try_from(len).unwrap_or(CHUNK_BYTES));
-    let mut at = offset;
-    while at < offset + len {
-        let span = shared.disk().span(at, offset + len - at, buffer.bytes().len());
-        if let Err(error) = shared.disk().read(span, buffer) {
-            return Ok(shared.fail(cookie, &error, Some(at))?);
-        }
-        let payload = &buffer.bytes()[span.payload()];
-        gathered.extend_from_slice(payload);
-        at += wide(payload.len());
-    }
-    shared.count(Kind::Read, len);
-    Ok(shared.send(&data_chunk_header(NBD_REPLY_FLAG_DONE, cookie, offset, gathered.len()), &gathered)?)
-}
-
-/// Answers a read by a simple reply, without help.
-fn read_simple_alone<W: Write>(
-    shared: &Shared<'_, W>,
-    cookie: u64,
-    offset: u64,
-    len: u64,
-    buffer: &mut Buffer,
-) -> Result<(), Failure> {
-    read_simple(shared, cookie, offset, len, buffer, None)
-}
-
-/// Answers a read by a simple reply. With help, the next piece is read while the last is sent.
-///
-/// The first piece is read before anything is said, so that the common failures can still be told.
-fn read_simple<'s, 'a, W: Write>(
-    shared: &'s Shared<'a, W>,
-    cookie: u64,
-    offset: u64,
-    len: u64,
-    buffer: &mut Buffer,
-    help: Option<&Help<'_, 's, 'a, W>>,
-) -> Result<(), Failure> {
-    let disk = shared.disk();
-    let end = offset + len;
-    let read_ahead = |at: u64| {
-        let help = help.filter(|_| at < end)?;
-        let ahead = Arc::new(ReadAhead::new(disk.span(at, end - at, LARGE_BUFFER_BYTES)));
-        help.offer(Job::Ahead(ahead.clone()), Besides::More).ok().map(|()| ahead)
-    };
-    let late = |error: Error| {
-        //= NBD protocol, NBD_CMD_READ, simple replies: an error after the header is a hard disconnect.
-        shared.note_late_failure(&error);
-        Failure::Late
-    };
-    let mut ahead = read_ahead(chunk_end(offset, end));
-    let span = disk.span(offset, len, buffer.bytes().len());
-    if let Err(error) = disk.read(span, buffer) {
-        return Ok(shared.fail(cookie, &error, None)?);
-    }
-    let mut outbox = shared.lock()?;
-    outbox.send(&simple_reply(0, cookie), &buffer.bytes()[span.payload()])?;
-    let mut at = offset + wide(span.payload().len());
-    while at < end {
-        let due = ahead.take_if(|ahead| ahead.span().offset() == at);
-        if due.is_some() {
-            ahead = read_ahead(chunk_end(at, end));
-        }
-        if let Some((due, read)) = due.and_then(|due| due.take().map(|read| (due, read))) {
-            let payload = due.span().payload();
-            outbox.send(&[], &read.map_err(late)?.bytes()[payload.clone()])?;
-            at += wide(payload.len());
-            continue;
-        }
-        let span = disk.span(at, end - at, buffer.bytes().len());
-        disk.read(span, buffer).map_err(late)?;
-        outbox.send(&[], &buffer.bytes()[span.payload()])?;
-        at += wide(span.payload().len());
-    }
-    shared.count(Kind::Read, len);
     Ok(())
 }
 

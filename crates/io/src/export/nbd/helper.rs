@@ -66,7 +66,7 @@ impl Job {
             Self::Read(part) => executor.read_part(&part),
             Self::Write(part) => executor.write_part(part),
             Self::Ahead(ahead) => {
-                ahead.read(executor.shared().disk());
+                ahead.read(executor.shared().disk(), executor.shared().lender());
                 Ok(())
             }
             Self::Whole(request, cookie) => executor.execute(&request, cookie),

@@ -26,6 +26,7 @@ pub mod cores;
 mod execute;
 mod helper;
 mod hold;
+mod lend;
 pub mod negotiate;
 mod parts;
 mod reply;

@@ -1,7 +1,8 @@
 //! Long requests whose pieces are done by several threads: the last one to finish answers. And reads whose reply keeps
 //! an order, where pieces are read ahead.
 
-use super::reply::Shared;
+use super::lend::Lender;
+use super::reply::{Lent, Shared};
 use super::request::WriteRequest;
 use super::wire::*;
 use crate::export::Kind;
@@ -11,6 +12,7 @@ use inlinecrypt_core::error::Error;
 use inlinecrypt_core::memory::Buffer;
 use std::io::{self, Write};
 use std::mem;
+use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
@@ -125,9 +127,11 @@ impl ReadInParts {
         &self,
         shared: &Shared<'_, W>,
         offset: u64,
-        payload: &[u8],
-    ) -> io::Result<()> {
-        shared.send(&data_chunk_header(0, self.cookie, offset, payload.len()), payload)
+        buffer: &mut Buffer,
+        payload: Range<usize>,
+    ) -> io::Result<Lent> {
+        let head = data_chunk_header(0, self.cookie, offset, payload.len());
+        shared.send_from(&mut *shared.lock()?, &head, buffer, payload)
     }
 
     /// A piece is done: sends the last that was read of it, and ends the reply if it was the last piece.
@@ -135,8 +139,9 @@ impl ReadInParts {
         &self,
         shared: &Shared<'_, W>,
         offset: u64,
-        payload: &[u8],
-    ) -> io::Result<()> {
+        buffer: &mut Buffer,
+        payload: Range<usize>,
+    ) -> io::Result<Lent> {
         let mut outbox = shared.lock()?;
         let is_last = self.pending.fetch_sub(1, Ordering::AcqRel) == 1;
         let ends = is_last && !self.has_failed();
@@ -145,9 +150,13 @@ impl ReadInParts {
         }
         //= NBD protocol, NBD_REPLY_FLAG_DONE: allowed on data, since nothing can fail any more once all was read.
         let flags = if ends { NBD_REPLY_FLAG_DONE } else { 0 };
-        outbox.send(&data_chunk_header(flags, self.cookie, offset, payload.len()), payload)?;
+        let head = data_chunk_header(flags, self.cookie, offset, payload.len());
+        let lent = shared.send_from(&mut outbox, &head, buffer, payload)?;
         drop(outbox);
-        if is_last && !ends { self.tell_failure(shared) } else { Ok(()) }
+        if is_last && !ends {
+            self.tell_failure(shared)?;
+        }
+        Ok(lent)
     }
 
     /// A piece has failed at `offset`, or was not tried since one before it had.
@@ -203,7 +212,7 @@ impl ReadAhead {
     }
 
     /// Reads it, unless it was taken.
-    pub(super) fn read(&self, disk: &dyn Disk) {
+    pub(super) fn read(&self, disk: &dyn Disk, lender: Option<&Lender<'_>>) {
         {
             let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
             if !matches!(*state, Ahead::Waiting) {
@@ -212,7 +221,7 @@ impl ReadAhead {
             *state = Ahead::Running;
         }
         // Without memory it is left to who needs it.
-        let state = match disk.try_large_buffer() {
+        let state = match lender.and_then(Lender::take).or_else(|| disk.try_large_buffer()) {
             Some(mut buffer) => Ahead::Done(disk.read(self.span, &mut buffer).map(|()| buffer)),
             None => Ahead::Waiting,
         };

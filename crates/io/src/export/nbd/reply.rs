@@ -1,18 +1,21 @@
 //! What all threads of a connection have in common: above all the outbox, whose lock keeps a reply together.
 
 use super::activity::{Activity, Busy};
+use super::lend::Lender;
 use super::negotiate::Terms;
 use super::session::Ended;
 use super::status::NbdError;
-use super::stream::Outbox;
+use super::stream::{GATHER_BYTES_MIN, Outbox};
 use super::wire::*;
 use crate::export::Kind;
 use inlinecrypt_core::backing::Access;
 use inlinecrypt_core::batch::{Batch, Transfer};
 use inlinecrypt_core::disk::Disk;
 use inlinecrypt_core::error::{Error, ErrorKind};
+use inlinecrypt_core::memory::Buffer;
 use std::fmt;
 use std::io::{self, Write};
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -55,7 +58,11 @@ pub(super) struct Shared<'a, W> {
     log_lines: AtomicU32,
     hang_up: &'a (dyn Fn() + Sync),
     activity: Option<&'a Activity>,
+    lender: Option<&'a Lender<'a>>,
 }
+
+/// How much had been lent to the client in all when a buffer was, if it was: then it is the [`Lender`]'s to keep.
+pub(super) type Lent = Option<u64>;
 
 impl<W> fmt::Debug for Shared<'_, W> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -72,6 +79,7 @@ impl<'a, W: Write> Shared<'a, W> {
         outbox: Outbox<W>,
         hang_up: &'a (dyn Fn() + Sync),
         activity: Option<&'a Activity>,
+        lender: Option<&'a Lender<'a>>,
     ) -> Self {
         Self {
             terms,
@@ -82,6 +90,7 @@ impl<'a, W: Write> Shared<'a, W> {
             log_lines: AtomicU32::new(0),
             hang_up,
             activity,
+            lender,
         }
     }
 
@@ -130,6 +139,28 @@ impl<'a, W: Write> Shared<'a, W> {
 
     pub(super) fn send(&self, head: &[u8], payload: &[u8]) -> io::Result<()> {
         self.lock()?.send(head, payload)
+    }
+
+    /// Who lends buffers to the client, if anybody.
+    pub(super) fn lender(&self) -> Option<&'a Lender<'a>> {
+        self.lender
+    }
+
+    /// Sends part of a buffer. It may be lent for that.
+    pub(super) fn send_from(
+        &self,
+        outbox: &mut Outbox<W>,
+        head: &[u8],
+        buffer: &mut Buffer,
+        payload: Range<usize>,
+    ) -> io::Result<Lent> {
+        match self.lender {
+            Some(lender) if payload.len() >= GATHER_BYTES_MIN && lender.may_lend(buffer) => {
+                outbox.flush()?;
+                lender.send(head, &buffer.bytes()[payload]).map(Some)
+            }
+            _ => outbox.send(head, &buffer.bytes()[payload]).map(|()| None),
+        }
     }
 
     /// Answers a request that could not even be tried.

@@ -3,6 +3,7 @@
 use super::activity::Activity;
 use super::cores::{Cores, LOOK_AROUND, Looks};
 use super::hold::{Fate, Handed, Held, Hold, Rest, WAKE_INTERVAL};
+use super::lend::{self, Lender};
 use super::negotiate::{Handshake, Next, Terms, TlsState, greet, haggle};
 use super::session::{Ended, Session};
 use super::stream::Inbox;
@@ -71,6 +72,9 @@ pub struct ServerOptions {
     pub cores: usize,
     /// Whether clients may or must use TLS.
     pub tls: TlsMode,
+    /// Whether clients on Unix sockets are lent what they read, which costs no copy. Only for clients that read from their
+    /// socket, as all known ones do: who splices from it, as some proxies do, may see data change that he has already.
+    pub zero_copy: bool,
 }
 
 impl Default for ServerOptions {
@@ -81,6 +85,7 @@ impl Default for ServerOptions {
             workers: 0,
             cores: thread::available_parallelism().map_or(1, usize::from),
             tls: TlsMode::Off,
+            zero_copy: false,
         }
     }
 }
@@ -546,8 +551,11 @@ impl Inner {
             }
             table.are_few()
         };
+        let lender = self.options.zero_copy.then(|| Lender::new(socket)).flatten();
+        let lender = lender.as_ref();
+        let room = if lender.is_some() { lend::SEND_ROOM_BYTES } else { SEND_ROOM_BYTES };
         // Replies leave when we say so.
-        if few && let Err(error) = socket.set_send_room(SEND_ROOM_BYTES) {
+        if few && let Err(error) = socket.set_send_room(room) {
             tracing::debug!(connection = id, %error, "no larger send buffer");
         }
         if let Err(error) = socket.set_nodelay() {
@@ -558,22 +566,23 @@ impl Inner {
             tracing::debug!(connection = id, %error, "no keepalive");
         }
         if let Some((terms, unread)) = taken {
-            let timed = Timed::new(&self.cores, socket, None);
+            let timed = Timed { lender, ..Timed::new(&self.cores, socket, None) };
             let mut inbox = Inbox::with(timed, &unread);
-            return self.transmit(id, socket, activity, &terms, &mut inbox, HandOver::Possible, || timed);
+            let how = Way::Plain(lender);
+            return self.transmit(id, socket, activity, &terms, &mut inbox, how, || timed);
         }
         let deadline = Instant::now() + self.options.handshake_time_max;
         let timed = Timed::new(&self.cores, socket, Some(deadline));
         match self.shake_hands(timed) {
             Ok(Shaken::Plain(mut inbox, terms)) => {
-                inbox.reader_mut().deadline = None;
-                let timed = Timed::new(&self.cores, socket, None);
-                self.transmit(id, socket, activity, &terms, &mut inbox, HandOver::Possible, || timed);
+                let timed = Timed { lender, ..Timed::new(&self.cores, socket, None) };
+                *inbox.reader_mut() = timed;
+                self.transmit(id, socket, activity, &terms, &mut inbox, Way::Plain(lender), || timed);
             }
             Ok(Shaken::Tls(tls, mut inbox, terms)) => {
                 inbox.reader_mut().transport().deadline = None;
                 let writer = || tls.writer(Timed::new(&self.cores, socket, None));
-                self.transmit(id, socket, activity, &terms, &mut inbox, HandOver::Impossible, writer);
+                self.transmit(id, socket, activity, &terms, &mut inbox, Way::Tls, writer);
                 tls.close(Timed::new(&self.cores, socket, Some(Instant::now() + CUT_OFF_GRACE)));
             }
             Ok(Shaken::Closed(why)) => tracing::debug!(connection = id, why, "closed in handshake"),
@@ -627,12 +636,16 @@ impl Inner {
         activity: &Activity,
         terms: &Terms,
         inbox: &mut Inbox<R>,
-        hand_over: HandOver,
+        way: Way<'_>,
         writer: impl Fn() -> W,
     ) {
         if self.lock().are_few() {
             inbox.enlarge();
         }
+        let lender = match way {
+            Way::Plain(lender) => lender,
+            Way::Tls => None,
+        };
         let name = terms.export.name();
         tracing::debug!(connection = id, peer = %socket.peer(), export = name, structured = terms.structured, "connected");
         terms.export.counters().connected();
@@ -640,7 +653,7 @@ impl Inner {
             let _ = socket.shutdown(Shutdown::Both);
         };
         let resize = |is_crowded: bool| {
-            let few = self.lock().are_few();
+            let few = lender.is_none() && self.lock().are_few();
             let room = if is_crowded { CROWDED_SEND_ROOM_BYTES } else { SEND_ROOM_BYTES };
             if few && let Err(error) = socket.set_send_room(room) {
                 tracing::debug!(connection = id, %error, "send buffer left as it is");
@@ -650,13 +663,18 @@ impl Inner {
             .telling(activity)
             .on(&self.cores)
             .telling_of_crowds(&resize)
+            .lending(lender)
             .unless(self.hold.wanted());
         let ended = loop {
             match session.run(inbox, writer()) {
                 Ended::Held => {
-                    let handed = match hand_over {
-                        HandOver::Possible => Handed::of(socket, terms, inbox.available()),
-                        HandOver::Impossible => None,
+                    if let Some(lender) = lender {
+                        lender.rest();
+                    }
+                    let handed = match way {
+                        Way::Plain(_) => Handed::of(socket, terms, inbox.available()),
+                        // What TLS has agreed on stays here.
+                        Way::Tls => None,
                     };
                     match self.rest(id, handed.map_or(Rest::Stays, Rest::Handed)) {
                         Fate::GoOn => {}
@@ -678,12 +696,12 @@ impl Inner {
     }
 }
 
-/// Whether another server can take over a connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum HandOver {
-    Possible,
-    /// What TLS has agreed on stays here.
-    Impossible,
+/// How bytes go to and fro.
+#[derive(Clone, Copy, Debug)]
+enum Way<'l> {
+    /// As they are; and who lends what goes.
+    Plain(Option<&'l Lender<'l>>),
+    Tls,
 }
 
 /// Holding: the server's side of `hold.rs`.
@@ -769,6 +787,8 @@ struct Timed<'s> {
     looks: Looks,
     /// Whether the client is on this machine.
     is_local: bool,
+    /// Who is told when the client sends nothing for a while.
+    lender: Option<&'s Lender<'s>>,
 }
 
 impl<'s> Timed<'s> {
@@ -780,6 +800,7 @@ impl<'s> Timed<'s> {
             is_quick: false,
             looks: Looks::default(),
             is_local: socket.is_local(),
+            lender: None,
         }
     }
 
@@ -835,7 +856,14 @@ impl Read for Timed<'_> {
             sys::let_waker_finish();
         }
         // An interruption is for the caller to look why.
-        let (len, _) = rustix::net::recv(self.socket, into, RecvFlags::empty())?;
+        let received = match (rustix::net::recv(self.socket, &mut *into, RecvFlags::empty()), self.lender) {
+            (Err(rustix::io::Errno::AGAIN), Some(lender)) => {
+                lender.rest();
+                rustix::net::recv(self.socket, into, RecvFlags::empty())
+            }
+            (received, _) => received,
+        };
+        let (len, _) = received?;
         self.is_quick = self.deadline.is_none() && begun.elapsed() < QUICK;
         Ok(len)
     }

@@ -7,6 +7,7 @@ use super::activity::Activity;
 use super::cores::{Cores, REQUEST_BYTES_WORTH};
 use super::execute::{Executor, IsLast, LONG_BYTES_MIN};
 use super::helper::{Besides, Help, Helper, HomeWhenDropped, Job};
+use super::lend::Lender;
 use super::negotiate::{REQUEST_BYTES_MAX, Terms};
 use super::reply::{Failure, Shared};
 use super::request::{Asked, Request, Rules, payload_len};
@@ -70,6 +71,7 @@ pub struct Session<'a> {
     cores: Option<&'a Cores>,
     held: Option<&'a AtomicBool>,
     crowded: Option<&'a dyn Fn(bool)>,
+    lender: Option<&'a Lender<'a>>,
 }
 
 /// Who does requests, besides the thread that receives them.
@@ -99,7 +101,17 @@ impl<'a> Session<'a> {
         workers: usize,
         hang_up: &'a (dyn Fn() + Sync),
     ) -> Self {
-        Self { terms, stopping, workers, hang_up, activity: None, cores: None, held: None, crowded: None }
+        Self {
+            terms,
+            stopping,
+            workers,
+            hang_up,
+            activity: None,
+            cores: None,
+            held: None,
+            crowded: None,
+            lender: None,
+        }
     }
 
     /// The same, telling `activity` of each request.
@@ -120,6 +132,12 @@ impl<'a> Session<'a> {
         Self { crowded: Some(crowded), ..self }
     }
 
+    /// The same, lending long payloads to the client, who is at the other end of the socket that the writer writes to.
+    #[must_use]
+    pub(super) fn lending(self, lender: Option<&'a Lender<'a>>) -> Self {
+        Self { lender, ..self }
+    }
+
     /// The same, ending between two requests while `held` is true. Whoever sets it must see to it that the reader reports
     /// that it was interrupted.
     #[must_use]
@@ -134,7 +152,7 @@ impl<'a> Session<'a> {
     ///
     /// Waits for the client, and for the disk.
     pub fn run<R: Read, W: Write + Send>(&self, inbox: &mut Inbox<R>, writer: W) -> Ended {
-        let shared = Shared::new(self.terms, Outbox::new(writer), self.hang_up, self.activity);
+        let shared = Shared::new(self.terms, Outbox::new(writer), self.hang_up, self.activity, self.lender);
         match (self.workers, self.cores) {
             (0, None) => self.serve(inbox, &shared, Others::Nobody),
             (0, Some(cores)) => {

@@ -22,7 +22,7 @@ const LITTLE_BYTES: usize = 4 * 1024;
 pub const OUTBOX_BYTES: usize = 128 * 1024;
 
 /// Payloads from this length on are not copied into the outbox but sent from where they are.
-const GATHER_BYTES_MIN: usize = 32 * 1024;
+pub(super) const GATHER_BYTES_MIN: usize = 32 * 1024;
 
 /// What was received and not yet used.
 #[derive(Debug)]
