@@ -3,11 +3,12 @@
 use super::serve;
 use super::status;
 use crate::ask::Asker;
-use crate::cli::{LayoutArgs, VolumeReencrypt};
+use crate::cli::{LayoutArgs, PassphraseArgs, VolumeReencrypt};
 use crate::control::{self, ReencryptAction, ReencryptRequest};
 use crate::files::{self, Medium, shell_word};
 use crate::host::{Host, HostEngine, Ready};
 use crate::keyfile::{KeySource, Wanted};
+use crate::luks::keep::{self, OtherKeyslots};
 use crate::luks::look::Luks;
 use crate::plain;
 use crate::plan::{EnginePlan, Plan};
@@ -133,6 +134,13 @@ fn online(
             "`inlinecrypt status` shows which server serves what.",
         ));
     };
+    let mut others = OtherKeyslots::of(&args.others)?;
+    let begins = !args.pause && !args.resume;
+    if begins && others.is_unsaid() && keep::has_terminal() {
+        let missing = control::ask_for_missing_keyslots(socket, volume).map_err(|error| gone(&error))?;
+        others.ask(Path::new(volume), &missing)?;
+    }
+    others.check_for_server()?;
     let LayoutArgs { mode, data_unit, block, iv_offset, iv, offset: _ } = args.layout;
     let throttle_bytes = args.throttle.map(|size| size.0);
     let action = match (args.pause, args.resume) {
@@ -149,6 +157,7 @@ fn online(
             throttle_bytes: throttle_bytes.unwrap_or(0),
             keep_holes: args.keep_holes,
             remove_old_key: args.remove_old_key,
+            others,
         },
     };
     let request = ReencryptRequest { volume: volume.to_owned(), action };
@@ -366,6 +375,15 @@ fn begin(
     let Ready { plan: volume, layout, admission, identifier, unused_bytes: _, next } = ready;
     let luks = LuksTerms::of(&volume, true);
     let label = volume.label.clone();
+    let mut others = OtherKeyslots::of(&args.others)?;
+    let PassphraseArgs { passphrase_file, passphrase_fd } = &args.engine.passphrase;
+    let is_named = passphrase_file.is_some() || passphrase_fd.is_some() || args.key_file.is_some();
+    if let (None, true, Some(luks), Some(key)) =
+        (&next, others.is_unsaid(), &luks, volume.key.luks_key())
+        && keep::was_typed(key, is_named)
+    {
+        others.ask(&volume.path, &luks.missing()?)?;
+    }
     let failed = |error: Error| Failure::of(&label, &error);
     let options =
         OpenOptions { access: Access::ReadWrite, caching: volume.caching, discard: DiscardPolicy::PassDown };
@@ -403,6 +421,7 @@ fn begin(
         throttle_bytes: args.throttle.map_or(0, |size| size.0),
         keep_holes: args.keep_holes,
         remove_old_key: args.remove_old_key,
+        others,
         engine: other,
     };
     Ok(reencrypt::begin(Old::Idle(old), &path, identifier, backings, &terms, &wish, profile)?.0)

@@ -887,6 +887,7 @@ impl Answers for Running {
                 throttle_bytes,
                 keep_holes,
                 remove_old_key,
+                others,
             } => {
                 if is_under_way(job.as_ref()) {
                     return Err(reencrypt::under_way(&served.terms.label));
@@ -911,6 +912,7 @@ impl Answers for Running {
                     throttle_bytes: *throttle_bytes,
                     keep_holes: *keep_holes,
                     remove_old_key: *remove_old_key,
+                    others: others.clone(),
                     engine: None,
                 };
                 // The last one's thread has ended, or is about to.
@@ -938,6 +940,14 @@ impl Answers for Running {
                 }
                 Ok(None)
             }
+        }
+    }
+
+    fn missing_keyslots(&self, volume: &str) -> Result<Vec<u32>, Failure> {
+        let served = self.volumes.iter().find(|served| served.path == Path::new(volume));
+        match served.and_then(|served| served.terms.luks.as_ref()) {
+            Some(luks) => luks.missing(),
+            None => Ok(Vec::new()),
         }
     }
 

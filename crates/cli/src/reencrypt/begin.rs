@@ -109,6 +109,13 @@ pub(crate) fn begin(
     if let Some(luks) = luks {
         return luks::begin(old, path, backings, terms, luks, wish, profile);
     }
+    if !wish.others.is_unsaid() {
+        return Err(Failure::new(
+            Code::Wrong,
+            format!("{label} is no LUKS container, and has no LUKS keyslots"),
+            "Leave out --drop-others and the passphrases of others.",
+        ));
+    }
     let layout = old.layout();
     let present = Present {
         path: path.to_owned(),

@@ -9,6 +9,7 @@ use crate::files::{Medium, shell_word};
 use crate::host;
 use crate::keyfile::{KeySource, LoadedKey};
 use crate::luks::file::HeaderFile;
+use crate::luks::keep;
 use crate::luks::ledger::{LuksLedger, OnBacking};
 use crate::luks::look::Luks;
 use crate::luks::unlock::{LuksKey, NewLayout, Passphrase, WhichKey};
@@ -49,6 +50,18 @@ impl LuksTerms {
         let key = key.map(|key| if keeps_passphrase { key } else { key.without_what_was_given() });
         let is_detached = *header != plan.path;
         Some(Self { version: *version, header: header.clone(), is_detached, key })
+    }
+
+    /// The LUKS keyslots whose passphrases have to be asked for, to keep them: those that its passphrase does not open.
+    ///
+    /// # Blocking
+    ///
+    /// As long as the key derivations of all take, where there are several.
+    pub(crate) fn missing(&self) -> Result<Vec<u32>, Failure> {
+        match &self.key {
+            Some(key) if key.is_there() && keep::count(&self.header) > 1 => key.missing(),
+            _ => Ok(Vec::new()),
+        }
     }
 }
 
@@ -161,7 +174,8 @@ pub(super) fn begin(
         checksum_bytes: (unit == ATOMIC_BYTES).then_some(unit),
         zone_bytes_min: CHUNK_BYTES as u64,
     };
-    key.begin_reencryption(becomes, &RawKey::new(&bytes), &which).map_err(|failure| failure.within(label))?;
+    key.begin_reencryption(becomes, &wish.others, &RawKey::new(&bytes), &which)
+        .map_err(|failure| failure.within(label))?;
     let ledger = LuksLedger::open(header, layout.size_bytes(), wish.zone_bytes, label)?;
     let running = live.begin(new, ledger).map_err(failed)?;
     tracing::info!(volume = %label, key = %identifier, "re-encryption of a LUKS container begins");
