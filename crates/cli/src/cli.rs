@@ -564,6 +564,9 @@ pub(crate) struct VolumeReencrypt {
     /// container is served
     #[arg(long, value_name = "FILE", conflicts_with_all = ["passphrase_file", "passphrase_fd"], help_heading = "Engine")]
     pub(crate) key_file: Option<PathBuf>,
+    /// Header of the LUKS container, if it is not with the data; where a server serves it, that knows
+    #[arg(long, value_name = "FILE", help_heading = "LUKS")]
+    pub(crate) header: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) others: luks::OtherArgs,
     /// Engine for the new key, if another; not while the volume is served
@@ -637,6 +640,9 @@ pub(crate) struct VolumeInfo {
     /// A file or block device
     #[arg(value_name = "VOLUME")]
     pub(crate) volume: PathBuf,
+    /// Header of the LUKS container, if it is not with the data
+    #[arg(long, value_name = "FILE")]
+    pub(crate) header: Option<PathBuf>,
     /// As JSON
     #[arg(long, conflicts_with = "dm_table")]
     pub(crate) json: bool,

@@ -9,7 +9,7 @@ use crate::files::{self, Medium, shell_word};
 use crate::host::{Host, HostEngine, Ready};
 use crate::keyfile::{KeySource, Wanted};
 use crate::luks::keep::{self, OtherKeyslots};
-use crate::luks::look::Luks;
+use crate::luks::look;
 use crate::plain;
 use crate::plan::{EnginePlan, Plan};
 use crate::reencrypt::{self, Backings, Job, LuksTerms, Old, Progress, Show, Terms, Wish, ZONE_BYTES};
@@ -44,47 +44,40 @@ pub(super) fn run(args: VolumeReencrypt) -> Result<(), Failures> {
         )
         .into());
     }
-    if !args.resume && !args.pause && !args.keep_holes {
-        tell_of_holes(&volume);
-    }
+    let holes = (!args.resume && !args.pause && !args.keep_holes).then(|| holes(&volume, &args)).flatten();
     let server = match (&args.control, args.offline) {
         (_, true) => None,
         (Some(control), _) => Some(control.clone()),
         (None, _) => find_server(&volume),
     };
     match server {
-        Some(control) => Ok(online(&args, &volume, &control, progress)?),
+        Some(control) => Ok(online(&args, &volume, &control, holes, progress)?),
         None if args.pause => Err(Failure::new(
             Code::File,
             format!("no server of this user serves {}", args.volume.display()),
             "Nobody works on it then; if the server has a control socket elsewhere, name it with --control.",
         )
         .into()),
-        None => offline(&args, progress),
+        None => offline(&args, holes, progress),
     }
 }
 
-/// Says how much storage a sparse volume gets, and whether there is so much.
-fn tell_of_holes(volume: &Path) {
-    let Ok(Medium { len_bytes, allocated_bytes: Some(allocated_bytes), .. }) = Medium::look(volume) else {
-        return;
-    };
-    let holes = len_bytes.saturating_sub(allocated_bytes);
-    let Some(free) = rustix::fs::statvfs(volume).ok().map(|fs| fs.f_bavail.saturating_mul(fs.f_frsize))
-    else {
-        return;
-    };
+/// How much storage a sparse volume gets, and whether there is so much: to be told once it begins.
+fn holes(volume: &Path, args: &VolumeReencrypt) -> Option<String> {
+    let Medium { len_bytes, allocated_bytes, .. } = Medium::look(volume).ok()?;
+    let holes = len_bytes.saturating_sub(allocated_bytes?);
+    let free = rustix::fs::statvfs(volume).ok().map(|fs| fs.f_bavail.saturating_mul(fs.f_frsize))?;
     if holes == 0 {
-        return;
+        return None;
     }
     let lack = if holes > free {
         format!(", and only {} are free: it will stop there until there is room", Size(free))
     } else {
         String::new()
     };
-    let is_luks = matches!(Luks::look(volume, None, true, true), Ok(Some(_)));
+    let is_luks = args.header.is_some() || look::is_container(volume);
     let leaves = if is_luks { "" } else { "; --keep-holes leaves them" };
-    note(format_args!("{} of {} have no storage, and get it{lack}{leaves}", Size(holes), volume.display()));
+    Some(format!("{} of {} have no storage, and get it{lack}{leaves}", Size(holes), volume.display()))
 }
 
 /// The control socket of the server that serves `volume`, if one of this user does.
@@ -109,6 +102,7 @@ fn online(
     args: &VolumeReencrypt,
     volume: &Path,
     socket: &Path,
+    holes: Option<String>,
     mut progress: Progress,
 ) -> Result<(), Failure> {
     if args.new_engine.is_some() || args.new_root.is_some() || args.new_passphrase_file.is_some() {
@@ -169,6 +163,9 @@ fn online(
             answer["advice"].as_str().unwrap_or("Use a server of this version."),
         ));
     }
+    if let Some(holes) = holes {
+        note(holes);
+    }
     if let Some(text) = answer["note"].as_str() {
         note(text);
     }
@@ -223,9 +220,13 @@ fn code_of(code: &Value) -> Code {
     known.into_iter().find(|known| code.as_u64() == Some(*known as u64)).unwrap_or(Code::Wrong)
 }
 
-fn offline(args: &VolumeReencrypt, mut progress: Progress) -> Result<(), Failures> {
+fn offline(
+    args: &VolumeReencrypt,
+    holes: Option<String>,
+    mut progress: Progress,
+) -> Result<(), Failures> {
     let mut signals = serve::catch_signals()?;
-    let mut plan = match Plan::for_one(&args.volume, &args.engine) {
+    let mut plan = match Plan::for_one(&args.volume, args.header.as_deref(), &args.engine) {
         Ok(plan) => plan,
         Err(failures) => return Failures::check(failures),
     };
@@ -303,6 +304,9 @@ fn offline(args: &VolumeReencrypt, mut progress: Progress) -> Result<(), Failure
     let profile = &other_host.as_ref().unwrap_or(own).profile;
     let job = begin(args, ready, profile, other)?;
     drop(asker);
+    if let Some(holes) = holes {
+        note(holes);
+    }
     job.resume(args.throttle.map(|size| size.0));
     let mut told: Option<std::time::Instant> = None;
     loop {

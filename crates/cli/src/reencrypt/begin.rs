@@ -165,7 +165,11 @@ pub(crate) fn go_on(
         return Err(Failure::new(
             Code::Refused,
             format!("{label} is half re-encrypted, and read-only it cannot be completed"),
-            format!("Complete it first: inlinecrypt volume reencrypt --resume {}", files::shell_word(path)),
+            format!(
+                "Complete it first (inlinecrypt volume reencrypt --resume {}), or serve it for writing, which takes no more \
+                 than one zone with --pause-reencryption.",
+                files::shell_word(path)
+            ),
         ));
     }
     let failed = |error: Error| Failure::of(label, &error);

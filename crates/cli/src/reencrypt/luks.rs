@@ -195,8 +195,10 @@ fn check<'l>(label: &str, luks: &'l LuksTerms, wish: &Wish) -> Result<&'l LuksKe
     }
     let Some(key) = &luks.key else {
         return refused(
-            "is a LUKS container whose key is a wrapped one in a token: the passphrases of the others would not open it",
-            "Copy its data into a new container: inlinecrypt luks create --wrapped",
+            "is a LUKS container with a wrapped key: what LUKS2 says of a re-encryption is signed with both volume keys, and nobody \
+             has those of wrapped keys",
+            "Copy its data to a new key: inlinecrypt luks create --wrapped --size SIZE NEW, serve both, and nbdcopy from the one \
+             to the other (docs/luks.md).",
         );
     };
     if wish.key.is_some() {

@@ -5,7 +5,7 @@ use crate::common::{HEADER_BYTES, KEY_BYTES, container, key, random};
 use crate::damage::{with_json_of, with_json_on};
 use inlinecrypt_cipher::Mode;
 use inlinecrypt_luks::kdf::Kdf;
-use inlinecrypt_luks::luks2::{Container, Kept, NewData, Others, Reencryption, Resilience};
+use inlinecrypt_luks::luks2::{Container, Kept, NewContainer, NewData, Others, Reencryption, Resilience};
 use inlinecrypt_luks::{Error, ErrorKind, Hash, Storage};
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -234,6 +234,46 @@ fn a_keyslot_without_its_passphrase_is_refused_or_dropped() {
     let (now, tokens) = facts(&disk);
     assert_eq!(now, [slots[0].clone(), slots[2].clone()]);
     assert_eq!(tokens[1..], [json!(["0"]), json!(["5"]), json!([])]);
+}
+
+/// In a header of the usual size: as many again, and one more.
+#[test]
+fn fifteen_passphrases_are_kept_and_sixteen_are_too_many() {
+    const HEADER: u64 = 16 << 20;
+    for count in [15, 16] {
+        let wanted = NewContainer {
+            mode: Mode::Aes256Xts,
+            sector_bytes: 512,
+            data_offset: HEADER,
+            header_bytes: HEADER,
+            uuid: "01234567-89ab-cdef-0123-456789abcdef",
+            label: "",
+            subsystem: "",
+            key: Some((&key(), 1000)),
+            tokens: Vec::new(),
+        };
+        let kdf = Kdf::Pbkdf2 { hash: Hash::Sha256, iterations: 1 };
+        let mut disk = wanted.write(vec![0; 16 << 20], &mut random(1)).unwrap();
+        let names: Vec<String> = (0..count).map(|number| format!("passphrase {number}")).collect();
+        for name in &names {
+            disk.add_keyslot(&key(), 0, name.as_bytes(), kdf, None, &mut random(2)).unwrap();
+        }
+        let all: Vec<(u32, &str)> = (0..).zip(names.iter().map(String::as_str)).collect();
+        let kept = kept(&mut disk, &all).unwrap();
+        let key = new_key();
+        let new = NewData { zone_bytes_min: 256 << 10, ..new_data(&key, Resilience::Journal) };
+        let begun = disk.begin_reencryption(&kept, Others::Refused, new, &mut random(4));
+        if count == 16 {
+            assert!(begun.unwrap_err().to_string().contains("no room"));
+            continue;
+        }
+        begun.unwrap();
+        let _ = disk.finish_reencryption(&mut random(5)).unwrap();
+        assert_eq!(facts(&disk).0.len(), 15);
+        for (number, name) in all {
+            assert!(disk.open(name.as_bytes(), Some(number)).unwrap().key[..] == new_key());
+        }
+    }
 }
 
 #[test]
