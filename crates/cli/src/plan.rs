@@ -1222,7 +1222,10 @@ impl Plan {
                 // An engine that is there but wrong has its own message, and the volume is not tried with another.
                 (Ok(_), Some((_, None))) => {
                     let looked = Medium::look(&path).map_err(|failure| host::relabel(failure, &path, &label));
-                    builder.failures.extend(looked.err());
+                    builder.failures.extend(looked.err().map(|failure| match files::exists(&path) {
+                        true => failure,
+                        false => failure.advise("Correct its name, or make it once its engine is right."),
+                    }));
                 }
                 (Ok(asked), Some((_, engine))) => builder.volume(label, &path, asked, *engine),
                 (Ok(asked), None) => builder.volume(label, &path, asked, None),

@@ -220,11 +220,7 @@ fn code_of(code: &Value) -> Code {
     known.into_iter().find(|known| code.as_u64() == Some(*known as u64)).unwrap_or(Code::Wrong)
 }
 
-fn offline(
-    args: &VolumeReencrypt,
-    holes: Option<String>,
-    mut progress: Progress,
-) -> Result<(), Failures> {
+fn offline(args: &VolumeReencrypt, holes: Option<String>, mut progress: Progress) -> Result<(), Failures> {
     let mut signals = serve::catch_signals()?;
     let mut plan = match Plan::for_one(&args.volume, args.header.as_deref(), &args.engine) {
         Ok(plan) => plan,
@@ -382,8 +378,7 @@ fn begin(
     let mut others = OtherKeyslots::of(&args.others)?;
     let PassphraseArgs { passphrase_file, passphrase_fd } = &args.engine.passphrase;
     let is_named = passphrase_file.is_some() || passphrase_fd.is_some() || args.key_file.is_some();
-    if let (None, true, Some(luks), Some(key)) =
-        (&next, others.is_unsaid(), &luks, volume.key.luks_key())
+    if let (None, true, Some(luks), Some(key)) = (&next, others.is_unsaid(), &luks, volume.key.luks_key())
         && keep::was_typed(key, is_named)
     {
         others.ask(&volume.path, &luks.missing()?)?;

@@ -211,7 +211,8 @@ pub(super) fn open_each<'p, S: Storage>(
     let mut kept: Vec<Kept<'p>> = Vec::new();
     // Of the passphrases that were asked for it is known which is whose.
     let named = others.iter().zip(&told.passphrases);
-    for (passphrase, slot) in named.clone().filter_map(|(passphrase, (_, slot))| Some((passphrase, (*slot)?))) {
+    for (passphrase, slot) in named.clone().filter_map(|(passphrase, (_, slot))| Some((passphrase, (*slot)?)))
+    {
         let opened = container.open(passphrase, Some(slot)).map_err(|error| match error.kind() {
             ErrorKind::Passphrase => Failure::new(
                 Code::Refused,
@@ -225,7 +226,8 @@ pub(super) fn open_each<'p, S: Storage>(
     }
     let any = named.filter(|(_, (_, slot))| slot.is_none());
     let any = any.map(|(passphrase, (name, _))| (&passphrase[..], name.as_str()));
-    let mut any: Vec<(&'p [u8], &str)> = std::iter::once((first, "the first passphrase")).chain(any).collect();
+    let mut any: Vec<(&'p [u8], &str)> =
+        std::iter::once((first, "the first passphrase")).chain(any).collect();
     // One that is given twice is one.
     let mut seen: Vec<&[u8]> = Vec::new();
     any.retain(|(passphrase, _)| {
@@ -279,7 +281,9 @@ pub(super) fn open_each<'p, S: Storage>(
     let list = left.iter().map(u32::to_string).collect::<Vec<_>>().join(", ");
     Err(Failure::new(
         Code::Wrong,
-        format!("its LUKS keyslots {list} are opened by none of the passphrases, and would not open its new key"),
+        format!(
+            "its LUKS keyslots {list} are opened by none of the passphrases, and would not open its new key"
+        ),
         "Give their passphrases with --other-passphrase-file FILE, --other-passphrase-fd N or --other-key-file FILE, each as \
          often as needed; or say --drop-others, and they go with the old key.",
     ))

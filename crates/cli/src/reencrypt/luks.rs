@@ -38,15 +38,15 @@ pub(crate) struct LuksTerms {
     version: u8,
     header: PathBuf,
     is_detached: bool,
-    /// Its key, if that is had by a passphrase.
+    /// Its key, if that is had by a passphrase, and not also by a wrapped key in the header, which would be the old one's.
     key: Option<LuksKey>,
 }
 
 impl LuksTerms {
     /// Of a volume whose passphrase was asked for. Unless `keeps_passphrase`, one that was typed is forgotten.
     pub(crate) fn of(plan: &VolumePlan, keeps_passphrase: bool) -> Option<Self> {
-        let Luks { header, version, .. } = plan.luks.as_ref()?;
-        let key = plan.key.luks_key().cloned();
+        let Luks { header, version, wrapped, .. } = plan.luks.as_ref()?;
+        let key = plan.key.luks_key().filter(|_| wrapped.is_none()).cloned();
         let key = key.map(|key| if keeps_passphrase { key } else { key.without_what_was_given() });
         let is_detached = *header != plan.path;
         Some(Self { version: *version, header: header.clone(), is_detached, key })

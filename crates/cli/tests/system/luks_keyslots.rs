@@ -106,7 +106,11 @@ fn a_keyslot_without_its_passphrase_is_refused_or_dropped() {
     // What is no container has none to drop.
     place.run_ok(["volume", "create", "--size", "1MiB", "v.img"]);
     let output = place.run(["volume", "reencrypt", "--drop-others", "v.img"]);
-    assert!(output.status.code() == Some(1) && said(&output).contains("no LUKS container"), "{}", said(&output));
+    assert!(
+        output.status.code() == Some(1) && said(&output).contains("no LUKS container"),
+        "{}",
+        said(&output)
+    );
     // The one that opens it without a word keeps its own: 7 by its priority.
     let mut command = ours(&place, &["--drop-others", "--other-passphrase-file", "three"]);
     run(&mut command);
@@ -118,6 +122,22 @@ fn a_keyslot_without_its_passphrase_is_refused_or_dropped() {
         assert_eq!(tokens["0"]["keyslots"], serde_json::json!(["0", "3"]));
         is_finished(&place, &content);
     }
+}
+
+/// One passphrase may be that of several LUKS keyslots, and be given twice.
+#[test]
+fn what_a_passphrase_opens_it_keeps() {
+    let place = Place::new();
+    crowd(&place, "4096", MIB);
+    let add = ["luks", "add-key", "--passphrase-file", "zero", "--slot"];
+    place.run_ok([&add[..], &["5", "--new-passphrase-file", "zero"], &CHEAP, &["disk"]].concat());
+    place.run_ok([&add[..], &["9", "--new-key-file", "seven"], &CHEAP, &["disk"]].concat());
+    let before = kept(&place);
+    assert_eq!(before.0.len(), 5);
+    run(&mut ours(&place, &[&OTHERS[..], &["--other-key-file", "zero"]].concat()));
+    assert_eq!(kept(&place), before);
+    each_opens(&place, &SLOTS);
+    each_opens(&place, &[("5", SLOTS[0].1), ("9", SLOTS[2].1)]);
 }
 
 /// While it is half done, who was dropped hears it.
@@ -197,7 +217,8 @@ fn typed_crowd(place: &Place, sector: &str, len: u64) -> Vec<u8> {
     let content = container(place, sector, len);
     for (slot, name) in [("3", "three"), ("5", "five")] {
         place.secret(name, format!("passphrase {name}").as_bytes());
-        let add = ["luks", "add-key", "--passphrase-file", "zero", "--new-passphrase-file", name, "--slot", slot];
+        let add =
+            ["luks", "add-key", "--passphrase-file", "zero", "--new-passphrase-file", name, "--slot", slot];
         place.run_ok([&add[..], &CHEAP, &["disk"]].concat());
     }
     content
@@ -266,7 +287,9 @@ fn either_goes_on_with_any_passphrase_where_the_other_was_killed() {
             }
         }
     }
-    eprintln!("{kills:?} kills of ours and theirs, {in_a_zone} in a zone, {completed:?} completed by who began");
+    eprintln!(
+        "{kills:?} kills of ours and theirs, {in_a_zone} in a zone, {completed:?} completed by who began"
+    );
     assert!(kills[0] > 0 && kills[1] > 0, "the kills hit nothing");
 }
 

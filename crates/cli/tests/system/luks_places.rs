@@ -96,7 +96,8 @@ fn with_a_detached_header_offline_and_served() {
     let mut server = server;
     server.process.kill().unwrap();
     drop(server);
-    let server = place.serve(["--passphrase-file", "one", "--header", "head", "--pause-reencryption", "data"]);
+    let server =
+        place.serve(["--passphrase-file", "one", "--header", "head", "--pause-reencryption", "data"]);
     load.check_all(&mut server.client(""));
     assert_eq!(state_of(&server, &place)["state"], "paused");
     let mut client = server.client("");
@@ -210,10 +211,12 @@ fn on_a_block_device() {
         server.stop();
         if require_tool("cryptsetup").is_some() {
             begin_and_kill(&place, offline(&["--throttle", "2MiB"]), &info);
-            if serde_json::from_str::<Value>(&place.run_ok(info)).unwrap()["reencrypt"]["interrupted"] == true {
+            if serde_json::from_str::<Value>(&place.run_ok(info)).unwrap()["reencrypt"]["interrupted"] == true
+            {
                 run(&mut cryptsetup(&place, &["repair", "-q", "-d", "zero", &name]));
             }
-            let resume = ["reencrypt", "-q", "--force-offline-reencrypt", "--resume-only", "-d", "zero", &name];
+            let resume =
+                ["reencrypt", "-q", "--force-offline-reencrypt", "--resume-only", "-d", "zero", &name];
             run(&mut cryptsetup(&place, &resume));
         }
         let server = place.serve(["--passphrase-file", "zero", "--direct", &name]);
@@ -339,6 +342,16 @@ fn data_under_a_wrapped_key_is_copied_to_another() {
     let text = said(&output);
     assert!(output.status.code() == Some(1) && text.contains("nbdcopy"), "{text}");
     assert!(fs::read(place.path("old")).unwrap() == before);
+    // The token would be the old key's, also where a passphrase opens the same data.
+    place.secret("master", &pattern::bytes(5, 0, 32));
+    place.secret("recovery", b"passphrase r");
+    let import =
+        ["luks", "create", "--size", "1MiB", "--import", "master", "--recovery-passphrase-file", "recovery"];
+    place.run_ok([&import[..], &CHEAP, &["both"]].concat());
+    let server = place.serve(["--recover", "--passphrase-file", "recovery", "both"]);
+    let text = run_to_fail(&mut through_server(&place, &["both"]));
+    assert!(text.contains("wrapped key"), "{text}");
+    server.stop();
     create("new");
     let server = place.serve(["old", "new"]);
     run(Command::new(nbdcopy).arg(server.uri("old")).arg(server.uri("new")));
@@ -354,7 +367,9 @@ fn a_server_that_was_started_without_a_file_says_how_it_can_be_done() {
     let place = Place::new();
     container(&place, "4096", MIB);
     let mut command = place.command();
-    command.args(["serve", "--passphrase-fd", "0", "--nbd"]).arg(format!("unix:{}", place.path("nbd.sock").display()));
+    command
+        .args(["serve", "--passphrase-fd", "0", "--nbd"])
+        .arg(format!("unix:{}", place.path("nbd.sock").display()));
     command.arg("--control").arg(place.path("control")).arg("disk");
     command.stdin(fs::File::open(place.path("zero")).unwrap());
     let server = place.start(command);

@@ -12,7 +12,8 @@ use std::sync::Barrier;
 use std::thread;
 use std::time::Duration;
 
-pub(crate) const CHEAP: [&str; 6] = ["--pbkdf-memory", "64", "--pbkdf-parallel", "1", "--pbkdf-force-iterations", "4"];
+pub(crate) const CHEAP: [&str; 6] =
+    ["--pbkdf-memory", "64", "--pbkdf-parallel", "1", "--pbkdf-force-iterations", "4"];
 /// Where data begins.
 pub(crate) const DATA_AT: u64 = 16 * MIB;
 

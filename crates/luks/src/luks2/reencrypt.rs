@@ -435,7 +435,8 @@ impl<S: Storage> Container<S> {
             return Err(no_room());
         }
         let mut slots = Vec::new();
-        for (((number, kdf, priority), Kept { passphrase, .. }), place) in plans.iter().zip(kept).zip(places) {
+        for (((number, kdf, priority), Kept { passphrase, .. }), place) in plans.iter().zip(kept).zip(places)
+        {
             slots.push((*number, self.write_area_at(place, new.key, passphrase, *kdf, *priority, random)?));
         }
         let digests = self.header().metadata.json()["digests"].as_object().expect("it was looked at");

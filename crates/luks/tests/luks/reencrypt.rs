@@ -196,8 +196,13 @@ fn every_passphrase_keeps_its_keyslot_with_number_priority_cost_and_tokens() {
     assert_eq!(before.0.len(), 3);
     let all = [(5, "five"), (0, "zero"), (2, "two")];
     let kept = kept(&mut disk, &all).unwrap();
-    disk.begin_reencryption(&kept, Others::Refused, new_data(&new_key(), Resilience::Journal), &mut random(4))
-        .unwrap();
+    disk.begin_reencryption(
+        &kept,
+        Others::Refused,
+        new_data(&new_key(), Resilience::Journal),
+        &mut random(4),
+    )
+    .unwrap();
     let re = disk.reencryption().unwrap();
     // Whoever has any of them opens both.
     for (_, passphrase) in all.iter().filter(|(number, _)| *number != 2) {
