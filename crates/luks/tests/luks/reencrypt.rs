@@ -237,7 +237,7 @@ fn a_keyslot_without_its_passphrase_is_refused_or_dropped() {
     let _ = disk.finish_reencryption(&mut random).unwrap();
     assert_eq!(disk.open(b"two", Some(2)).unwrap_err().kind(), ErrorKind::Invalid);
     let (now, tokens) = facts(&disk);
-    assert_eq!(now, [slots[0].clone(), slots[2].clone()]);
+    assert_eq!(now, [slots[0], slots[2]]);
     assert_eq!(tokens[1..], [json!(["0"]), json!(["5"]), json!([])]);
 }
 
