@@ -5,7 +5,7 @@
 #![no_main]
 
 use inlinecrypt_luks::kdf::Kdf;
-use inlinecrypt_luks::luks2::{Container, Header, NewData, Opened, Resilience};
+use inlinecrypt_luks::luks2::{Container, Header, Kept, NewData, Opened, Others, Resilience};
 use inlinecrypt_luks::{Hash, encryption};
 use libfuzzer_sys::fuzz_target;
 use serde_json::Value;
@@ -129,18 +129,23 @@ fuzz_target!(|data: &[u8]| {
             change(&disk, |container| container.set_boundary(4096, hot, 1 << 20, &mut random).is_ok());
         }
         change(&disk, |container| container.finish_reencryption(&mut random).is_ok());
-    } else if let Some(&number) = numbers.first() {
-        let opened = Opened { keyslot: number, digest: 0, key: vec![7; 64].into() };
+    } else if !numbers.is_empty() {
+        let opened = |number: &u32| Opened { keyslot: *number, digest: 0, key: vec![7; 64].into() };
         let resilience = Resilience::Checksum { hash: Hash::Sha256, block_bytes: 512 };
         let mode = encryption::mode("aes-xts-plain64", 64).expect("it is known");
         let (sector_bytes, zone_bytes_min) = (512, 4096);
         let new = NewData { mode, sector_bytes, key: &[3; 64], iterations: 1, resilience, zone_bytes_min };
         // What a LUKS keyslot costs is another's.
-        let is_cheap =
-            matches!(metadata.keyslots()[&number].kdf, Ok(Kdf::Pbkdf2 { iterations, .. }) if iterations < 10);
-        if is_cheap {
+        let is_cheap = |number: &&u32| {
+            matches!(metadata.keyslots()[*number].kdf, Ok(Kdf::Pbkdf2 { iterations, .. }) if iterations < 10)
+        };
+        let cheap: Vec<&u32> = numbers.iter().filter(is_cheap).take(3).collect();
+        // One alone, and several.
+        for (kept, others) in [(&cheap[..cheap.len().min(1)], Others::Dropped), (&cheap, Others::Refused)] {
+            let kept: Vec<Kept> =
+                kept.iter().map(|number| Kept { opened: opened(number), passphrase: b"" }).collect();
             change(&disk, |container| {
-                let begun = container.begin_reencryption(&opened, b"", new, &mut random).is_ok();
+                let begun = container.begin_reencryption(&kept, others, new, &mut random).is_ok();
                 assert!(!begun || container.reencryption().is_ok());
                 begun
             });

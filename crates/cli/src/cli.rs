@@ -526,8 +526,10 @@ Examples:
     /// both keys are needed. The state lies beside the volume, in VOLUME.reencrypt; in the end VOLUME.toml names the new
     /// key and layout, and the old key's file stays unless --remove-old-key is given.
     ///
-    /// A LUKS2 container gets a new volume key, which the same passphrase opens. Its state is in the header, as cryptsetup
-    /// writes it: cryptsetup reencrypt --resume-only goes on with it, and --resume goes on with cryptsetup's.
+    /// A LUKS2 container gets a new volume key, which the same passphrases open, in the same LUKS keyslots: each is asked for,
+    /// or given. A LUKS keyslot whose passphrase nobody gives is dropped with --drop-others; without, nothing begins. The state
+    /// is in the header, as cryptsetup writes it: cryptsetup reencrypt --resume-only goes on with it, and --resume goes on
+    /// with cryptsetup's.
     #[command(
         visible_alias = "convert",
         after_help = "\
@@ -538,7 +540,11 @@ Examples:
   inlinecrypt volume convert --data-unit 512 --mode Adiantum demo.img
       another layout, with a new key
   inlinecrypt volume reencrypt --passphrase-file pass disk.luks
-      a LUKS2 container, which has one passphrase
+      a LUKS2 container
+  inlinecrypt volume reencrypt --passphrase-file pass --other-passphrase-file second disk.luks
+      one with two passphrases, which both keep their LUKS keyslots
+  inlinecrypt volume reencrypt --passphrase-file pass --drop-others disk.luks
+      one whose other passphrases shall not open it any more
   inlinecrypt volume reencrypt --pause demo.img
   inlinecrypt volume reencrypt --resume --progress-json demo.img"
     )]
@@ -562,6 +568,11 @@ pub(crate) struct VolumeReencrypt {
     /// container is served
     #[arg(long, value_name = "FILE", conflicts_with_all = ["passphrase_file", "passphrase_fd"], help_heading = "Engine")]
     pub(crate) key_file: Option<PathBuf>,
+    /// Header of the LUKS container, if it is not with the data; where a server serves it, that knows
+    #[arg(long, value_name = "FILE", help_heading = "LUKS")]
+    pub(crate) header: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) others: luks::OtherArgs,
     /// Engine for the new key, if another; not while the volume is served
     #[arg(long, value_name = "SPEC", value_parser = parse_core::<EngineSpec>, help_heading = "Engine")]
     pub(crate) new_engine: Option<EngineSpec>,
@@ -587,11 +598,13 @@ pub(crate) struct VolumeReencrypt {
     pub(crate) remove_old_key: bool,
     /// Go on with what was interrupted or paused; with --throttle, at that rate
     #[arg(long, help_heading = "Re-encryption", conflicts_with_all = ["key", "mode", "data_unit", "block", "iv_offset",
-        "new_engine", "new_root", "zone", "keep_holes", "remove_old_key"])]
+        "new_engine", "new_root", "zone", "keep_holes", "remove_old_key", "other_passphrase_file", "other_passphrase_fd",
+        "other_key_file", "drop_others"])]
     pub(crate) resume: bool,
     /// Let the server rest after the part at hand
     #[arg(long, help_heading = "Re-encryption", conflicts_with_all = ["resume", "offline", "key", "mode", "data_unit",
-        "block", "iv_offset", "zone", "throttle"])]
+        "block", "iv_offset", "zone", "throttle", "other_passphrase_file", "other_passphrase_fd", "other_key_file",
+        "drop_others"])]
     pub(crate) pause: bool,
     /// Do not ask any server
     #[arg(long, help_heading = "Re-encryption", conflicts_with = "control")]
@@ -631,6 +644,9 @@ pub(crate) struct VolumeInfo {
     /// A file or block device
     #[arg(value_name = "VOLUME")]
     pub(crate) volume: PathBuf,
+    /// Header of the LUKS container, if it is not with the data
+    #[arg(long, value_name = "FILE")]
+    pub(crate) header: Option<PathBuf>,
     /// As JSON
     #[arg(long, conflicts_with = "dm_table")]
     pub(crate) json: bool,

@@ -3,12 +3,13 @@
 //! One line of JSON comes in, one JSON document goes out, and the connection ends. Both sides are bounded in bytes and
 //! time, and each client has a thread of its own, of which there are few: who hangs holds up nobody.
 
+use crate::luks::keep::OtherKeyslots;
 use crate::report::Failure;
 use inlinecrypt_core::error::Error;
 use inlinecrypt_io::export::CountersSnapshot;
 use inlinecrypt_io::listen::{Listen, ListenOptions, Listener, Stopper, Stream};
 use serde::{Deserialize, Serialize};
-use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -16,17 +17,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
+use zeroize::Zeroizing;
 
 /// Version of requests and answers. Grows when a field changes its meaning or goes away; new fields do not count.
 pub(crate) const VERSION: u32 = 1;
 
-/// Paths are the longest that is said.
-const REQUEST_BYTES_MAX: u64 = 16 << 10;
+/// Paths and passphrases are the longest that is said.
+const REQUEST_BYTES_MAX: usize = 16 << 10;
 const ANSWER_BYTES_MAX: u64 = 64 << 20;
 /// How long either side waits for the other.
 const TIME_MAX: Duration = Duration::from_secs(2);
-/// How long a client waits until a re-encryption has begun: an engine opens a key, and a journal is written.
-const BEGIN_TIME_MAX: Duration = Duration::from_secs(60);
+/// How long a client waits until a re-encryption has begun: an engine opens a key, and a journal is written; of a container each
+/// passphrase takes its key derivation two or three times.
+const BEGIN_TIME_MAX: Duration = Duration::from_secs(600);
 /// Clients at once. One more is turned away.
 const CLIENTS_MAX: usize = 8;
 
@@ -43,6 +46,11 @@ enum Request {
     },
     /// Re-encrypt a volume, or let that rest.
     Reencrypt(ReencryptRequest),
+    /// Which LUKS keyslots of a container the server's passphrase does not open.
+    MissingKeyslots {
+        /// The container, absolute.
+        volume: String,
+    },
     /// Hand over to the server that asks. What follows is in `take_over.rs`.
     TakeOver,
 }
@@ -71,6 +79,9 @@ pub(crate) enum ReencryptAction {
         throttle_bytes: u64,
         keep_holes: bool,
         remove_old_key: bool,
+        /// Left out if nothing is said of them, as a server of before knows it.
+        #[serde(default, skip_serializing_if = "OtherKeyslots::is_unsaid")]
+        others: OtherKeyslots,
     },
     Pause,
     Resume {
@@ -86,6 +97,8 @@ pub(crate) trait Answers: Send + Sync {
     fn reset(&self, engine: Option<&str>) -> Result<Vec<String>, String>;
     /// Re-encrypts a volume, or lets that rest. What a person should know besides, if there is anything.
     fn reencrypt(&self, request: &ReencryptRequest) -> Result<Option<String>, Failure>;
+    /// The LUKS keyslots of a container that the server's passphrase does not open; none of what is no container.
+    fn missing_keyslots(&self, volume: &str) -> Result<Vec<u32>, Failure>;
     /// Hands over to the server at the other end of `stream`, or tells it why not.
     fn hand_over(&self, stream: &Stream) -> io::Result<()>;
 }
@@ -291,9 +304,8 @@ impl Drop for ControlServer {
 fn answer(stream: &Stream, server: &dyn Answers) -> io::Result<()> {
     stream.set_read_timeout(Some(TIME_MAX))?;
     stream.set_write_timeout(Some(TIME_MAX))?;
-    let mut line = String::new();
-    BufReader::new(stream.take(REQUEST_BYTES_MAX)).read_line(&mut line)?;
-    let answer = match serde_json::from_str(&line) {
+    let line = read_line(stream)?;
+    let answer = match serde_json::from_slice(&line) {
         Ok(Request::TakeOver) => return server.hand_over(stream),
         Ok(Request::Reencrypt(request)) => serde_json::to_vec(&match server.reencrypt(&request) {
             Ok(note) => serde_json::json!({ "version": VERSION, "done": true, "note": note }),
@@ -301,6 +313,12 @@ fn answer(stream: &Stream, server: &dyn Answers) -> io::Result<()> {
                 "version": VERSION, "error": what, "advice": advice, "code": code as u8,
             }),
         }),
+        Ok(Request::MissingKeyslots { volume }) => {
+            serde_json::to_vec(&match server.missing_keyslots(&volume) {
+                Ok(missing) => serde_json::json!({ "version": VERSION, "missing": missing }),
+                Err(Failure { what, .. }) => serde_json::json!({ "version": VERSION, "error": what }),
+            })
+        }
         Ok(Request::Status) => serde_json::to_vec(&server.report()),
         Ok(Request::Reset { engine }) => serde_json::to_vec(&match server.reset(engine.as_deref()) {
             Ok(engines) => serde_json::json!({ "version": VERSION, "reset": engines }),
@@ -313,6 +331,28 @@ fn answer(stream: &Stream, server: &dyn Answers) -> io::Result<()> {
     };
     let mut stream = stream;
     stream.write_all(&answer?)
+}
+
+/// A request, which may have passphrases in it: all of it at one place, which is wiped.
+fn read_line(mut stream: &Stream) -> io::Result<Zeroizing<Vec<u8>>> {
+    let mut line = Zeroizing::new(vec![0; REQUEST_BYTES_MAX]);
+    let mut filled = 0;
+    while filled < line.len() {
+        match stream.read(&mut line[filled..]) {
+            Ok(0) => break,
+            Ok(read) => {
+                let end = line[filled..filled + read].iter().position(|&byte| byte == b'\n');
+                filled += end.unwrap_or(read);
+                if end.is_some() {
+                    break;
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    line.truncate(filled);
+    Ok(line)
 }
 
 /// Asks the server at `path` what it does.
@@ -330,6 +370,13 @@ pub(crate) fn ask_to_reencrypt(path: &Path, request: ReencryptRequest) -> io::Re
     send_patiently(path, &Request::Reencrypt(request), BEGIN_TIME_MAX)
 }
 
+/// Asks the server at `path` which LUKS keyslots of a container its passphrase does not open. None where a server does not know.
+pub(crate) fn ask_for_missing_keyslots(path: &Path, volume: &str) -> io::Result<Vec<u32>> {
+    let request = Request::MissingKeyslots { volume: volume.to_owned() };
+    let answer = send_patiently(path, &request, BEGIN_TIME_MAX)?;
+    Ok(serde_json::from_value(answer["missing"].clone()).unwrap_or_default())
+}
+
 /// The request by which another server takes over.
 pub(crate) fn take_over_request() -> io::Result<Vec<u8>> {
     Ok(serde_json::to_vec(&Request::TakeOver)?)
@@ -343,9 +390,14 @@ fn send_patiently(path: &Path, request: &Request, time_max: Duration) -> io::Res
     let mut stream = UnixStream::connect(path)?;
     stream.set_read_timeout(Some(time_max))?;
     stream.set_write_timeout(Some(TIME_MAX))?;
-    let mut request = serde_json::to_vec(request)?;
-    request.push(b'\n');
-    stream.write_all(&request)?;
+    // Room for all at once: growing would leave copies of passphrases behind.
+    let mut line = Zeroizing::new(Vec::with_capacity(2 * REQUEST_BYTES_MAX));
+    serde_json::to_writer(&mut *line, request)?;
+    line.push(b'\n');
+    if line.len() > REQUEST_BYTES_MAX {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "what is to be said is too long"));
+    }
+    stream.write_all(&line)?;
     let mut answer = Vec::new();
     stream.take(ANSWER_BYTES_MAX).read_to_end(&mut answer)?;
     Ok(serde_json::from_slice(&answer)?)

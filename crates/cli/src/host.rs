@@ -348,7 +348,10 @@ pub(crate) fn relabel(failure: Failure, path: &Path, label: &str) -> Failure {
 fn admit(volume: &VolumePlan, medium: &Medium, engine: &HostEngine) -> Result<Ready, Failure> {
     let label = &volume.label;
     check_size(volume.size, &volume.said_by, medium, label)?;
-    let layout = layout(&volume.layout, medium.len_bytes, label)?;
+    let layout = layout(&volume.layout, medium.len_bytes, label).map_err(|failure| match &volume.luks {
+        Some(luks) => luks.cut_short(failure),
+        None => failure,
+    })?;
     let key = volume.key.load().map_err(|failure| failure.within(label))?;
     let (admission, identifier) =
         admit_key(&key, &volume.key, &layout, volume.fallback, volume.slots, &engine.profile, label)

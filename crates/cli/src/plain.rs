@@ -7,7 +7,7 @@ use crate::cli::Serve;
 use crate::control::VolumeReport;
 use crate::files::{self, Medium, shell_word};
 use crate::host;
-use crate::luks::look::Luks;
+use crate::luks::look;
 use crate::places::beside;
 use crate::plan::{Description, Settings};
 use crate::report::{Code, Failure, note};
@@ -151,10 +151,27 @@ pub(crate) fn refuse_encrypted(
         ]
     });
     let found = elsewhere.chain(besides).find(|(evidence, _)| files::exists(evidence));
-    let Some((evidence, is)) = described.or(found) else { return Ok(()) };
+    let container = look::is_container(path).then(|| (path.to_owned(), "is a LUKS container"));
+    let is_container = container.is_some();
+    let Some((evidence, is)) = described.or(found).or(container) else { return Ok(()) };
     if asked.read_only == Some(true) {
-        note(format_args!("{label}: {} {is}; plain, clients read its ciphertext", evidence.display()));
+        // Of a container it is said as well when it is served.
+        if evidence != path {
+            note(format_args!("{label}: {} {is}; plain, clients read its ciphertext", evidence.display()));
+        }
         return Ok(());
+    }
+    if is_container && evidence == path {
+        return Err(Failure::new(
+            Code::Wrong,
+            format!("{label} is not to be served plain: it {is}, and what is written plain may destroy it"),
+            format!(
+                "Serve it as it is: inlinecrypt serve {}. To copy it, add --read-only (read_only = true). If clients open it \
+                 themselves, say so beside it: plain = true in {}.",
+                shell_word(path),
+                beside(path, ".toml").display()
+            ),
+        ));
     }
     Err(Failure::new(
         Code::Wrong,
@@ -232,7 +249,7 @@ impl PlainPlan {
             ));
         }
         let unused_bytes = len_bytes % u64::from(SECTOR_BYTES);
-        let is_luks = matches!(Luks::look(path, None, true, false), Ok(Some(_)));
+        let is_luks = look::is_container(path);
         Ok(ReadyPlain { plan: self.clone(), len_bytes, unused_bytes, is_luks })
     }
 }

@@ -693,6 +693,8 @@ struct Builder {
     volumes: Vec<VolumePlan>,
     plain: Vec<PlainPlan>,
     failures: Vec<Failure>,
+    /// Whether there is one volume, whose key its description names.
+    is_of_one: bool,
 }
 
 impl Builder {
@@ -814,7 +816,13 @@ impl Builder {
                 self.failures.push(Failure::new(
                     Code::File,
                     format!("{label} has no key: none is named, and {} does not exist", sibling.display()),
-                    "Name it with --key FILE (wrapped) or --key raw:FILE.",
+                    match self.is_of_one {
+                        true => {
+                            "Write a description that names it; if this is the data of a LUKS container, name its header with \
+                             --header."
+                        }
+                        false => "Name it with --key FILE (wrapped) or --key raw:FILE.",
+                    },
                 ));
                 return;
             }
@@ -1142,16 +1150,22 @@ impl Plan {
         Self::finish(builder, listen, ServerPlan::default())
     }
 
-    /// One volume, as its description says; with `engine`, where that says nothing.
-    pub(crate) fn for_one(path: &Path, engine: &EngineArgs) -> Result<Self, Vec<Failure>> {
-        let mut builder = Builder::default();
+    /// One volume, as its description says, or the LUKS header `header`; with `engine`, where that says nothing.
+    pub(crate) fn for_one(
+        path: &Path,
+        header: Option<&Path>,
+        engine: &EngineArgs,
+    ) -> Result<Self, Vec<Failure>> {
+        let mut builder = Builder { is_of_one: true, ..Builder::default() };
         let named = engine.engine.is_some() || engine.root.is_some() || engine.key_type.is_some();
         let chosen = if named {
             Some(builder.engine(engine_from(engine).map_err(|failure| vec![failure])?))
         } else {
             None
         };
-        builder.volume(path.display().to_string(), path, Settings::default(), chosen);
+        let mut asked = Settings::default();
+        asked.luks.header = header.map(Path::to_owned);
+        builder.volume(path.display().to_string(), path, asked, chosen);
         let listen = ListenPlan::new(&ListenTable::default(), path, Path::new(""), &mut builder.failures);
         Self::finish(builder, listen, ServerPlan::default())
     }
@@ -1167,17 +1181,19 @@ impl Plan {
         let file = ConfigFile::read(path)?;
         let base = directory_of(path).to_owned();
         let mut builder = Builder::default();
+        // By their names, with the index of each that can be.
+        let mut named: Vec<(&str, Option<usize>)> = Vec::new();
         for table in &file.config.engine {
-            let Some(engine) = engine_plan(&file, table, &base, &mut builder.failures) else { continue };
-            if builder.engines.iter().any(|other| other.name == engine.name) {
-                let why = format!("there is an engine {:?} already", engine.name);
+            let name = table.get_ref().name.as_str();
+            if named.iter().any(|(other, _)| *other == name) {
+                let why = format!("there is an engine {name:?} already");
                 builder.failures.push(wrong(&file.place(table), &why));
                 continue;
             }
-            builder.engines.push(engine);
+            let engine = engine_plan(&file, table, &base, &mut builder.failures);
+            named.push((name, engine.is_some().then_some(builder.engines.len())));
+            builder.engines.extend(engine);
         }
-        let engines_fine = builder.failures.is_empty();
-        let declared = builder.engines.len();
         let mut first = None;
         for table in &file.config.volume {
             let place = file.place(table);
@@ -1190,30 +1206,31 @@ impl Plan {
                 }
             };
             first.get_or_insert_with(|| path.clone());
-            let engine = match &table.engine {
-                None => (declared > 0).then_some(0),
-                Some(name) => {
-                    match builder.engines[..declared].iter().position(|engine| engine.name == *name) {
-                        Some(engine) => Some(engine),
-                        None => {
-                            // An engine that is there but wrong has its own message.
-                            if engines_fine {
-                                let known: Vec<&str> = builder.engines[..declared]
-                                    .iter()
-                                    .map(|engine| engine.name.as_str())
-                                    .collect();
-                                let why =
-                                    format!("no engine {name:?}; the engines are: {}", known.join(", "));
-                                builder.failures.push(wrong(&place, &why));
-                            }
-                            continue;
-                        }
+            let meant = match &table.engine {
+                None => named.first(),
+                Some(name) => match named.iter().find(|(known, _)| known == name) {
+                    Some(engine) => Some(engine),
+                    None => {
+                        let known: Vec<&str> = named.iter().map(|(name, _)| *name).collect();
+                        let why = format!("no engine {name:?}; the engines are: {}", known.join(", "));
+                        builder.failures.push(wrong(&place, &why));
+                        continue;
                     }
-                }
+                },
             };
-            match Settings::from_table(table, &base) {
-                Ok(asked) => builder.volume(format!("{place}: {}", path.display()), &path, asked, engine),
-                Err(whys) => builder.failures.extend(whys.iter().map(|why| wrong(&place, why))),
+            let label = format!("{place}: {}", path.display());
+            match (Settings::from_table(table, &base), meant) {
+                (Err(whys), _) => builder.failures.extend(whys.iter().map(|why| wrong(&place, why))),
+                // An engine that is there but wrong has its own message, and the volume is not tried with another.
+                (Ok(_), Some((_, None))) => {
+                    let looked = Medium::look(&path).map_err(|failure| host::relabel(failure, &path, &label));
+                    builder.failures.extend(looked.err().map(|failure| match files::exists(&path) {
+                        true => failure,
+                        false => failure.advise("Correct its name, or make it once its engine is right."),
+                    }));
+                }
+                (Ok(asked), Some((_, engine))) => builder.volume(label, &path, asked, *engine),
+                (Ok(asked), None) => builder.volume(label, &path, asked, None),
             }
         }
         let Some(first) = first else {
@@ -1222,9 +1239,7 @@ impl Plan {
         };
         let listen = ListenPlan::new(&file.config.listen, &first, &base, &mut builder.failures);
         let server = ServerPlan::new(&file, &base, &mut builder.failures);
-        let (plan, failures) = Self::in_part(builder, listen, server);
-        // Without an engine that was meant, volumes would be tried with others.
-        if engines_fine { Ok((plan, failures)) } else { Err(failures) }
+        Ok(Self::in_part(builder, listen, server))
     }
 
     fn finish(builder: Builder, listen: ListenPlan, server: ServerPlan) -> Result<Self, Vec<Failure>> {
@@ -1235,7 +1250,7 @@ impl Plan {
     fn in_part(mut builder: Builder, listen: ListenPlan, server: ServerPlan) -> (Self, Vec<Failure>) {
         builder.check_names();
         builder.compare_volumes();
-        let Builder { engines, volumes, plain, failures } = builder;
+        let Builder { engines, volumes, plain, failures, is_of_one: _ } = builder;
         (Self { engines, volumes, plain, listen, server }, failures)
     }
 }

@@ -71,6 +71,19 @@ impl Error {
         )
     }
 
+    /// The same of a passphrase that opens the old key of what is re-encrypted, and not the new one; anything else stays as it is.
+    #[must_use]
+    pub fn of_old_key_alone(self) -> Self {
+        match self.kind {
+            ErrorKind::Passphrase => Self::new(
+                ErrorKind::Passphrase,
+                "it is being re-encrypted, and this passphrase opens the old key alone: its LUKS keyslot goes with that",
+                "Give a passphrase that was kept; inlinecrypt luks dump shows the LUKS keyslots of both digests.",
+            ),
+            _ => self,
+        }
+    }
+
     pub(crate) fn no_such_slot(number: u32) -> Self {
         Self::invalid(
             format!("there is no LUKS keyslot {number}"),

@@ -108,6 +108,24 @@ pub(crate) struct NewArgs {
     pub(crate) new_key_file: Option<PathBuf>,
 }
 
+/// Passphrases of the other LUKS keyslots of a container that is re-encrypted.
+#[derive(Args, Clone, Debug, Default)]
+pub(crate) struct OtherArgs {
+    /// Passphrase of another LUKS keyslot, which keeps it: from FILE, for its owner alone; a line feed at the end does not
+    /// count. May be repeated [default: each is asked for at the terminal, if the first one is]
+    #[arg(long, value_name = "FILE", help_heading = "LUKS")]
+    pub(crate) other_passphrase_file: Vec<PathBuf>,
+    /// The same from the open descriptor N
+    #[arg(long, value_name = "N", help_heading = "LUKS")]
+    pub(crate) other_passphrase_fd: Vec<u32>,
+    /// The same from FILE, of which every byte counts, as in cryptsetup's --key-file
+    #[arg(long, value_name = "FILE", help_heading = "LUKS")]
+    pub(crate) other_key_file: Vec<PathBuf>,
+    /// Drop the LUKS keyslots that none of the passphrases opens: they go with the old key
+    #[arg(long, help_heading = "LUKS")]
+    pub(crate) drop_others: bool,
+}
+
 /// What a passphrase costs to try. Named as cryptsetup names them.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Cost of the passphrase")]

@@ -3,12 +3,13 @@
 use super::serve;
 use super::status;
 use crate::ask::Asker;
-use crate::cli::{LayoutArgs, VolumeReencrypt};
+use crate::cli::{LayoutArgs, PassphraseArgs, VolumeReencrypt};
 use crate::control::{self, ReencryptAction, ReencryptRequest};
 use crate::files::{self, Medium, shell_word};
 use crate::host::{Host, HostEngine, Ready};
 use crate::keyfile::{KeySource, Wanted};
-use crate::luks::look::Luks;
+use crate::luks::keep::{self, OtherKeyslots};
+use crate::luks::look;
 use crate::plain;
 use crate::plan::{EnginePlan, Plan};
 use crate::reencrypt::{self, Backings, Job, LuksTerms, Old, Progress, Show, Terms, Wish, ZONE_BYTES};
@@ -43,47 +44,40 @@ pub(super) fn run(args: VolumeReencrypt) -> Result<(), Failures> {
         )
         .into());
     }
-    if !args.resume && !args.pause && !args.keep_holes {
-        tell_of_holes(&volume);
-    }
+    let holes = (!args.resume && !args.pause && !args.keep_holes).then(|| holes(&volume, &args)).flatten();
     let server = match (&args.control, args.offline) {
         (_, true) => None,
         (Some(control), _) => Some(control.clone()),
         (None, _) => find_server(&volume),
     };
     match server {
-        Some(control) => Ok(online(&args, &volume, &control, progress)?),
+        Some(control) => Ok(online(&args, &volume, &control, holes, progress)?),
         None if args.pause => Err(Failure::new(
             Code::File,
             format!("no server of this user serves {}", args.volume.display()),
             "Nobody works on it then; if the server has a control socket elsewhere, name it with --control.",
         )
         .into()),
-        None => offline(&args, progress),
+        None => offline(&args, holes, progress),
     }
 }
 
-/// Says how much storage a sparse volume gets, and whether there is so much.
-fn tell_of_holes(volume: &Path) {
-    let Ok(Medium { len_bytes, allocated_bytes: Some(allocated_bytes), .. }) = Medium::look(volume) else {
-        return;
-    };
-    let holes = len_bytes.saturating_sub(allocated_bytes);
-    let Some(free) = rustix::fs::statvfs(volume).ok().map(|fs| fs.f_bavail.saturating_mul(fs.f_frsize))
-    else {
-        return;
-    };
+/// How much storage a sparse volume gets, and whether there is so much: to be told once it begins.
+fn holes(volume: &Path, args: &VolumeReencrypt) -> Option<String> {
+    let Medium { len_bytes, allocated_bytes, .. } = Medium::look(volume).ok()?;
+    let holes = len_bytes.saturating_sub(allocated_bytes?);
+    let free = rustix::fs::statvfs(volume).ok().map(|fs| fs.f_bavail.saturating_mul(fs.f_frsize))?;
     if holes == 0 {
-        return;
+        return None;
     }
     let lack = if holes > free {
         format!(", and only {} are free: it will stop there until there is room", Size(free))
     } else {
         String::new()
     };
-    let is_luks = matches!(Luks::look(volume, None, true, true), Ok(Some(_)));
+    let is_luks = args.header.is_some() || look::is_container(volume);
     let leaves = if is_luks { "" } else { "; --keep-holes leaves them" };
-    note(format_args!("{} of {} have no storage, and get it{lack}{leaves}", Size(holes), volume.display()));
+    Some(format!("{} of {} have no storage, and get it{lack}{leaves}", Size(holes), volume.display()))
 }
 
 /// The control socket of the server that serves `volume`, if one of this user does.
@@ -108,6 +102,7 @@ fn online(
     args: &VolumeReencrypt,
     volume: &Path,
     socket: &Path,
+    holes: Option<String>,
     mut progress: Progress,
 ) -> Result<(), Failure> {
     if args.new_engine.is_some() || args.new_root.is_some() || args.new_passphrase_file.is_some() {
@@ -133,6 +128,13 @@ fn online(
             "`inlinecrypt status` shows which server serves what.",
         ));
     };
+    let mut others = OtherKeyslots::of(&args.others)?;
+    let begins = !args.pause && !args.resume;
+    if begins && others.is_unsaid() && keep::has_terminal() {
+        let missing = control::ask_for_missing_keyslots(socket, volume).map_err(|error| gone(&error))?;
+        others.ask(Path::new(volume), &missing)?;
+    }
+    others.check_for_server()?;
     let LayoutArgs { mode, data_unit, block, iv_offset, iv, offset: _ } = args.layout;
     let throttle_bytes = args.throttle.map(|size| size.0);
     let action = match (args.pause, args.resume) {
@@ -149,6 +151,7 @@ fn online(
             throttle_bytes: throttle_bytes.unwrap_or(0),
             keep_holes: args.keep_holes,
             remove_old_key: args.remove_old_key,
+            others,
         },
     };
     let request = ReencryptRequest { volume: volume.to_owned(), action };
@@ -159,6 +162,9 @@ fn online(
             what,
             answer["advice"].as_str().unwrap_or("Use a server of this version."),
         ));
+    }
+    if let Some(holes) = holes {
+        note(holes);
     }
     if let Some(text) = answer["note"].as_str() {
         note(text);
@@ -214,9 +220,9 @@ fn code_of(code: &Value) -> Code {
     known.into_iter().find(|known| code.as_u64() == Some(*known as u64)).unwrap_or(Code::Wrong)
 }
 
-fn offline(args: &VolumeReencrypt, mut progress: Progress) -> Result<(), Failures> {
+fn offline(args: &VolumeReencrypt, holes: Option<String>, mut progress: Progress) -> Result<(), Failures> {
     let mut signals = serve::catch_signals()?;
-    let mut plan = match Plan::for_one(&args.volume, &args.engine) {
+    let mut plan = match Plan::for_one(&args.volume, args.header.as_deref(), &args.engine) {
         Ok(plan) => plan,
         Err(failures) => return Failures::check(failures),
     };
@@ -294,6 +300,9 @@ fn offline(args: &VolumeReencrypt, mut progress: Progress) -> Result<(), Failure
     let profile = &other_host.as_ref().unwrap_or(own).profile;
     let job = begin(args, ready, profile, other)?;
     drop(asker);
+    if let Some(holes) = holes {
+        note(holes);
+    }
     job.resume(args.throttle.map(|size| size.0));
     let mut told: Option<std::time::Instant> = None;
     loop {
@@ -366,6 +375,14 @@ fn begin(
     let Ready { plan: volume, layout, admission, identifier, unused_bytes: _, next } = ready;
     let luks = LuksTerms::of(&volume, true);
     let label = volume.label.clone();
+    let mut others = OtherKeyslots::of(&args.others)?;
+    let PassphraseArgs { passphrase_file, passphrase_fd } = &args.engine.passphrase;
+    let is_named = passphrase_file.is_some() || passphrase_fd.is_some() || args.key_file.is_some();
+    if let (None, true, Some(luks), Some(key)) = (&next, others.is_unsaid(), &luks, volume.key.luks_key())
+        && keep::was_typed(key, is_named)
+    {
+        others.ask(&volume.path, &luks.missing()?)?;
+    }
     let failed = |error: Error| Failure::of(&label, &error);
     let options =
         OpenOptions { access: Access::ReadWrite, caching: volume.caching, discard: DiscardPolicy::PassDown };
@@ -403,6 +420,7 @@ fn begin(
         throttle_bytes: args.throttle.map_or(0, |size| size.0),
         keep_holes: args.keep_holes,
         remove_old_key: args.remove_old_key,
+        others,
         engine: other,
     };
     Ok(reencrypt::begin(Old::Idle(old), &path, identifier, backings, &terms, &wish, profile)?.0)

@@ -50,7 +50,7 @@ use std::io;
 use std::net::ToSocketAddrs as _;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, TryLockError};
 
 pub(super) fn run(mut args: Serve) -> Result<(), Failures> {
@@ -373,6 +373,8 @@ struct Served {
     terms: Terms,
     /// Its re-encryption, the last one if there were several. Held while one begins.
     job: Mutex<Option<Job>>,
+    /// Whether one begins, which may take long: nobody who only looks waits for that.
+    is_beginning: AtomicBool,
 }
 
 /// A server at work.
@@ -764,7 +766,7 @@ impl Running {
                         state: trouble.as_ref().map_or("ok", |(state, _)| state),
                         reason: trouble.map(|(_, why)| why),
                         backing_failures: served.backing.failures(),
-                        reencrypt: served.job().as_ref().map(report_job),
+                        reencrypt: served.report_job(),
                         counters: export.counters,
                     }
                 })
@@ -888,6 +890,7 @@ impl Answers for Running {
                 throttle_bytes,
                 keep_holes,
                 remove_old_key,
+                others,
             } => {
                 if is_under_way(job.as_ref()) {
                     return Err(reencrypt::under_way(&served.terms.label));
@@ -912,11 +915,15 @@ impl Answers for Running {
                     throttle_bytes: *throttle_bytes,
                     keep_holes: *keep_holes,
                     remove_old_key: *remove_old_key,
+                    others: others.clone(),
                     engine: None,
                 };
                 // The last one's thread has ended, or is about to.
                 drop(job.take());
-                *job = Some(self.begin_reencryption(served, &wish)?);
+                served.is_beginning.store(true, Ordering::Relaxed);
+                let begun = self.begin_reencryption(served, &wish);
+                served.is_beginning.store(false, Ordering::Relaxed);
+                *job = Some(begun?);
                 Ok(served.terms.is_named_twice.then(|| {
                     format!(
                         "the config or command line of the server names key or layout of {}, too: change it before the \
@@ -939,6 +946,14 @@ impl Answers for Running {
                 }
                 Ok(None)
             }
+        }
+    }
+
+    fn missing_keyslots(&self, volume: &str) -> Result<Vec<u32>, Failure> {
+        let served = self.volumes.iter().find(|served| served.path == Path::new(volume));
+        match served.and_then(|served| served.terms.luks.as_ref()) {
+            Some(luks) => luks.missing(),
+            None => Ok(Vec::new()),
         }
     }
 
@@ -1037,6 +1052,7 @@ impl Served {
             offset_bytes,
             terms,
             job,
+            is_beginning: AtomicBool::new(false),
         })
     }
 
@@ -1055,6 +1071,14 @@ impl Served {
     fn identifier(&self, identifiers: &RwLock<HashMap<KeyId, Identifier>>) -> String {
         let key = self.volume.current().admission().key().id();
         identifier_of(identifiers, key).unwrap_or_default()
+    }
+
+    /// Its re-encryption, if one has begun.
+    fn report_job(&self) -> Option<ReencryptReport> {
+        if self.is_beginning.load(Ordering::Relaxed) {
+            return None;
+        }
+        self.job().as_ref().map(report_job)
     }
 
     fn job(&self) -> MutexGuard<'_, Option<Job>> {

@@ -128,13 +128,15 @@ fn reencrypt_info(volume: &Path, state: &Path) -> Result<ReencryptInfo, Failures
 }
 
 fn info(args: &VolumeInfo) -> Result<(), Failures> {
-    let VolumeInfo { volume, json, dm_table, show_key } = args;
+    let VolumeInfo { volume, header, json, dm_table, show_key } = args;
     let medium = Medium::look(volume)?;
     let mut description = match Description::find(volume) {
         Ok(description) => description,
         Err(failures) => return Failures::check(failures),
     };
-    let luks = Luks::look(volume, None, description.is_none(), description.is_some())?;
+    let described = description.as_ref().and_then(|description| description.settings.luks.header.as_deref());
+    let header = header.as_deref().or(described);
+    let luks = Luks::look(volume, header, description.is_none(), description.is_some())?;
     if let Some(Description { settings, .. }) = &mut description
         && let Some(key) = settings.key.clone().filter(|key| key.path().is_some())
         && let Err(failure) = settings.settle_mode(&key)
@@ -181,7 +183,11 @@ fn info(args: &VolumeInfo) -> Result<(), Failures> {
     };
     if let Some((path, settings)) = &said {
         host::check_size(settings.size, &path.display().to_string(), &medium, &volume.display().to_string())?;
-        let layout = host::layout(&settings.layout(), medium.len_bytes, &volume.display().to_string())?;
+        let layout = host::layout(&settings.layout(), medium.len_bytes, &volume.display().to_string());
+        let layout = layout.map_err(|failure| match &luks {
+            Some(luks) => luks.cut_short(failure),
+            None => failure,
+        })?;
         info.volume_bytes = Some(layout.size_bytes());
         info.unused_bytes = Some(settings.layout().unused(&layout, medium.len_bytes));
         info.iv = Some(layout.iv().name());

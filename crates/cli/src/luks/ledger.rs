@@ -46,6 +46,9 @@ impl Storage for OnBacking {
         if offset.checked_add(data.len() as u64).is_none_or(|end| end > self.len_bytes()) {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
+        if is_for_any(data) {
+            return self.0.write(offset, data, Durability::Cached).map_err(io::Error::other);
+        }
         let mut room = room(data.len() as u64)?;
         room.bytes_mut().copy_from_slice(data);
         self.0.write(offset, room.bytes(), Durability::Cached).map_err(io::Error::other)
@@ -54,6 +57,11 @@ impl Storage for OnBacking {
     fn flush(&mut self) -> io::Result<()> {
         self.0.flush().map_err(io::Error::other)
     }
+}
+
+/// Whether any backing takes it as it lies in memory: the ciphertext of zones does, which is most of what is written.
+fn is_for_any(data: &[u8]) -> bool {
+    data.as_ptr().addr().is_multiple_of(BLOCK_BYTES) && data.len().is_multiple_of(BLOCK_BYTES)
 }
 
 /// Memory that any backing takes.
@@ -222,6 +230,9 @@ impl Ledger for LuksLedger {
         match self.resilience {
             Resilience::Journal => {
                 let at = self.area_offset + (offset - self.boundary);
+                if ciphertext.len().is_multiple_of(BLOCK_BYTES) {
+                    return self.storage().write(at, ciphertext).map_err(|error| bad(HEADER, error));
+                }
                 let mut whole = ciphertext.to_vec();
                 whole.resize(whole.len().next_multiple_of(BLOCK_BYTES), 0);
                 self.storage().write(at, &whole).map_err(|error| bad(HEADER, error))

@@ -51,7 +51,30 @@ impl LuksNext {
     }
 }
 
+/// Whether `path` is a container, or was one whose second header is whole, whatever else is wrong with it.
+pub(crate) fn is_container(path: &Path) -> bool {
+    let Ok(mut file) = HeaderFile::read_only(path) else { return false };
+    match detect(&mut file) {
+        Ok(Some(Kind::Luks1 | Kind::Luks2)) => true,
+        Ok(Some(Kind::Luks2SecondOnly)) => luks2::Header::read(&mut file).is_ok(),
+        Ok(None) | Err(_) => false,
+    }
+}
+
 impl Luks {
+    /// A file that is too short for the data in it: what a container has lost is not made anew.
+    pub(crate) fn cut_short(&self, failure: Failure) -> Failure {
+        match failure.code {
+            Code::File => failure.advise(format!(
+                "By its header {}, the data of this container begins at byte {}, so something is missing: bring the whole \
+                 container back from a copy.",
+                self.header.display(),
+                self.layout.offset
+            )),
+            _ => failure,
+        }
+    }
+
     /// Looks at the container `volume`, whose header may be in another file. `None` if it is none.
     ///
     /// Without `surely`, what has lost its first header is not taken for one: then it may be anything. Unless `is_described`, it is

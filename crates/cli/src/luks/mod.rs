@@ -4,11 +4,13 @@
 //!   file     headers in files, locked while they are changed
 //!   look     header -> where the data lies and how it is encrypted; nothing secret
 //!   unlock   passphrase -> volume key, in a process of its own that ends with it
+//!   keep     which LUKS keyslots open the new key of what is re-encrypted
 //!   ledger   how far a re-encryption is
 //!   token    a wrapped key in a header
 //! ```
 
 pub(crate) mod file;
+pub(crate) mod keep;
 pub(crate) mod ledger;
 pub(crate) mod look;
 pub(crate) mod token;

@@ -7,17 +7,18 @@
 //! ```
 //!
 //! What was made of the passphrase, and the areas, are in that process's memory alone and end with it. The server gets the key,
-//! hands it to its engine and wipes it. The helper also writes down that a re-encryption begins, since that takes a LUKS keyslot for the
+//! hands it to its engine and wipes it. The helper also writes down that a re-encryption begins, since that takes LUKS keyslots for the
 //! new key, and a digest of both. Messages are fields, each with its length before it (4 bytes, little-endian).
 
 use super::file::HeaderFile;
+use super::keep::{self, OtherKeyslots, OthersTold};
 use crate::ask::Asker;
 use crate::files::{self, Secrecy};
 use crate::report::{Code, Failure};
 use inlinecrypt_cipher::Mode;
 use inlinecrypt_core::key::RawKey;
 use inlinecrypt_engine::root::strip_line_feed;
-use inlinecrypt_luks::luks2::{NewData, Resilience};
+use inlinecrypt_luks::luks2::{NewData, Others, Resilience};
 use inlinecrypt_luks::{Error, Hash, Kind, PASSPHRASE_BYTES_MAX, VolumeKey, detect, luks1, luks2};
 use serde::{Deserialize, Serialize};
 use std::ffi::OsStr;
@@ -124,27 +125,41 @@ impl LuksKey {
     /// The volume key.
     pub(crate) fn open(&self) -> Result<RawKey, Failure> {
         let order = Order::Open { digest: self.which.0.get().cloned() };
-        self.ask(&order, &[]).map(|key| RawKey::new(&key))
+        self.ask(&order, &[], &[]).map(|key| RawKey::new(&key))
     }
 
-    /// Writes into the header that a re-encryption to `new_key` begins; from then on `next` is that key. Whoever calls this has
-    /// locked the container.
+    /// Writes into the header that a re-encryption to `new_key` begins, which this passphrase opens and those of `others`; from then on
+    /// `next` is that key. Whoever calls this has locked the container.
     pub(crate) fn begin_reencryption(
         &self,
         new: NewLayout,
+        others: &OtherKeyslots,
         new_key: &RawKey,
         next: &WhichKey,
     ) -> Result<(), Failure> {
-        let digest = self.ask(&Order::Begin(new), new_key.expose())?;
+        let digest =
+            self.ask(&Order::Begin { new, others: others.told() }, new_key.expose(), &others.read()?)?;
         next.is_of_digest(&digest);
         Ok(())
     }
 
+    /// The LUKS keyslots of the data that this passphrase does not open.
+    pub(crate) fn missing(&self) -> Result<Vec<u32>, Failure> {
+        let list = self.ask(&Order::Missing, &[], &[])?;
+        Ok(serde_json::from_slice(&list).expect("the helper is of this version"))
+    }
+
     /// Has an order done by a helper.
-    fn ask(&self, order: &Order, new_key: &[u8]) -> Result<Zeroizing<Vec<u8>>, Failure> {
+    fn ask(
+        &self,
+        order: &Order,
+        new_key: &[u8],
+        others: &[Zeroizing<Vec<u8>>],
+    ) -> Result<Zeroizing<Vec<u8>>, Failure> {
+        let ask = |passphrase: &[u8]| ask_helper(&self.header, passphrase, order, new_key, others);
         match &self.passphrase {
-            Passphrase::File(file) => ask_helper(&self.header, &file.read()?, order, new_key),
-            Passphrase::Given(given) => ask_helper(&self.header, given, order, new_key),
+            Passphrase::File(file) => ask(&file.read()?),
+            Passphrase::Given(given) => ask(given),
             Passphrase::NotAsked(_) => Err(Failure::new(
                 Code::Refused,
                 format!("{}: there is no passphrase", self.header.display()),
@@ -166,8 +181,10 @@ impl fmt::Debug for LuksKey {
 enum Order {
     /// Give the volume key, of the digest with this value; of the data, if none is said.
     Open { digest: Option<Vec<u8>> },
-    /// Begin to re-encrypt to the key that follows, and give the value of its digest.
-    Begin(NewLayout),
+    /// Begin to re-encrypt to the key that follows, and give the value of its digest. The passphrases of `others` come after the key.
+    Begin { new: NewLayout, others: OthersTold },
+    /// Give the list of LUKS keyslots that the passphrase does not open, as JSON.
+    Missing,
 }
 
 /// What a container's data is to become.
@@ -192,6 +209,7 @@ fn ask_helper(
     passphrase: &[u8],
     order: &Order,
     new_key: &[u8],
+    others: &[Zeroizing<Vec<u8>>],
 ) -> Result<Zeroizing<Vec<u8>>, Failure> {
     let broken = |error: io::Error| {
         Failure::of_io("the process that opens LUKS containers", &error, "Free memory, or start again.")
@@ -208,6 +226,7 @@ fn ask_helper(
         .and_then(|()| send(&mut ours, passphrase))
         .and_then(|()| send(&mut ours, &serde_json::to_vec(order).expect("numbers and names")))
         .and_then(|()| send(&mut ours, new_key))
+        .and_then(|()| others.iter().try_for_each(|other| send(&mut ours, other)))
         .and_then(|()| ours.shutdown(Shutdown::Write))
         .and_then(|()| Answer::receive(&mut ours));
     let status = child.wait().map_err(broken)?;
@@ -273,7 +292,12 @@ pub(crate) fn helper() -> Result<(), Failure> {
         let header = Path::new(OsStr::from_bytes(&path));
         let done = match serde_json::from_slice(&order)? {
             Order::Open { digest } => open(header, &passphrase, digest.as_deref()),
-            Order::Begin(new) => begin(header, &passphrase, &new, &new_key).map(Zeroizing::new),
+            Order::Begin { new, others } => {
+                let receive = |_: &_| receive(&mut socket, PASSPHRASE_BYTES_MAX);
+                let more = others.passphrases.iter().map(receive).collect::<io::Result<Vec<_>>>()?;
+                begin(header, &passphrase, (&others, &more), &new, &new_key).map(Zeroizing::new)
+            }
+            Order::Missing => missing(header, &passphrase),
         };
         let answer = match done {
             Ok(key) => Answer::Key(key),
@@ -330,21 +354,34 @@ fn open_luks2(
         return container.open_digest(passphrase, re.next_digest).map(|opened| opened.key);
     }
     let old = container.open_digest(passphrase, re.previous_digest)?.key;
-    let new = container.open_digest(passphrase, re.next_digest)?.key;
+    let new = container.open_digest(passphrase, re.next_digest).map_err(Error::of_old_key_alone)?.key;
     container.check_reencryption(&old, &new)?;
     Ok(if found == Some(re.next_digest) { new } else { old })
 }
 
-/// Writes down that a re-encryption begins. Says which digest the new key has.
-fn begin(header: &Path, passphrase: &[u8], new: &NewLayout, key: &[u8]) -> Result<Vec<u8>, Failure> {
+/// The list of LUKS keyslots that a passphrase does not open, as JSON.
+fn missing(header: &Path, passphrase: &[u8]) -> Result<VolumeKey, Failure> {
+    let mut container = luks2::Container::read(HeaderFile::read_only(header)?).map_err(nameless)?;
+    let missing = keep::missing(&mut container, passphrase).map_err(nameless)?;
+    Ok(Zeroizing::new(serde_json::to_vec(&missing).expect("numbers")))
+}
+
+/// Writes down that a re-encryption begins, with `others` beside the passphrase. Says which digest the new key has.
+fn begin(
+    header: &Path,
+    passphrase: &[u8],
+    (told, others): (&OthersTold, &[Zeroizing<Vec<u8>>]),
+    new: &NewLayout,
+    key: &[u8],
+) -> Result<Vec<u8>, Failure> {
     let NewLayout { mode, sector_bytes, checksum_bytes, zone_bytes_min } = new;
     let Some(mode) = Mode::from_name(mode) else {
         return Err(Failure::new(Code::Wrong, format!("there is no mode {mode}"), "Report this."));
     };
-    let file = HeaderFile::writable(header)?;
-    let begun = luks2::Container::read(file).and_then(|mut container| {
-        container.header().metadata.data()?;
-        let opened = container.open(passphrase, None)?;
+    let mut container = luks2::Container::read(HeaderFile::writable(header)?).map_err(nameless)?;
+    container.header().metadata.data().map_err(nameless)?;
+    let kept = keep::open_each(&mut container, passphrase, others, told)?;
+    let mut begin = || {
         let new = NewData {
             mode,
             sector_bytes: *sector_bytes,
@@ -356,11 +393,12 @@ fn begin(header: &Path, passphrase: &[u8], new: &NewLayout, key: &[u8]) -> Resul
             },
             zone_bytes_min: *zone_bytes_min,
         };
-        container.begin_reencryption(&opened, passphrase, new, &mut super::random)?;
+        // That nothing is left out but what was said was looked at.
+        container.begin_reencryption(&kept, Others::Dropped, new, &mut super::random)?;
         let re = container.reencryption()?;
         Ok(container.header().metadata.digests()[&re.next_digest].value().to_vec())
-    });
-    begun.map_err(nameless)
+    };
+    begin().map_err(nameless)
 }
 
 /// Whoever asked says whose it is.

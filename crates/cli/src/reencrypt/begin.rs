@@ -109,6 +109,13 @@ pub(crate) fn begin(
     if let Some(luks) = luks {
         return luks::begin(old, path, backings, terms, luks, wish, profile);
     }
+    if !wish.others.is_unsaid() {
+        return Err(Failure::new(
+            Code::Wrong,
+            format!("{label} is no LUKS container, and has no LUKS keyslots"),
+            "Leave out --drop-others and the passphrases of others.",
+        ));
+    }
     let layout = old.layout();
     let present = Present {
         path: path.to_owned(),
@@ -158,7 +165,11 @@ pub(crate) fn go_on(
         return Err(Failure::new(
             Code::Refused,
             format!("{label} is half re-encrypted, and read-only it cannot be completed"),
-            format!("Complete it first: inlinecrypt volume reencrypt --resume {}", files::shell_word(path)),
+            format!(
+                "Complete it first (inlinecrypt volume reencrypt --resume {}), or serve it for writing, which takes no more \
+                 than one zone with --pause-reencryption.",
+                files::shell_word(path)
+            ),
         ));
     }
     let failed = |error: Error| Failure::of(label, &error);

@@ -9,6 +9,7 @@ use crate::files::{Medium, shell_word};
 use crate::host;
 use crate::keyfile::{KeySource, LoadedKey};
 use crate::luks::file::HeaderFile;
+use crate::luks::keep;
 use crate::luks::ledger::{LuksLedger, OnBacking};
 use crate::luks::look::Luks;
 use crate::luks::unlock::{LuksKey, NewLayout, Passphrase, WhichKey};
@@ -37,18 +38,30 @@ pub(crate) struct LuksTerms {
     version: u8,
     header: PathBuf,
     is_detached: bool,
-    /// Its key, if that is had by a passphrase.
+    /// Its key, if that is had by a passphrase, and not also by a wrapped key in the header, which would be the old one's.
     key: Option<LuksKey>,
 }
 
 impl LuksTerms {
     /// Of a volume whose passphrase was asked for. Unless `keeps_passphrase`, one that was typed is forgotten.
     pub(crate) fn of(plan: &VolumePlan, keeps_passphrase: bool) -> Option<Self> {
-        let Luks { header, version, .. } = plan.luks.as_ref()?;
-        let key = plan.key.luks_key().cloned();
+        let Luks { header, version, wrapped, .. } = plan.luks.as_ref()?;
+        let key = plan.key.luks_key().filter(|_| wrapped.is_none()).cloned();
         let key = key.map(|key| if keeps_passphrase { key } else { key.without_what_was_given() });
         let is_detached = *header != plan.path;
         Some(Self { version: *version, header: header.clone(), is_detached, key })
+    }
+
+    /// The LUKS keyslots whose passphrases have to be asked for, to keep them: those that its passphrase does not open.
+    ///
+    /// # Blocking
+    ///
+    /// As long as the key derivations of all take, where there are several.
+    pub(crate) fn missing(&self) -> Result<Vec<u32>, Failure> {
+        match &self.key {
+            Some(key) if key.is_there() && keep::count(&self.header) > 1 => key.missing(),
+            _ => Ok(Vec::new()),
+        }
     }
 }
 
@@ -161,7 +174,8 @@ pub(super) fn begin(
         checksum_bytes: (unit == ATOMIC_BYTES).then_some(unit),
         zone_bytes_min: CHUNK_BYTES as u64,
     };
-    key.begin_reencryption(becomes, &RawKey::new(&bytes), &which).map_err(|failure| failure.within(label))?;
+    key.begin_reencryption(becomes, &wish.others, &RawKey::new(&bytes), &which)
+        .map_err(|failure| failure.within(label))?;
     let ledger = LuksLedger::open(header, layout.size_bytes(), wish.zone_bytes, label)?;
     let running = live.begin(new, ledger).map_err(failed)?;
     tracing::info!(volume = %label, key = %identifier, "re-encryption of a LUKS container begins");
@@ -181,8 +195,10 @@ fn check<'l>(label: &str, luks: &'l LuksTerms, wish: &Wish) -> Result<&'l LuksKe
     }
     let Some(key) = &luks.key else {
         return refused(
-            "is a LUKS container whose key is a wrapped one in a token: the passphrases of the others would not open it",
-            "Copy its data into a new container: inlinecrypt luks create --wrapped",
+            "is a LUKS container with a wrapped key: what LUKS2 says of a re-encryption is signed with both volume keys, and nobody \
+             has those of wrapped keys",
+            "Copy its data to a new key: inlinecrypt luks create --wrapped --size SIZE NEW, serve both, and nbdcopy from the one \
+             to the other (docs/luks.md).",
         );
     };
     if wish.key.is_some() {

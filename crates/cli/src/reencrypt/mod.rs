@@ -28,6 +28,7 @@ use crate::files::{self, Medium, Staged, shell_word};
 use crate::host;
 use crate::identifier::Identifier;
 use crate::keyfile::{KeySource, LoadedKey, Wanted};
+use crate::luks::keep::OtherKeyslots;
 use crate::luks::look::Luks;
 use crate::places::{beside, directory_of};
 use crate::plan::{Description, EnginePlan, LayoutPlan, SlotsPlan};
@@ -230,6 +231,8 @@ pub(crate) struct Wish {
     pub(crate) throttle_bytes: u64,
     pub(crate) keep_holes: bool,
     pub(crate) remove_old_key: bool,
+    /// What becomes of a container's LUKS keyslots besides that of the passphrase.
+    pub(crate) others: OtherKeyslots,
     /// The engine and root that the new description is to name, if it is another than now.
     pub(crate) engine: Option<EnginePlan>,
 }

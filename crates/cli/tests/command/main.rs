@@ -10,6 +10,7 @@
 //!   configs       configs, and `check`
 //!   tables        lines of dm tables, IV layouts, offsets
 //!   luks          LUKS containers
+//!   luks_edges    those that are cut short, half done, detached, or to be served plain
 //!   plain         volumes without encryption
 //!   bench         what can be measured
 //!   control       `status`
@@ -30,6 +31,7 @@ mod fscrypt;
 mod key_devices;
 mod keys;
 mod luks;
+mod luks_edges;
 mod main_job;
 mod pages;
 mod place;

@@ -12,16 +12,17 @@ use std::sync::Barrier;
 use std::thread;
 use std::time::Duration;
 
-const CHEAP: [&str; 6] = ["--pbkdf-memory", "64", "--pbkdf-parallel", "1", "--pbkdf-force-iterations", "4"];
+pub(crate) const CHEAP: [&str; 6] =
+    ["--pbkdf-memory", "64", "--pbkdf-parallel", "1", "--pbkdf-force-iterations", "4"];
 /// Where data begins.
-const DATA_AT: u64 = 16 * MIB;
+pub(crate) const DATA_AT: u64 = 16 * MIB;
 
 /// All of it where CI has the time, else a slice.
-fn long() -> bool {
+pub(crate) fn long() -> bool {
     std::env::var_os("CI").is_some_and(|value| value == "true")
 }
 
-fn cryptsetup(place: &Place, arguments: &[&str]) -> Command {
+pub(crate) fn cryptsetup(place: &Place, arguments: &[&str]) -> Command {
     let mut command = Command::new("cryptsetup");
     place.prepare(&mut command);
     command.args(arguments);
@@ -29,21 +30,21 @@ fn cryptsetup(place: &Place, arguments: &[&str]) -> Command {
 }
 
 /// What re-encrypts: cryptsetup with these arguments, before which come all that make it cheap.
-fn theirs(place: &Place, arguments: &[&str]) -> Command {
+pub(crate) fn theirs(place: &Place, arguments: &[&str]) -> Command {
     // Of a file it cannot tell whether anybody else uses it.
     let mut command = cryptsetup(place, &["reencrypt", "-q", "--force-offline-reencrypt", "-d", "zero"]);
     command.args(CHEAP).args(arguments).arg("disk");
     command
 }
 
-fn ours(place: &Place, arguments: &[&str]) -> Command {
+pub(crate) fn ours(place: &Place, arguments: &[&str]) -> Command {
     let mut command = place.command();
     command.args(["volume", "reencrypt", "--passphrase-file", "zero"]).args(arguments).arg("disk");
     command
 }
 
 /// cryptsetup goes on; where a zone was being written, it wants to be told that this may be repaired.
-fn theirs_goes_on(place: &Place) {
+pub(crate) fn theirs_goes_on(place: &Place) {
     if info(place)["reencrypt"]["interrupted"] == true {
         run(&mut cryptsetup(place, &["repair", "-q", "-d", "zero", "disk"]));
         assert_eq!(info(place)["reencrypt"]["interrupted"], false);
@@ -52,7 +53,7 @@ fn theirs_goes_on(place: &Place) {
 }
 
 /// A container of ours with content, the passphrase in `zero`.
-fn container(place: &Place, sector: &str, len: u64) -> Vec<u8> {
+pub(crate) fn container(place: &Place, sector: &str, len: u64) -> Vec<u8> {
     place.secret("zero", b"passphrase zero");
     let create = ["luks", "create", "--size", &len.to_string(), "--sector-size", sector];
     place.run_ok([&create[..], &["--passphrase-file", "zero"], &CHEAP, &["disk"]].concat());
@@ -67,23 +68,23 @@ fn container(place: &Place, sector: &str, len: u64) -> Vec<u8> {
     content
 }
 
-fn serve(place: &Place, more: &[&str]) -> Server {
+pub(crate) fn serve(place: &Place, more: &[&str]) -> Server {
     place.serve([&["--passphrase-file", "zero"], more, &["disk"]].concat())
 }
 
 /// Reads all of it by serving it.
-fn served(place: &Place, len: usize) -> Vec<u8> {
+pub(crate) fn served(place: &Place, len: usize) -> Vec<u8> {
     let server = serve(place, &["--pause-reencryption"]);
     let content = server.client("disk").read(0, u32::try_from(len).unwrap()).unwrap();
     server.stop();
     content
 }
 
-fn info(place: &Place) -> Value {
+pub(crate) fn info(place: &Place) -> Value {
     serde_json::from_str(&place.run_ok(["volume", "info", "--json", "disk"])).unwrap()
 }
 
-fn volume_key(place: &Place) -> Vec<u8> {
+pub(crate) fn volume_key(place: &Place) -> Vec<u8> {
     let _ = fs::remove_file(place.path("vk"));
     run(&mut cryptsetup(
         place,
@@ -92,8 +93,8 @@ fn volume_key(place: &Place) -> Vec<u8> {
     fs::read(place.path("vk")).unwrap()
 }
 
-/// The container is an ordinary one again, with one LUKS keyslot, and cryptsetup's key decrypts it to this.
-fn is_finished(place: &Place, content: &[u8]) -> Vec<u8> {
+/// The container is an ordinary one again, and cryptsetup's key decrypts it to this.
+pub(crate) fn is_finished(place: &Place, content: &[u8]) -> Vec<u8> {
     assert!(info(place)["reencrypt"].is_null());
     let dump: Value =
         serde_json::from_str(&run(&mut cryptsetup(place, &["luksDump", "--dump-json-metadata", "disk"])))
@@ -102,7 +103,7 @@ fn is_finished(place: &Place, content: &[u8]) -> Vec<u8> {
     let digests = dump["digests"].as_object().unwrap().values();
     let bound: Vec<&Value> =
         digests.filter(|digest| !digest["segments"].as_array().unwrap().is_empty()).collect();
-    assert!(bound.len() == 1 && bound[0]["keyslots"].as_array().unwrap().len() == 1, "{dump}");
+    assert!(bound.len() == 1, "{dump}");
     let keyslots = dump["keyslots"].as_object().unwrap();
     assert!(keyslots.values().all(|slot| slot["type"] == "luks2"), "{dump}");
     assert!(dump["config"]["requirements"]["mandatory"].as_array().is_none_or(Vec::is_empty), "{dump}");
@@ -119,7 +120,7 @@ fn is_finished(place: &Place, content: &[u8]) -> Vec<u8> {
     key
 }
 
-fn kill_after(mut child: Child, delay: Duration) -> bool {
+pub(crate) fn kill_after(mut child: Child, delay: Duration) -> bool {
     thread::sleep(delay);
     let _ = child.kill();
     child.wait().unwrap().code().is_none()
@@ -141,6 +142,7 @@ fn offline_it_gets_another_key_and_cryptsetup_opens_it() {
         let old = volume_key(&place);
         let text = run(&mut ours(&place, more));
         assert_ne!(is_finished(&place, &content), old);
+        assert_eq!(place.run_ok(["luks", "dump", "disk"]).matches("LUKS keyslot 0 ").count(), 1);
         if more == ["--progress-json"] {
             let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
             assert_eq!(lines.last().unwrap()["device_bytes"], (5 * MIB + 4096).to_string(), "{text}");
@@ -400,7 +402,6 @@ fn what_a_server_began_cryptsetup_finishes() {
 fn what_is_not_re_encrypted_is_refused_with_the_reason() {
     let place = Place::new();
     container(&place, "4096", MIB);
-    place.secret("one", b"passphrase one");
     let before = fs::read(place.path("disk")).unwrap();
     let refused = |command: &mut Command, says: &str| {
         let output = command.output().unwrap();
@@ -412,15 +413,4 @@ fn what_is_not_re_encrypted_is_refused_with_the_reason() {
     refused(&mut ours(&place, &["--key", "raw:zero"]), "Leave --key out");
     refused(&mut ours(&place, &["--data-unit", "8192"]), "4096");
     refused(&mut ours(&place, &["--resume"]), "not being re-encrypted");
-    let add = ["luks", "add-key", "--passphrase-file", "zero", "--new-passphrase-file", "one"];
-    place.run_ok([&add[..], &CHEAP, &["disk"]].concat());
-    let before = fs::read(place.path("disk")).unwrap();
-    let output = ours(&place, &[]).output().unwrap();
-    assert!(
-        output.status.code() == Some(1) && said(&output).contains("luks remove-key"),
-        "{}",
-        said(&output)
-    );
-    // Only an area that no header names may have been written.
-    assert!(fs::read(place.path("disk")).unwrap()[..32 << 10] == before[..32 << 10]);
 }

@@ -5,6 +5,8 @@
 //!   filesystem    ext4 over a loop device over nbdfuse over a served volume
 //!   dm_crypt      volumes that Linux wrote
 //!   luks          containers of cryptsetup, and ours in cryptsetup, qemu and nbdkit
+//!   luks_keyslots    the same with several passphrases
+//!   luks_places      the same with detached headers, on devices, past the page cache; and live upgrade
 //!   luks_reencrypt   another key for them, by us and cryptsetup in turns, and kill -9 during that
 //!   fscrypt       files that Linux encrypted, on ext4
 //!   many_volumes  more keys than keyslots, all at once
@@ -36,6 +38,8 @@ mod isolation;
 mod kill;
 mod load;
 mod luks;
+mod luks_keyslots;
+mod luks_places;
 mod luks_reencrypt;
 mod many_volumes;
 mod others_bugs;

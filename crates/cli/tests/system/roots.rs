@@ -442,7 +442,7 @@ fn at_a_terminal(place: &Place, script: &Path, command: &str, words: &[&str]) ->
 }
 
 /// Whether the terminal of the process that `script` started echoes.
-fn echoes(script: u32) -> bool {
+pub(crate) fn echoes(script: u32) -> bool {
     let children = fs::read_to_string(format!("/proc/{script}/task/{script}/children")).unwrap();
     let child = children.split_whitespace().next().expect("it runs");
     let stat = fs::read_to_string(format!("/proc/{child}/stat")).unwrap();

@@ -248,11 +248,24 @@ impl<S: Storage> Container<S> {
         priority: u32,
         random: &mut Random<'_>,
     ) -> Result<Keyslot, Error> {
+        let area_offset = self.free_area(area_bytes(key))?;
+        self.write_area_at(area_offset, key, passphrase, kdf, priority, random)
+    }
+
+    /// The same, where the caller knows that there is room.
+    pub(super) fn write_area_at(
+        &mut self,
+        area_offset: u64,
+        key: &[u8],
+        passphrase: &[u8],
+        kdf: Kdf,
+        priority: u32,
+        random: &mut Random<'_>,
+    ) -> Result<Keyslot, Error> {
         kdf.check()?;
         let hash = Hash::Sha256;
         let mode = Mode::Aes256Xts;
         let area_bytes = area_bytes(key);
-        let area_offset = self.free_area(area_bytes)?;
         let mut salt = vec![0; SALT_BYTES];
         random(&mut salt).map_err(Error::io)?;
         let area_key = kdf.derive(passphrase, &salt, mode.info().key_bytes)?;
@@ -539,7 +552,7 @@ impl<S: Storage> Container<S> {
 }
 
 /// Bytes of the area of a new LUKS keyslot for `key`.
-fn area_bytes(key: &[u8]) -> u64 {
+pub(super) fn area_bytes(key: &[u8]) -> u64 {
     ((key.len() * STRIPES) as u64).next_multiple_of(ALIGN_BYTES)
 }
 

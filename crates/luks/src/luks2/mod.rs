@@ -31,4 +31,4 @@ pub use container::{Container, Opened};
 pub use create::{DATA_OFFSET_DEFAULT, NewContainer};
 pub use header::{CopyState, HEADER_SIZES, Header};
 pub use metadata::{Digest, Keyslot, Metadata, Segment};
-pub use reencrypt::{Leftovers, NewData, Reencryption, Resilience};
+pub use reencrypt::{Kept, Leftovers, NewData, Others, Reencryption, Resilience};

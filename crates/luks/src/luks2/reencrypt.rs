@@ -8,6 +8,9 @@
 //!   digests       of the old key, of the new one, and of both keys with LUKS keyslot and backups
 //! ```
 //!
+//! LUKS keyslots of the new key have the numbers of those of the old one, which have others until they go: so whoever finishes, each
+//! passphrase is where it was.
+//!
 //! The border of the new and the old segment is how far it is. A zone is protected by its old ciphertext (`journal`), or by a
 //! hash of each block of that (`checksum`), in the area of the LUKS keyslot. In order, each stable before the next:
 //!
@@ -21,8 +24,9 @@
 //! Known by the LUKS2 on-disk format specification 1.1.1, which leaves most of this open, and by what cryptsetup 2.6.1 writes and
 //! takes.
 
-use super::container::{Container, Opened, object};
-use super::metadata::{ALIGN_BYTES, Digest, Metadata, Segment};
+use super::container::{Container, Opened, area_bytes, gap, object};
+use super::metadata::{ALIGN_BYTES, Digest, Metadata, OBJECTS_MAX, Segment};
+use crate::kdf::Kdf;
 use crate::{Error, ErrorKind, Hash, Random, Storage, encryption};
 use inlinecrypt_cipher::Mode;
 use serde_json::{Map, Value, json};
@@ -95,10 +99,41 @@ pub struct NewData<'a> {
     pub zone_bytes_min: u64,
 }
 
+/// A LUKS keyslot whose passphrase is to open the new key as well.
+pub struct Kept<'p> {
+    /// What its passphrase opened.
+    pub opened: Opened,
+    /// The passphrase.
+    pub passphrase: &'p [u8],
+}
+
+/// What becomes of LUKS keyslots of the data for which there is no passphrase.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Others {
+    /// Nothing begins if there are any.
+    Refused,
+    /// They go with the old key.
+    Dropped,
+}
+
 /// Areas that no header names any more.
 #[derive(Debug)]
 #[must_use = "what was in them is to be overwritten"]
 pub struct Leftovers(Vec<(u64, u64)>);
+
+/// The LUKS keyslots of the data that are not `kept`.
+fn missing(metadata: &Metadata, kept: &[Kept<'_>]) -> Vec<u32> {
+    let is_kept = |slot: &u32| kept.iter().any(|kept| kept.opened.keyslot == *slot);
+    metadata.bound_keyslots().filter(|slot| !is_kept(slot)).collect()
+}
+
+/// Gives a LUKS keyslot another number in the list of a digest.
+fn rename(digest: &mut Value, from: &str, to: &str) {
+    let list = digest.get_mut("keyslots").and_then(Value::as_array_mut);
+    for name in list.into_iter().flatten().filter(|name| name.as_str() == Some(from)) {
+        *name = to.into();
+    }
+}
 
 fn elsewhere(what: impl Into<String>) -> Error {
     Error::new(ErrorKind::Unsupported, what, "Let cryptsetup finish it: cryptsetup reencrypt --resume-only")
@@ -317,8 +352,10 @@ impl Resilience {
 }
 
 impl<S: Storage> Container<S> {
-    /// Writes down that the data is to be re-encrypted to what `new` says: `passphrase`, which has opened it as `opened`, opens
-    /// the new key as well. Nothing is re-encrypted yet.
+    /// Writes down that the data is to be re-encrypted to what `new` says. Nothing is re-encrypted yet.
+    ///
+    /// Each of the LUKS keyslots `kept` opens the new key as well: there its number, priority and cost stay what they are, and the one
+    /// with the old key gets a number that is free, under which it goes in the end.
     ///
     /// # Errors
     ///
@@ -327,11 +364,11 @@ impl<S: Storage> Container<S> {
     ///
     /// # Blocking
     ///
-    /// As long as the LUKS keyslot's key derivation takes.
+    /// As long as the key derivations of all that are kept take.
     pub fn begin_reencryption(
         &mut self,
-        opened: &Opened,
-        passphrase: &[u8],
+        kept: &[Kept<'_>],
+        others: Others,
         new: NewData<'_>,
         random: &mut Random<'_>,
     ) -> Result<(), Error> {
@@ -344,51 +381,70 @@ impl<S: Storage> Container<S> {
             )));
         }
         let previous = segment.clone();
-        let others: Vec<String> = metadata
-            .bound_keyslots()
-            .filter(|slot| *slot != opened.keyslot)
-            .map(|slot| slot.to_string())
-            .collect();
-        if !others.is_empty() {
+        let Some(Kept { opened: first, .. }) = kept.first() else { return Err(Error::passphrase()) };
+        let missing = missing(metadata, kept);
+        if !missing.is_empty() && others == Others::Refused {
+            let missing: Vec<String> = missing.iter().map(u32::to_string).collect();
             return Err(Error::invalid(
                 format!(
-                    "the passphrase opens LUKS keyslot {}, and there are others ({}) whose passphrases would not open it \
-                     afterwards",
-                    opened.keyslot,
-                    others.join(", ")
+                    "there are LUKS keyslots whose passphrases were not given, and would not open it afterwards ({})",
+                    missing.join(", ")
                 ),
-                "Remove them first (inlinecrypt luks remove-key), and add them again when it is done (luks add-key).",
+                "Give their passphrases as well, or say that they shall be dropped.",
             ));
         }
-        let old_slot = metadata.keyslots().get(&opened.keyslot).cloned();
-        let old_slot = old_slot.ok_or_else(|| Error::no_such_slot(opened.keyslot))?;
-        let kdf = old_slot.kdf.clone().map_err(Error::unsupported)?;
+        let mut plans: Vec<(u32, Kdf, u32)> = Vec::new();
+        for Kept { opened: Opened { keyslot, digest, .. }, .. } in kept {
+            let slot = metadata.keyslots().get(keyslot).ok_or_else(|| Error::no_such_slot(*keyslot))?;
+            if *digest != first.digest || plans.iter().any(|(number, ..)| number == keyslot) {
+                return Err(Error::invalid(
+                    format!("LUKS keyslot {keyslot} is named twice, or has another key"),
+                    "Report this.",
+                ));
+            }
+            plans.push((*keyslot, slot.kdf.clone().map_err(Error::unsupported)?, slot.priority));
+        }
         self.repair(random)?;
-        let slot_number = self.free_number(None)?;
-        let slot = self.write_area(new.key, passphrase, kdf, old_slot.priority, random)?;
         let metadata = &self.header().metadata;
+        let taken_numbers = metadata.json()["keyslots"].as_object().expect("it was looked at");
+        let mut free_numbers =
+            (0..OBJECTS_MAX).filter(|number| !taken_numbers.contains_key(&number.to_string()));
+        let old_numbers: Vec<u32> = free_numbers.by_ref().take(kept.len()).collect();
+        let no_room = || {
+            Error::invalid(
+                "there is no room in the header for what a re-encryption needs: as many LUKS keyslots again, and one more",
+                "Remove LUKS keyslots first, or make the container with a larger header.",
+            )
+        };
+        // The first that are free are for the old ones, so that they are there if this one is.
+        let reencrypt_number = free_numbers.next().ok_or_else(no_room)?;
+        // All places are found before anything is written.
         let mut taken: Vec<(u64, u64)> =
             metadata.areas()?.into_iter().map(|(offset, bytes, _)| (offset, bytes)).collect();
-        taken.push((slot.area_offset, slot.area_bytes));
         let begin = 2 * self.header().size;
-        let (area_offset, area_bytes) = widest(&taken, begin, begin + metadata.keyslots_bytes());
-        let is_free = |number: &u32| {
-            *number != slot_number && metadata.json()["keyslots"].get(number.to_string()).is_none()
-        };
-        let reencrypt_number = (0..super::metadata::OBJECTS_MAX).find(is_free);
-        let is_too_little = new.resilience.zone_bytes_max(area_bytes) < new.zone_bytes_min.max(1);
-        let (Some(reencrypt_number), false) = (reencrypt_number, is_too_little) else {
-            return Err(Error::invalid(
-                "there is no room in the header for what a re-encryption needs",
-                "Remove LUKS keyslots first, or make the container with a larger header.",
-            ));
-        };
-        let digests = metadata.json()["digests"].as_object().expect("it was looked at");
+        let end = begin + metadata.keyslots_bytes();
+        let mut places = Vec::new();
+        for _ in kept {
+            let bytes = area_bytes(new.key);
+            let place = gap(taken.clone(), begin, end, bytes).ok_or_else(no_room)?;
+            taken.push((place, bytes));
+            places.push(place);
+        }
+        let (area_offset, area_bytes) = widest(&taken, begin, end);
+        if new.resilience.zone_bytes_max(area_bytes) < new.zone_bytes_min.max(1) {
+            return Err(no_room());
+        }
+        let mut slots = Vec::new();
+        for (((number, kdf, priority), Kept { passphrase, .. }), place) in plans.iter().zip(kept).zip(places)
+        {
+            slots.push((*number, self.write_area_at(place, new.key, passphrase, *kdf, *priority, random)?));
+        }
+        let digests = self.header().metadata.json()["digests"].as_object().expect("it was looked at");
         let mut free = (0..).filter(|number: &u32| !digests.contains_key(&number.to_string()));
         let (next_digest, both_digest) =
             (free.next().expect("there are many"), free.next().expect("there are many"));
         let mut next_json = Digest::make(Some((new.key, new.iterations)), random)?;
-        next_json["keyslots"] = json!([slot_number.to_string()]);
+        next_json["keyslots"] = slots.iter().map(|(number, _)| number.to_string()).collect();
         next_json["segments"] = json!([]);
 
         let next = Segment {
@@ -403,7 +459,7 @@ impl<S: Storage> Container<S> {
             area_bytes,
             previous,
             next,
-            previous_digest: opened.digest,
+            previous_digest: first.digest,
             next_digest,
             boundary: Some(0),
             hot_bytes: None,
@@ -413,7 +469,7 @@ impl<S: Storage> Container<S> {
             "area": new.resilience.to_json(area_offset, area_bytes),
         });
         let signed = signed(
-            &opened.key,
+            &first.key,
             new.key,
             &keyslot_json,
             [&re.previous.to_json(Some("backup-previous")), &re.next.to_json(Some("backup-final"))],
@@ -421,22 +477,28 @@ impl<S: Storage> Container<S> {
         let mut both_json = Digest::make(Some((&signed, new.iterations)), random)?;
         both_json["keyslots"] = json!([reencrypt_number.to_string()]);
         both_json["segments"] = json!([]);
-        let old_name = opened.keyslot.to_string();
         self.change(random, |json| {
-            let keyslots = object(json, "keyslots");
-            keyslots.insert(slot_number.to_string(), slot.to_json());
-            keyslots.insert(reencrypt_number.to_string(), keyslot_json);
+            for ((number, slot), old) in slots.iter().zip(&old_numbers) {
+                let (name, old) = (number.to_string(), old.to_string());
+                let keyslots = object(json, "keyslots");
+                let former = keyslots.insert(name.clone(), slot.to_json()).expect("it was opened");
+                keyslots.insert(old.clone(), former);
+                for digest in object(json, "digests").values_mut() {
+                    rename(digest, &name, &old);
+                }
+                // What leads to the old one leads to the new one as well, by the number that it knows.
+                for token in object(json, "tokens").values_mut() {
+                    if let Some(list) = token.get_mut("keyslots").and_then(Value::as_array_mut)
+                        && list.iter().any(|known| known.as_str() == Some(&name))
+                    {
+                        list.push(old.clone().into());
+                    }
+                }
+            }
+            object(json, "keyslots").insert(reencrypt_number.to_string(), keyslot_json);
             let digests = object(json, "digests");
             digests.insert(next_digest.to_string(), next_json);
             digests.insert(both_digest.to_string(), both_json);
-            // What leads to the old one leads to the new one as well.
-            for token in object(json, "tokens").values_mut() {
-                if let Some(list) = token.get_mut("keyslots").and_then(Value::as_array_mut)
-                    && list.iter().any(|name| name.as_str() == Some(&old_name))
-                {
-                    list.push(slot_number.to_string().into());
-                }
-            }
             re.set_segments(json);
             let config = object(json, "config");
             let requirements = config.entry("requirements").or_insert_with(|| json!({}));
@@ -710,6 +772,13 @@ fn long(value: &Value) -> Result<Vec<u8>, Error> {
 fn short(value: &Value) -> Result<Vec<u8>, Error> {
     let number = value.as_u64().and_then(|number| u32::try_from(number).ok());
     number.map(|number| number.to_be_bytes().to_vec()).ok_or_else(strange)
+}
+
+/// Shows no passphrase.
+impl fmt::Debug for Kept<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Kept(LUKS keyslot {})", self.opened.keyslot)
+    }
 }
 
 impl fmt::Display for Resilience {

@@ -2,8 +2,8 @@
 //! whole, with LUKS keyslots that open.
 
 use crate::common::{CHEAP, container, key, opens, random};
-use crate::reencrypt::{alone, begun, new_data, new_key};
-use inlinecrypt_luks::luks2::{Container, Header, Resilience};
+use crate::reencrypt::{alone, begin, begun, kept, new_data, new_key, several};
+use inlinecrypt_luks::luks2::{Container, Header, Others, Resilience};
 use inlinecrypt_luks::{ErrorKind, Storage};
 use serde_json::json;
 use std::collections::BTreeSet;
@@ -69,7 +69,7 @@ impl Storage for &mut Disk {
 
 type Change = dyn Fn(&mut Container<&mut Disk>) -> Result<(), inlinecrypt_luks::Error>;
 
-const PASSPHRASES: [&str; 3] = ["zero", "one", "two"];
+const PASSPHRASES: [&str; 4] = ["zero", "one", "two", "five"];
 
 /// Runs `change` on `before`, stopped after every call, and checks what is left. Each header has its passphrases.
 fn check(name: &str, before: &[u8], change: &Change) {
@@ -147,10 +147,14 @@ fn every_change_is_done_or_not() {
 /// A re-encryption begins, goes on and ends.
 #[test]
 fn every_change_of_a_reencryption_is_done_or_not() {
-    check("begin", &alone(), &|container| {
-        let opened = container.open(b"zero", None)?;
-        let new = new_key();
-        container.begin_reencryption(&opened, b"zero", new_data(&new, Resilience::Journal), &mut random(2))
+    let new = new_key();
+    check("begin", &alone(), &move |container| {
+        begin(container, &["zero"], Others::Refused, new_data(&new, Resilience::Journal))
+    });
+    check("begin, with several", &several(), &move |container| {
+        let kept = kept(container, &[(0, "zero"), (2, "two"), (5, "five")])?;
+        let new = new_data(&new, Resilience::Journal);
+        container.begin_reencryption(&kept, Others::Refused, new, &mut random(2))
     });
     let begun = begun(Resilience::Journal).into_storage();
     const SIZE: u64 = 64 << 10;

@@ -25,7 +25,11 @@ fn with_json(change: impl FnOnce(&mut Value)) -> Vec<u8> {
 
 /// The same with this JSON.
 pub(crate) fn with_json_of(json: &Value) -> Vec<u8> {
-    let mut disk = container();
+    with_json_on(container(), json)
+}
+
+/// What is on `disk`, with this JSON.
+pub(crate) fn with_json_on(mut disk: Vec<u8>, json: &Value) -> Vec<u8> {
     let text = serde_json::to_vec(json).unwrap();
     for copy in [0, COPY] {
         disk[copy + 4096..copy + COPY].fill(0);

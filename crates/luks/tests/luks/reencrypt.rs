@@ -1,11 +1,12 @@
 //! What headers say of re-encryptions: what cryptsetup writes is believed, what is written is read again, and what contradicts itself
 //! is refused.
 
-use crate::common::{KEY_BYTES, container, key, random};
-use crate::damage::with_json_of;
+use crate::common::{HEADER_BYTES, KEY_BYTES, container, key, random};
+use crate::damage::{with_json_of, with_json_on};
 use inlinecrypt_cipher::Mode;
-use inlinecrypt_luks::luks2::{Container, NewData, Reencryption, Resilience};
-use inlinecrypt_luks::{ErrorKind, Hash};
+use inlinecrypt_luks::kdf::Kdf;
+use inlinecrypt_luks::luks2::{Container, Kept, NewContainer, NewData, Others, Reencryption, Resilience};
+use inlinecrypt_luks::{Error, ErrorKind, Hash, Storage};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
@@ -34,10 +35,23 @@ pub(crate) fn alone() -> Vec<u8> {
     container.into_storage()
 }
 
+/// Begins to re-encrypt to what `new` says, with the LUKS keyslots that these passphrases open.
+pub(crate) fn begin<S: Storage>(
+    container: &mut Container<S>,
+    passphrases: &[&str],
+    others: Others,
+    new: NewData<'_>,
+) -> Result<(), Error> {
+    let mut kept = Vec::new();
+    for passphrase in passphrases.iter().map(|passphrase| passphrase.as_bytes()) {
+        kept.push(Kept { opened: container.open(passphrase, None)?, passphrase });
+    }
+    container.begin_reencryption(&kept, others, new, &mut random(4))
+}
+
 pub(crate) fn begun(resilience: Resilience) -> Container<Vec<u8>> {
     let mut container = Container::read(alone()).unwrap();
-    let opened = container.open(b"zero", None).unwrap();
-    container.begin_reencryption(&opened, b"zero", new_data(&new_key(), resilience), &mut random(4)).unwrap();
+    begin(&mut container, &["zero"], Others::Refused, new_data(&new_key(), resilience)).unwrap();
     container
 }
 
@@ -104,7 +118,7 @@ fn what_is_complete_but_for_its_last_steps_can_be_completed() {
     json["digests"]["0"]["keyslots"] = json!([]);
     json["digests"]["0"]["segments"] = json!(["1"]);
     json["digests"]["1"]["segments"] = json!(["0", "2"]);
-    json["keyslots"].as_object_mut().unwrap().remove("0");
+    json["keyslots"].as_object_mut().unwrap().remove("1");
     let mut container = Container::read(with_json_of(&json)).unwrap();
     let re = container.reencryption().unwrap();
     assert_eq!((re.boundary, re.hot_bytes), (None, None));
@@ -118,35 +132,176 @@ fn what_is_complete_but_for_its_last_steps_can_be_completed() {
 fn a_token_of_the_old_keyslot_is_one_of_the_new_as_well() {
     let mut disk = Container::read(alone()).unwrap();
     disk.add_token(json!({ "type": "x", "keyslots": ["0"] }), &mut random(2)).unwrap();
-    let opened = disk.open(b"zero", None).unwrap();
-    disk.begin_reencryption(&opened, b"zero", new_data(&new_key(), Resilience::Journal), &mut random(4))
-        .unwrap();
+    begin(&mut disk, &["zero"], Others::Refused, new_data(&new_key(), Resilience::Journal)).unwrap();
     let of = |disk: &Container<Vec<u8>>| disk.header().metadata.tokens()[&1]["keyslots"].clone();
     assert_eq!(of(&disk), json!(["0", "1"]));
     let _ = disk.finish_reencryption(&mut random(5)).unwrap();
-    assert_eq!(of(&disk), json!(["1"]));
+    assert_eq!(of(&disk), json!(["0"]));
+}
+
+/// LUKS keyslots 0, 2 and 5 with passphrases `zero`, `two` and `five`, priorities 1, 0 and 2, costs of their own, and tokens; there is
+/// room for six areas, and a LUKS keyslot that holds another key.
+pub(crate) fn several() -> Vec<u8> {
+    let mut disk = container();
+    let more = 3 * 258_048;
+    let at = usize::try_from(HEADER_BYTES).unwrap();
+    disk.splice(at..at, vec![0; more]);
+    let mut json = Value::Object(Container::read(container()).unwrap().header().metadata.json().clone());
+    json["config"]["keyslots_size"] = (7 * 258_048).to_string().into();
+    json["segments"]["0"]["offset"] = (HEADER_BYTES + more as u64).to_string().into();
+    let mut disk = Container::read(with_json_on(disk, &json)).unwrap();
+    disk.remove_keyslots(&[1], &mut random(1)).unwrap();
+    for (number, passphrase, iterations) in [(2, "two", 2), (5, "five", 3)] {
+        let kdf = Kdf::Pbkdf2 { hash: Hash::Sha512, iterations };
+        disk.add_keyslot(&key(), 0, passphrase.as_bytes(), kdf, Some(number), &mut random(8)).unwrap();
+    }
+    for keyslots in [json!(["0", "2"]), json!(["5"]), json!([])] {
+        disk.add_token(json!({ "type": "x", "keyslots": keyslots }), &mut random(2)).unwrap();
+    }
+    let mut json = Value::Object(disk.header().metadata.json().clone());
+    json["keyslots"]["2"]["priority"] = 0.into();
+    json["keyslots"]["5"]["priority"] = 2.into();
+    with_json_on(disk.into_storage(), &json)
+}
+
+/// What is known of each LUKS keyslot of the data: number, priority, cost; and the tokens' lists.
+fn facts(disk: &Container<Vec<u8>>) -> (Vec<(u32, u32, Kdf)>, Vec<Value>) {
+    let metadata = &disk.header().metadata;
+    let slots = metadata.keyslots();
+    let known = |number| {
+        let slot: &inlinecrypt_luks::luks2::Keyslot = &slots[&number];
+        (number, slot.priority, slot.kdf.clone().unwrap())
+    };
+    let bound = metadata.bound_keyslots().map(known).collect();
+    (bound, metadata.tokens().values().map(|token| token["keyslots"].clone()).collect())
+}
+
+/// By their numbers, as whoever has been asked for each opens them.
+pub(crate) fn kept<'p, S: Storage>(
+    disk: &mut Container<S>,
+    passphrases: &[(u32, &'p str)],
+) -> Result<Vec<Kept<'p>>, Error> {
+    let mut kept = Vec::new();
+    for (number, passphrase) in passphrases {
+        let opened = disk.open(passphrase.as_bytes(), Some(*number))?;
+        kept.push(Kept { opened, passphrase: passphrase.as_bytes() });
+    }
+    Ok(kept)
+}
+
+#[test]
+fn every_passphrase_keeps_its_keyslot_with_number_priority_cost_and_tokens() {
+    let mut disk = Container::read(several()).unwrap();
+    let before = facts(&disk);
+    assert_eq!(before.0.len(), 3);
+    let all = [(5, "five"), (0, "zero"), (2, "two")];
+    let kept = kept(&mut disk, &all).unwrap();
+    disk.begin_reencryption(
+        &kept,
+        Others::Refused,
+        new_data(&new_key(), Resilience::Journal),
+        &mut random(4),
+    )
+    .unwrap();
+    let re = disk.reencryption().unwrap();
+    // Whoever has any of them opens both.
+    for (_, passphrase) in all.iter().filter(|(number, _)| *number != 2) {
+        let old = disk.open_digest(passphrase.as_bytes(), re.previous_digest).unwrap().key;
+        let new = disk.open_digest(passphrase.as_bytes(), re.next_digest).unwrap();
+        assert!(old[..] == key() && new.key[..] == new_key());
+        disk.check_reencryption(&old, &new.key).unwrap();
+    }
+    let left = disk.finish_reencryption(&mut random(5)).unwrap();
+    disk.wipe_leftovers(left, &mut random(5)).unwrap();
+    assert_eq!(facts(&disk), before);
+    for (number, passphrase) in all {
+        let opened = disk.open(passphrase.as_bytes(), Some(number)).unwrap();
+        assert!(opened.key[..] == new_key(), "{number}");
+    }
+}
+
+#[test]
+fn a_keyslot_without_its_passphrase_is_refused_or_dropped() {
+    let mut disk = Container::read(several()).unwrap();
+    let before = disk.storage().clone();
+    let (slots, _) = facts(&disk);
+    let kept = kept(&mut disk, &[(0, "zero"), (5, "five")]).unwrap();
+    let (key, mut random) = (new_key(), random(4));
+    let new = new_data(&key, Resilience::Journal);
+    let error = disk.begin_reencryption(&kept, Others::Refused, new, &mut random).unwrap_err();
+    assert!(error.kind() == ErrorKind::Invalid && error.to_string().contains("(2)"), "{error}");
+    assert!(*disk.storage() == before);
+    disk.begin_reencryption(&kept, Others::Dropped, new, &mut random).unwrap();
+    let re = disk.reencryption().unwrap();
+    assert!(disk.open(b"two", Some(2)).unwrap().digest == re.previous_digest);
+    let _ = disk.finish_reencryption(&mut random).unwrap();
+    assert_eq!(disk.open(b"two", Some(2)).unwrap_err().kind(), ErrorKind::Invalid);
+    let (now, tokens) = facts(&disk);
+    assert_eq!(now, [slots[0], slots[2]]);
+    assert_eq!(tokens[1..], [json!(["0"]), json!(["5"]), json!([])]);
+}
+
+/// In a header of the usual size: as many again, and one more.
+#[test]
+fn fifteen_passphrases_are_kept_and_sixteen_are_too_many() {
+    const HEADER: u64 = 16 << 20;
+    for count in [15, 16] {
+        let wanted = NewContainer {
+            mode: Mode::Aes256Xts,
+            sector_bytes: 512,
+            data_offset: HEADER,
+            header_bytes: HEADER,
+            uuid: "01234567-89ab-cdef-0123-456789abcdef",
+            label: "",
+            subsystem: "",
+            key: Some((&key(), 1000)),
+            tokens: Vec::new(),
+        };
+        let kdf = Kdf::Pbkdf2 { hash: Hash::Sha256, iterations: 1 };
+        let mut disk = wanted.write(vec![0; 16 << 20], &mut random(1)).unwrap();
+        let names: Vec<String> = (0..count).map(|number| format!("passphrase {number}")).collect();
+        for name in &names {
+            disk.add_keyslot(&key(), 0, name.as_bytes(), kdf, None, &mut random(2)).unwrap();
+        }
+        let all: Vec<(u32, &str)> = (0..).zip(names.iter().map(String::as_str)).collect();
+        let kept = kept(&mut disk, &all).unwrap();
+        let key = new_key();
+        let new = NewData { zone_bytes_min: 256 << 10, ..new_data(&key, Resilience::Journal) };
+        let begun = disk.begin_reencryption(&kept, Others::Refused, new, &mut random(4));
+        if count == 16 {
+            assert!(begun.unwrap_err().to_string().contains("no room"));
+            continue;
+        }
+        begun.unwrap();
+        let _ = disk.finish_reencryption(&mut random(5)).unwrap();
+        assert_eq!(facts(&disk).0.len(), 15);
+        for (number, name) in all {
+            assert!(disk.open(name.as_bytes(), Some(number)).unwrap().key[..] == new_key());
+        }
+    }
 }
 
 #[test]
 fn what_cannot_begin_leaves_the_header_as_it_is() {
     let mut disk = Container::read(container()).unwrap();
     let before = disk.storage().clone();
-    let opened = disk.open(b"zero", None).unwrap();
     let key = new_key();
     let new = new_data(&key, Resilience::Journal);
-    let error = disk.begin_reencryption(&opened, b"zero", new, &mut random(4)).unwrap_err();
-    assert!(error.kind() == ErrorKind::Invalid && error.to_string().contains("others (1)"), "{error}");
-    assert!(*disk.storage() == before);
-    let mut disk = Container::read(alone()).unwrap();
-    let opened = disk.open(b"zero", None).unwrap();
-    let new = NewData { zone_bytes_min: 64 << 20, ..new };
-    let error = disk.begin_reencryption(&opened, b"zero", new, &mut random(4)).unwrap_err();
+    let error = begin(&mut disk, &["zero"], Others::Refused, new).unwrap_err();
+    assert!(error.kind() == ErrorKind::Invalid && error.to_string().contains("(1)"), "{error}");
+    // There is room for four areas, which both would take without one for the zones.
+    let error = begin(&mut disk, &["zero", "one"], Others::Refused, new).unwrap_err();
+    assert!(error.kind() == ErrorKind::Invalid && error.to_string().contains("no room"), "{error}");
+    let error = begin(&mut disk, &["zero", "zero"], Others::Dropped, new).unwrap_err();
+    assert!(error.to_string().contains("named twice"), "{error}");
+    assert!(begin(&mut disk, &[], Others::Dropped, new).unwrap_err().kind() == ErrorKind::Passphrase);
+    let error = begin(&mut disk, &["zero"], Others::Dropped, NewData { zone_bytes_min: 64 << 20, ..new });
+    let error = error.unwrap_err();
     assert!(error.to_string().contains("no room"), "{error}");
-    assert!(disk.header().metadata.reencryption().unwrap().is_none());
+    assert!(*disk.storage() == before);
     let mut fixed = Container::read(alone()).unwrap();
     fixed.resize(Some(4096), &mut random(1)).unwrap();
-    let new = new_data(&key, Resilience::Journal);
-    let error = fixed.begin_reencryption(&opened, b"zero", new, &mut random(4)).unwrap_err();
+    let error = begin(&mut fixed, &["zero"], Others::Refused, new).unwrap_err();
     assert!(error.to_string().contains("fixed length"), "{error}");
 }
 

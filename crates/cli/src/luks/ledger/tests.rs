@@ -16,7 +16,7 @@ use inlinecrypt_io::backing::Window;
 use inlinecrypt_io::backing::testing::{PowerCutBacking, SplitMix64, seed};
 use inlinecrypt_luks::Hash;
 use inlinecrypt_luks::kdf::Kdf;
-use inlinecrypt_luks::luks2::{NewContainer, NewData};
+use inlinecrypt_luks::luks2::{Kept, NewContainer, NewData, Others};
 use std::sync::{Mutex, PoisonError};
 
 const DATA_AT: u64 = 1 << 20;
@@ -156,7 +156,8 @@ fn begun(units: (u32, u32), resilience: Resilience, content: &[u8]) -> PowerCutB
         resilience,
         zone_bytes_min: CHUNK_BYTES as u64,
     };
-    container.begin_reencryption(&opened, b"zero", new, &mut random).unwrap();
+    let kept = [Kept { opened, passphrase: b"zero" }];
+    container.begin_reencryption(&kept, Others::Refused, new, &mut random).unwrap();
     let disk = PowerCutBacking::new(DATA_AT + SIZE as u64);
     disk.write(0, &container.into_storage(), Durability::Durable).unwrap();
     let disk = Arc::new(disk);
