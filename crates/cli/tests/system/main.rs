@@ -33,6 +33,7 @@ mod engine_service;
 mod filesystem;
 mod fscrypt;
 mod isolation;
+mod kernel;
 mod kill;
 mod load;
 mod luks;
