@@ -14,20 +14,20 @@ use std::process::{Command, Output};
 
 /// How a tree is encrypted: fscrypt's numbers.
 #[derive(Clone, Copy)]
-struct Policy {
-    name: &'static str,
-    contents: u8,
-    names: u8,
-    flags: u8,
-    log2: u8,
+pub(crate) struct Policy {
+    pub(crate) name: &'static str,
+    pub(crate) contents: u8,
+    pub(crate) names: u8,
+    pub(crate) flags: u8,
+    pub(crate) log2: u8,
     /// Of version 1, by this descriptor.
-    descriptor: Option<&'static str>,
+    pub(crate) descriptor: Option<&'static str>,
 }
 
 const XTS_CTS: Policy = Policy { name: "xts", contents: 1, names: 4, flags: 3, log2: 0, descriptor: None };
 
 /// All that Linux has. A kernel need not have all: what it refuses is said, and left out.
-const POLICIES: [Policy; 12] = [
+pub(crate) const POLICIES: [Policy; 12] = [
     XTS_CTS,
     Policy { name: "pad4", flags: 0, ..XTS_CTS },
     Policy { name: "pad16", flags: 2, ..XTS_CTS },

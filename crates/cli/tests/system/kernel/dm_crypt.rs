@@ -2,9 +2,8 @@
 
 use super::kernels::{Kernel, can_boot};
 use super::machine::Machine;
-use crate::rig::{MIB, Place};
+use crate::rig::Place;
 use inlinecrypt_testkit::pattern;
-use sha2::Digest as _;
 use std::fs;
 
 /// How a volume came to its layout.
@@ -52,7 +51,7 @@ const LAYOUTS: [Layout; 26] = [
     given("capi-xts", 64, ["capi:xts(aes)-plain64", "0", "8", ""]),
     given("capi-xts-large", 32, ["capi:xts(aes)-plain64", "16", "8", "2 sector_size:4096 iv_large_sectors"]),
     given("capi-cbc-essiv", 16, ["capi:cbc(aes)-essiv:sha256", "5", "0", ""]),
-    given("capi-essiv", 16, ["capi:essiv(cbc(aes),sha256)-plain64", "0", "3", "1 sector_size:1024"]),
+    given("capi-essiv", 16, ["capi:essiv(cbc(aes),sha256)-plain64", "0", "6", "1 sector_size:1024"]),
     given("capi-adiantum", 32, ["capi:adiantum(xchacha12,aes)-plain64", "0", "0", "1 sector_size:4096"]),
     given("capi-sm4", 32, ["capi:xts(sm4)-plain64", "0", "0", ""]),
     // 32 bits that just suffice.
@@ -74,7 +73,7 @@ const LAYOUTS: [Layout; 26] = [
 const MAY_BE_MISSING: [&str; 3] = ["sm4", "sm4-4096", "capi-sm4"];
 
 /// Ciphers of the layouts, and what makes them: nobody loads modules on demand.
-const MODULES: [&str; 22] = [
+pub(super) const MODULES: [&str; 23] = [
     "dm-crypt",
     "aes_generic",
     "aesni-intel",
@@ -85,6 +84,7 @@ const MODULES: [&str; 22] = [
     "authenc",
     "sha256_generic",
     "sha256-ssse3",
+    "chacha",
     "chacha_generic",
     "chacha-x86_64",
     "nhpoly1305",
