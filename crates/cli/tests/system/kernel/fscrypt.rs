@@ -47,7 +47,7 @@ $FSCRYPT add /mnt /data/key 0011223344556677 >/dev/null
 /// Cuts a file in the middle of a block, and makes it longer again.
 const POLICY: &str = r#"
 mkdir /mnt/NAME
-if $FSCRYPT policy /mnt/NAME NUMBERS KEY && touch /mnt/NAME/probe; then
+if said=$($FSCRYPT policy /mnt/NAME NUMBERS KEY 2>&1) && said=$(touch /mnt/NAME/probe 2>&1); then
     rm /mnt/NAME/probe
     cp -r /data/tree /mnt/NAME/
     truncate -s 9999 /mnt/NAME/tree/large
@@ -55,13 +55,14 @@ if $FSCRYPT policy /mnt/NAME NUMBERS KEY && touch /mnt/NAME/probe; then
     echo made NAME
 else
     rm -r /mnt/NAME
+    echo "refused NAME: $said"
 fi
 "#;
 
 const END: &str = r#"
 umount /mnt
 mount -t ext4 -o "OPTIONS,ro" /disk/NAME /mnt
-cat /proc/mounts >&2
+inlinecrypt probe --json | tr -d ' \n' | grep -o '"mounted_with_inlinecrypt":[^]]*'
 $FSCRYPT add /mnt /data/key >/dev/null
 diff -r /mnt/xts/tree /mnt/lblk64/tree
 umount /mnt
@@ -80,6 +81,7 @@ fn what_kernels_encrypt_through_blk_crypto_and_by_themselves_is_read_and_verifie
         let place = Place::new();
         let mut machine = Machine::new(&place, &kernel);
         machine.modules(&MODULES);
+        machine.our_program();
         machine.file("/data/key", &fs::read(place.raw_key("key", 64, 1)).unwrap());
         super::tree(&place, &mut machine);
         let fscrypt = python(&mut machine);
@@ -105,10 +107,14 @@ fn what_kernels_encrypt_through_blk_crypto_and_by_themselves_is_read_and_verifie
         }
         let results = machine.boot();
         for image in images {
-            let made = results.of(&image).expect("all kernels do it");
-            let made: Vec<&str> = made.lines().filter_map(|line| line.strip_prefix("made ")).collect();
+            let said = results.of(&image).expect("all kernels do it");
+            for refused in said.lines().filter_map(|line| line.strip_prefix("refused ")) {
+                eprintln!("SKIPPED: on {image}, Linux {}: {refused}", kernel.release);
+            }
+            let made: Vec<&str> = said.lines().filter_map(|line| line.strip_prefix("made ")).collect();
             assert!(made.len() >= 5, "{}: {made:?}", kernel.release);
-            eprintln!("Linux {}, {image}: {made:?}", kernel.release);
+            let probed = said.contains("\"mounted_with_inlinecrypt\":[\"/disk/");
+            assert_eq!(probed, image.ends_with("-inline"), "{}: {image}", kernel.release);
             is_good(&place, &image, &made);
         }
     }
