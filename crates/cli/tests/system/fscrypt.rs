@@ -27,7 +27,7 @@ pub(crate) struct Policy {
 const XTS_CTS: Policy = Policy { name: "xts", contents: 1, names: 4, flags: 3, log2: 0, descriptor: None };
 
 /// All that Linux has. A kernel need not have all: what it refuses is said, and left out.
-pub(crate) const POLICIES: [Policy; 12] = [
+pub(crate) const POLICIES: [Policy; 13] = [
     XTS_CTS,
     Policy { name: "pad4", flags: 0, ..XTS_CTS },
     Policy { name: "pad16", flags: 2, ..XTS_CTS },
@@ -36,6 +36,7 @@ pub(crate) const POLICIES: [Policy; 12] = [
     Policy { name: "du512", log2: 9, ..XTS_CTS },
     Policy { name: "v1", descriptor: Some("0011223344556677"), ..XTS_CTS },
     Policy { name: "hctr2", names: 10, ..XTS_CTS },
+    Policy { name: "sm4", contents: 7, names: 8, ..XTS_CTS },
     Policy { name: "essiv", contents: 5, names: 6, ..XTS_CTS },
     Policy { name: "adiantum", contents: 9, names: 9, ..XTS_CTS },
     Policy { name: "adiantum-direct", contents: 9, names: 9, flags: 4, ..XTS_CTS },

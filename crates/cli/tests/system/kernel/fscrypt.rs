@@ -14,7 +14,7 @@ use std::process::Command;
 const SIZE: u64 = 160 * MIB;
 
 /// What fscrypt and its modes need.
-const MODULES: [&str; 21] = [
+const MODULES: [&str; 29] = [
     "aes_generic",
     "aesni-intel",
     "xts",
@@ -34,6 +34,14 @@ const MODULES: [&str; 21] = [
     "nhpoly1305",
     "nhpoly1305-sse2",
     "adiantum",
+    "hctr2",
+    "xctr",
+    "polyval-generic",
+    "polyval-clmulni",
+    "sm4_generic",
+    "sm4-aesni-avx-x86_64",
+    "sm4-aesni-avx2-x86_64",
+    "ctr",
     "crc32c_generic",
     "crc32c-intel",
 ];
@@ -55,7 +63,7 @@ if said=$($FSCRYPT policy /mnt/NAME NUMBERS KEY 2>&1) && said=$(touch /mnt/NAME/
     echo made NAME
 else
     rm -r /mnt/NAME
-    echo "refused NAME: $said"
+    echo "refused NAME: $said: $(dmesg | tail -n 1)"
 fi
 "#;
 
@@ -70,7 +78,7 @@ umount /mnt
 
 /// How the filesystem is made.
 const LAYOUTS: [(&str, &[&str]); 2] =
-    [("ext4", &["-O", "encrypt,stable_inodes"]), ("ext4-1k", &["-O", "encrypt,stable_inodes", "-b", "1024"])];
+    [("ext4", &["-O", "encrypt,stable_inodes", "-b", "4096"]), ("ext4-1k", &["-O", "encrypt,stable_inodes", "-b", "1024"])];
 
 #[test]
 fn what_kernels_encrypt_through_blk_crypto_and_by_themselves_is_read_and_verified() {

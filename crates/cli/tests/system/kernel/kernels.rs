@@ -4,7 +4,8 @@ use crate::rig::{run, skip};
 use inlinecrypt_testkit::require_tool;
 use std::collections::{BTreeMap, BTreeSet};
 use std::env;
-use std::fs;
+use std::fs::{self, File};
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -105,13 +106,7 @@ impl Kernel {
         if !done.insert(name.to_owned()) {
             return;
         }
-        let content = if path.extension().is_some_and(|ending| ending == "xz") {
-            let output = Command::new("xz").arg("-dc").arg(path).output().unwrap();
-            assert!(output.status.success(), "{}", path.display());
-            output.stdout
-        } else {
-            fs::read(path).unwrap()
-        };
+        let content = read(path);
         for needed in needs(&content) {
             self.take(&needed, done, order);
         }
@@ -151,9 +146,28 @@ fn modules_below(folder: &Path, found: &mut BTreeMap<String, PathBuf>) {
             continue;
         }
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        if let Some(name) = name.strip_suffix(".ko").or_else(|| name.strip_suffix(".ko.xz")) {
-            found.insert(normal(name), path);
+        let suffix = [".ko", ".ko.xz", ".ko.zst"].into_iter().find(|suffix| name.ends_with(suffix));
+        if let Some(suffix) = suffix {
+            found.insert(normal(name.strip_suffix(suffix).expect("it ends with it")), path);
         }
+    }
+}
+
+/// A module without its compression.
+fn read(path: &Path) -> Vec<u8> {
+    match path.extension().and_then(|ending| ending.to_str()) {
+        Some("xz") => {
+            let output = Command::new("xz").arg("-dc").arg(path).output().unwrap();
+            assert!(output.status.success(), "{}", path.display());
+            output.stdout
+        }
+        Some("zst") => {
+            let mut module = Vec::new();
+            let file = File::open(path).unwrap();
+            ruzstd::decoding::StreamingDecoder::new(file).unwrap().read_to_end(&mut module).unwrap();
+            module
+        }
+        _ => fs::read(path).unwrap(),
     }
 }
 
