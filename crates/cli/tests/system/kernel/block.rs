@@ -27,6 +27,7 @@ wait $server
 [ ! -e /run/nbd.sock ]
 "#;
 
+/// Makes a filesystem on it, fills it, and reads it again. Prints what the whole is in the end.
 const FILESYSTEM: &str = r#"
 [ "$(blockdev --getsize64 /dev/nbd0)" = "$(blockdev --getsize64 "$DISK")" ]
 mkfs.ext4 -q -E "$MKFS" /dev/nbd0
@@ -52,6 +53,7 @@ dmsetup create other --table "0 2048 linear $DISK 0" && exit 1
 mkfs.ext4 -q -F "$DISK" && exit 1
 "#;
 
+/// A disk that something is built on, and one that is mounted.
 const IN_USE: &str = r#"
 dmsetup create other --table "0 2048 linear /disk/plain 0"
 code=0
@@ -66,6 +68,7 @@ umount /mnt
 echo "code $code"
 "#;
 
+/// Keys of a disk's hardware where there is none.
 const KEYS: &str = r#"
 for verb in "generate --out new.key" "import --in raw.key --out new.key" "prepare --in blob --out new.key"; do
     head -c 32 /data/key >raw.key

@@ -105,6 +105,7 @@ const SECTORS: u64 = 2048;
 /// A volume whose start is no multiple of its data unit. The kernel refuses its line; with a loop device of its own it has it.
 const UNALIGNED: Layout = made("unaligned", 64, &["--offset", "512"]);
 
+/// The same by a loop device, where the line itself is refused.
 const BY_LOOP: &str = r#"
 if dmsetup create v --table "$(cat /tables/NAME)"; then exit 1; fi
 losetup -o 512 /dev/loop0 /disk/NAME
@@ -197,7 +198,8 @@ impl Layout {
     }
 }
 
-/// Reads what we wrote, and writes the whole again: large pieces, past the page cache in small ones, and in pieces that suit nothing.
+/// Reads what we wrote, and writes the whole again: in large pieces, past the page cache in small ones, and in pieces that suit
+/// nothing.
 const BOTH_WAYS: &str = r#"
 if ! dmsetup create v --table "$(cat /tables/NAME)"; then
     grep -q ' NAME ' /may-be-missing && exit 77

@@ -1,5 +1,5 @@
-//! Files that a kernel of this machine's choosing encrypts: with fscrypt's own code or through blk-crypto, which is another way to the same
-//! bytes. The image is read and verified by the command, on the host.
+//! Files that a kernel encrypts by fscrypt's own code or through blk-crypto, which is another way to the same bytes. The image is
+//! read and verified by the command, on the host.
 
 use super::kernels::{Kernel, can_boot};
 use super::machine::Machine;
@@ -46,13 +46,14 @@ const MODULES: [&str; 29] = [
     "crc32c-intel",
 ];
 
+/// Mounts it, and adds the key in both forms.
 const BEGIN: &str = r#"
 mount -t ext4 -o "OPTIONS" /disk/NAME /mnt
 identifier=$($FSCRYPT add /mnt /data/key)
 $FSCRYPT add /mnt /data/key 0011223344556677 >/dev/null
 "#;
 
-/// Cuts a file in the middle of a block, and makes it longer again.
+/// An encrypted directory with files in it, if the kernel takes the policy. Cuts a file in the middle of a block, and makes it longer again.
 const POLICY: &str = r#"
 mkdir /mnt/NAME
 if said=$($FSCRYPT policy /mnt/NAME NUMBERS KEY 2>&1) && said=$(touch /mnt/NAME/probe 2>&1); then
@@ -67,6 +68,7 @@ else
 fi
 "#;
 
+/// Mounts it again, and compares what two policies give back.
 const END: &str = r#"
 umount /mnt
 mount -t ext4 -o "OPTIONS,ro" /disk/NAME /mnt
@@ -77,8 +79,10 @@ umount /mnt
 "#;
 
 /// How the filesystem is made.
-const LAYOUTS: [(&str, &[&str]); 2] =
-    [("ext4", &["-O", "encrypt,stable_inodes", "-b", "4096"]), ("ext4-1k", &["-O", "encrypt,stable_inodes", "-b", "1024"])];
+const LAYOUTS: [(&str, &[&str]); 2] = [
+    ("ext4", &["-O", "encrypt,stable_inodes", "-b", "4096"]),
+    ("ext4-1k", &["-O", "encrypt,stable_inodes", "-b", "1024"]),
+];
 
 #[test]
 fn what_kernels_encrypt_through_blk_crypto_and_by_themselves_is_read_and_verified() {

@@ -79,7 +79,7 @@ impl Kernel {
     }
 
     /// To order them by.
-    pub(crate) fn version(&self) -> Vec<u32> {
+    fn version(&self) -> Vec<u32> {
         let numbers = self.release.split(|c: char| !c.is_ascii_digit());
         numbers.map_while(|number| number.parse().ok()).take(3).collect()
     }

@@ -60,7 +60,7 @@ fn ours(place: &Place, name: &str, options: &[&str]) {
     fill(place, name, &content(OURS));
 }
 
-/// Containers by their disk's name: how they come about, here or in the machine, and what is done with them there.
+/// Reads what we wrote, and writes the whole again.
 const OURS_READ: &str = r#"
 cryptsetup open -d /data/zero /disk/NAME v
 cmp /dev/mapper/v /data/ours
@@ -68,6 +68,7 @@ dd if=/data/theirs of=/dev/mapper/v bs=262144 conv=fsync
 cryptsetup close v
 "#;
 
+/// Reads it, and then makes a filesystem of it. Prints what the whole is in the end.
 const OURS_WITH_EXT4: &str = r#"
 cryptsetup open -d /data/zero /disk/NAME v
 cmp /dev/mapper/v /data/ours
@@ -82,6 +83,7 @@ sha256sum </dev/mapper/v
 cryptsetup close v
 "#;
 
+/// Makes one and fills it.
 const THEIRS_MADE: &str = r#"
 cryptsetup luksFormat -q FORMAT /disk/NAME /data/zero
 cryptsetup open -d /data/zero /disk/NAME v
@@ -143,7 +145,7 @@ fn cryptsetup_and_dm_crypt_open_ours_and_we_theirs() {
             machine.step("luks1", &OURS_READ.replace("NAME", "luks1"));
         }
         for (name, format) in MADE {
-            // The header of LUKS1 is shorter: the content is cut to it.
+            // The header of LUKS1 is shorter, so there is more behind the content.
             place.sparse(name, HEADER + DATA);
             machine.disk(name, &place.path(name), "");
             let format = format.replace("CHEAP", CHEAP_FORMAT);
@@ -208,7 +210,8 @@ head -c 4194304 /data/theirs | cmp - begin
 cryptsetup close v
 "#;
 
-/// It begins while the device is in use, and is killed when some of it is done. What it leaves in the kernel has the device's name in its own.
+/// It begins while the device is in use, and is killed when some of it is done. What it leaves in the kernel has the device's name
+/// in its own.
 const BEGINS: &str = r#"
 cryptsetup luksFormat -q --type luks2 --sector-size 512 CHEAP /disk/NAME /data/zero
 cryptsetup open -d /data/zero /disk/NAME NAME
