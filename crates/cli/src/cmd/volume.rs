@@ -330,7 +330,7 @@ fn print_table(
     // Linux 6.1 to 7.3: "start=1 not aligned to h/w logical block size 4096".
     let offset = settings.layout().offset;
     if !offset.is_multiple_of(u64::from(layout.data_unit_size().bytes())) {
-        note(&format!(
+        note(format!(
             "device-mapper refuses a start that is no multiple of the data unit: give the volume a loop device of its own \
              (losetup --offset {offset}), and write that and a start of 0 into the line"
         ));
