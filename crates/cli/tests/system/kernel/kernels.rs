@@ -116,7 +116,7 @@ impl Kernel {
 
 /// What is needed to boot one.
 pub(crate) fn can_boot() -> bool {
-    let tools = ["qemu-system-x86_64", "busybox", "xz", "ldd", "strip"];
+    let tools = ["qemu-system-x86_64", "setpriv", "busybox", "xz", "ldd", "strip"];
     let has_tools = tools.iter().all(|tool| require_tool(tool).is_some());
     if !has_tools {
         return false;

@@ -162,7 +162,9 @@ impl<'a> Machine<'a> {
         let [initramfs, console, results, complaints] = &files;
         fs::write(initramfs, archive.finish()).unwrap();
 
-        let mut qemu = Command::new(require_tool("qemu-system-x86_64").expect("looked for before"));
+        // Gone with us, whoever kills us.
+        let mut qemu = Command::new("setpriv");
+        qemu.args(["--pdeathsig", "KILL", "qemu-system-x86_64"]);
         // Emulation is what is everywhere, and always the same.
         let accelerator = env::var("INLINECRYPT_QEMU_ACCEL").unwrap_or_else(|_unset| "tcg".to_owned());
         // qemu 7.2's emulation of cmpxchg16b spoils the flags where there are several CPUs, and Linux 6.12 with them.
