@@ -107,6 +107,7 @@ const UNALIGNED: Layout = made("unaligned", 64, &["--offset", "512"]);
 
 /// The same by a loop device, where the line itself is refused.
 const BY_LOOP: &str = r#"
+trap 'dmsetup remove v 2>/dev/null || :' EXIT
 if dmsetup create v --table "$(cat /tables/NAME)"; then exit 1; fi
 losetup -o 512 /dev/loop0 /disk/NAME
 sed 's,/disk/NAME 1 ,/dev/loop0 0 ,' /tables/NAME >line
@@ -201,6 +202,7 @@ impl Layout {
 /// Reads what we wrote, and writes the whole again: in large pieces, past the page cache in small ones, and in pieces that suit
 /// nothing.
 const BOTH_WAYS: &str = r#"
+trap 'dmsetup remove v 2>/dev/null || :' EXIT
 if ! dmsetup create v --table "$(cat /tables/NAME)"; then
     grep -q ' NAME ' /may-be-missing && exit 77
     exit 1

@@ -62,6 +62,7 @@ fn ours(place: &Place, name: &str, options: &[&str]) {
 
 /// Reads what we wrote, and writes the whole again.
 const OURS_READ: &str = r#"
+trap 'cryptsetup close v 2>/dev/null || :' EXIT
 cryptsetup open -d /data/zero /disk/NAME v
 cmp /dev/mapper/v /data/ours
 dd if=/data/theirs of=/dev/mapper/v bs=262144 conv=fsync
@@ -70,6 +71,7 @@ cryptsetup close v
 
 /// Reads it, and then makes a filesystem of it. Prints what the whole is in the end.
 const OURS_WITH_EXT4: &str = r#"
+trap 'cryptsetup close v 2>/dev/null || :' EXIT
 cryptsetup open -d /data/zero /disk/NAME v
 cmp /dev/mapper/v /data/ours
 mkfs.ext4 -q /dev/mapper/v
@@ -85,6 +87,7 @@ cryptsetup close v
 
 /// Makes one and fills it.
 const THEIRS_MADE: &str = r#"
+trap 'cryptsetup close v 2>/dev/null || :' EXIT
 cryptsetup luksFormat -q FORMAT /disk/NAME /data/zero
 cryptsetup open -d /data/zero /disk/NAME v
 dd if=/data/theirs of=/dev/mapper/v bs=262144 conv=fsync
@@ -196,6 +199,7 @@ fn prepare(place: &Place, machine: &mut Machine<'_>, programs: &[&str]) -> bool 
 
 /// It is in use while it goes on with what we began; what is written meanwhile is there.
 const GOES_ON: &str = r#"
+trap 'cryptsetup close v 2>/dev/null || :' EXIT
 cryptsetup luksDump /disk/NAME | grep online-reencrypt
 cryptsetup open -d /data/zero /disk/NAME v
 cmp /dev/mapper/v /data/ours
