@@ -333,6 +333,14 @@ fn print_table(
     if path.is_file() {
         note("device-mapper needs a block device: give the file one (losetup) and write that into the line");
     }
+    // Linux 6.1 to 7.3: "start=1 not aligned to h/w logical block size 4096".
+    let offset = settings.layout().offset;
+    if !offset.is_multiple_of(u64::from(layout.data_unit_size().bytes())) {
+        note(format!(
+            "device-mapper refuses a start that is no multiple of the data unit: give the volume a loop device of its own \
+             (losetup --offset {offset}), and write that and a start of 0 into the line"
+        ));
+    }
     let mut line = table.with_key();
     line.push('\n');
     print(&line)

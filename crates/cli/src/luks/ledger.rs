@@ -113,7 +113,7 @@ impl LuksLedger {
         let mut container = Container::read(storage).map_err(failed)?;
         container.repair(&mut random).map_err(failed)?;
         let re = container.reencryption().map_err(failed)?;
-        let Reencryption { resilience, area_offset, area_bytes, boundary, hot_bytes, .. } = re;
+        let Reencryption { resilience, area_offset, area_bytes, boundary, hot_bytes, fixed_bytes, .. } = re;
         let ends_at = boundary.unwrap_or(0).checked_add(hot_bytes.unwrap_or(0));
         let block_bytes = match resilience {
             Resilience::Checksum { block_bytes, .. } => block_bytes.into(),
@@ -122,6 +122,7 @@ impl LuksLedger {
         let most = resilience.zone_bytes_max(area_bytes);
         if ends_at.is_none_or(|end| end > size_bytes)
             || boundary == Some(size_bytes)
+            || fixed_bytes.is_some_and(|fixed| fixed != size_bytes)
             || hot_bytes.is_some_and(|hot| hot > most || hot % block_bytes != 0)
             || !size_bytes.is_multiple_of(block_bytes)
         {

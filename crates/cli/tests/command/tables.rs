@@ -236,6 +236,7 @@ fn a_volume_has_a_line_if_linux_has_its_layout_and_its_key_only_if_asked() {
     );
     assert_eq!(said.done().out, expected);
     assert!(said.err.contains("- stands for the key") && said.err.contains("losetup"), "{said}");
+    assert!(said.err.contains("losetup --offset 512"), "{said}");
     let said = place.run(["volume", "info", "--dm-table", "--show-key", "a b.img"]);
     let digits: String = (0..64).map(|byte: u8| format!("{:02x}", byte ^ 0xa5)).collect();
     assert_eq!(said.done().out, expected.replace(" - ", &format!(" {digits} ")));
@@ -248,6 +249,9 @@ fn a_volume_has_a_line_if_linux_has_its_layout_and_its_key_only_if_asked() {
         assert_eq!(said.done().out.contains("allow_discards"), has, "{says}: {said}");
     }
 
+    create("aligned.img", &["--offset", "8k"]);
+    let said = place.run(["volume", "info", "--dm-table", "aligned.img"]);
+    assert!(said.done().out.contains("aligned.img 16 3 ") && !said.err.contains("--offset"), "{said}");
     create("large.img", &["--data-unit", "64k"]);
     let said = place.run(["volume", "info", "--dm-table", "large.img"]);
     said.refused(1, &["data units of 65536 bytes", "up to 4096"]);

@@ -230,7 +230,7 @@ fn kernel_has_dm_crypt() -> bool {
     let targets = Command::new("dmsetup").arg("targets").output().unwrap();
     let has = targets.status.success() && String::from_utf8_lossy(&targets.stdout).contains("crypt");
     if !has {
-        // No privilege or package brings it, so this never fails.
+        // No privilege or package brings it, so this never fails; `kernel` brings kernels that have it.
         eprintln!("SKIPPED: the kernel has no dm-crypt");
     }
     has

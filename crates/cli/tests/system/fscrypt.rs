@@ -14,20 +14,20 @@ use std::process::{Command, Output};
 
 /// How a tree is encrypted: fscrypt's numbers.
 #[derive(Clone, Copy)]
-struct Policy {
-    name: &'static str,
-    contents: u8,
-    names: u8,
-    flags: u8,
-    log2: u8,
+pub(crate) struct Policy {
+    pub(crate) name: &'static str,
+    pub(crate) contents: u8,
+    pub(crate) names: u8,
+    pub(crate) flags: u8,
+    pub(crate) log2: u8,
     /// Of version 1, by this descriptor.
-    descriptor: Option<&'static str>,
+    pub(crate) descriptor: Option<&'static str>,
 }
 
 const XTS_CTS: Policy = Policy { name: "xts", contents: 1, names: 4, flags: 3, log2: 0, descriptor: None };
 
 /// All that Linux has. A kernel need not have all: what it refuses is said, and left out.
-const POLICIES: [Policy; 12] = [
+pub(crate) const POLICIES: [Policy; 13] = [
     XTS_CTS,
     Policy { name: "pad4", flags: 0, ..XTS_CTS },
     Policy { name: "pad16", flags: 2, ..XTS_CTS },
@@ -36,6 +36,7 @@ const POLICIES: [Policy; 12] = [
     Policy { name: "du512", log2: 9, ..XTS_CTS },
     Policy { name: "v1", descriptor: Some("0011223344556677"), ..XTS_CTS },
     Policy { name: "hctr2", names: 10, ..XTS_CTS },
+    Policy { name: "sm4", contents: 7, names: 8, ..XTS_CTS },
     Policy { name: "essiv", contents: 5, names: 6, ..XTS_CTS },
     Policy { name: "adiantum", contents: 9, names: 9, ..XTS_CTS },
     Policy { name: "adiantum-direct", contents: 9, names: 9, flags: 4, ..XTS_CTS },

@@ -12,6 +12,7 @@
 //!   many_volumes  more keys than keyslots, all at once
 //!   plain         volumes without encryption
 //!   dm_tables     volumes given as lines of dm tables, other IV layouts, offsets
+//!   kernel        other kernels than this machine's, booted: dm-crypt, LUKS, fscrypt, NBD
 //!   kill          kill -9 during writes
 //!   engine_service   engine processes for several servers
 //!   trouble       full, shortened and read-only disks; signals; rude clients; service managers
@@ -35,6 +36,7 @@ mod engine_service;
 mod filesystem;
 mod fscrypt;
 mod isolation;
+mod kernel;
 mod kill;
 mod load;
 mod luks;

@@ -80,6 +80,9 @@ pub struct Reencryption {
     pub boundary: Option<u64>,
     /// Length of the zone behind the boundary, in bytes, if that was being written.
     pub hot_bytes: Option<u64>,
+    /// Length of the data, in bytes, if the segments say one; else it goes to the end. cryptsetup says it of a device that is in use. Where
+    /// the data is longer than that, it is not what is being re-encrypted.
+    pub fixed_bytes: Option<u64>,
 }
 
 /// What a container is to become.
@@ -195,6 +198,7 @@ impl Metadata {
             next_digest,
             boundary: None,
             hot_bytes: None,
+            fixed_bytes: None,
         };
         self.place(re).map(Some)
     }
@@ -207,6 +211,7 @@ impl Metadata {
         let regular = self.segments().iter().filter(|(_, segment)| !segment.is_backup());
         let regular: Vec<(u32, &Segment)> = regular.map(|(number, segment)| (*number, segment)).collect();
         let (mut at, mut boundary, mut hot_bytes) = (0, None, None);
+        let mut is_fixed = false;
         for (index, &(number, segment)) in regular.iter().enumerate() {
             let Segment { kind, offset, size, iv_tweak, encryption, sector_bytes, has_integrity, flags } =
                 segment;
@@ -232,13 +237,12 @@ impl Metadata {
                 }
                 (boundary, hot_bytes) = (Some(at), *size);
             } else if is_like(next) && digests == [*next_digest] && boundary.is_none() && index == 0 {
-                if is_last != size.is_none() {
-                    return Err(elsewhere("its data has a fixed length while it is re-encrypted"));
+                if !is_last && size.is_none() {
+                    return Err(strange("one that is not the last goes to the end"));
                 }
+                is_fixed = is_last && size.is_some();
             } else if is_like(previous) && digests == [*previous_digest] && is_last {
-                if size.is_some() {
-                    return Err(elsewhere("its data has a fixed length while it is re-encrypted"));
-                }
+                is_fixed = size.is_some();
                 boundary = boundary.or(Some(at));
             } else {
                 return Err(strange("one is neither old nor new"));
@@ -249,7 +253,7 @@ impl Metadata {
         if regular.is_empty() || [boundary, hot_bytes].into_iter().flatten().any(|bytes| bytes % unit != 0) {
             return Err(strange("their borders lie within sectors"));
         }
-        Ok(Reencryption { boundary, hot_bytes, ..re })
+        Ok(Reencryption { boundary, hot_bytes, fixed_bytes: is_fixed.then_some(at), ..re })
     }
 
     /// The backup segment with this flag, if its data is of a kind that is re-encrypted here.
@@ -463,6 +467,7 @@ impl<S: Storage> Container<S> {
             next_digest,
             boundary: Some(0),
             hot_bytes: None,
+            fixed_bytes: None,
         };
         let keyslot_json = json!({
             "type": KEYSLOT_TYPE, "key_size": 1, "priority": 0, "mode": "reencrypt", "direction": "forward",

@@ -128,6 +128,23 @@ fn what_is_complete_but_for_its_last_steps_can_be_completed() {
     assert_eq!(metadata.data().unwrap().1.sector_bytes, 4096);
 }
 
+/// As cryptsetup writes segments while the device is in use.
+#[test]
+fn data_of_a_fixed_length_is_said_to_have_it() {
+    let mut begun = begun(Resilience::Journal);
+    begun.set_boundary(8192, Some(4096), SIZE, &mut random(6)).unwrap();
+    assert_eq!(begun.reencryption().unwrap().fixed_bytes, None);
+    let mut json = Value::Object(begun.header().metadata.json().clone());
+    json["segments"]["2"]["size"] = json!((SIZE - 12_288).to_string());
+    let mut fixed = Container::read(with_json_of(&json)).unwrap();
+    let re = fixed.reencryption().unwrap();
+    assert_eq!((re.boundary, re.hot_bytes, re.fixed_bytes), (Some(8192), Some(4096), Some(SIZE)));
+    // What goes on says nothing of it: in the end the data goes to the end.
+    fixed.set_boundary(12_288, None, SIZE, &mut random(7)).unwrap();
+    let re = fixed.reencryption().unwrap();
+    assert_eq!((re.boundary, re.hot_bytes, re.fixed_bytes), (Some(12_288), None, None));
+}
+
 #[test]
 fn a_token_of_the_old_keyslot_is_one_of_the_new_as_well() {
     let mut disk = Container::read(alone()).unwrap();
@@ -365,7 +382,7 @@ fn what_contradicts_itself_or_is_not_known_is_refused() {
         (segment("1", "flags", json!([])), Damaged),
         (segment("1", "size", json!("dynamic")), Damaged),
         (segment("1", "size", json!("18446744073709547520")), Damaged),
-        (segment("2", "size", json!("4096")), Unsupported),
+        (segment("2", "size", json!("18446744073709547520")), Damaged),
         (segment("2", "type", json!("linear")), Damaged),
         (segment("3", "flags", json!([])), Damaged),
         (segment("4", "flags", json!(["backup-previous"])), Damaged),
