@@ -1,7 +1,7 @@
 //! Keys that the serving process never holds: its memory as a forensic tool sees it, and the cage of the process that has them.
 
 use crate::clients::{fio, fio_program};
-use crate::rig::{MIB, PATIENCE, Place, Server, eventually, run, said, skip};
+use crate::rig::{MIB, PATIENCE, Place, Server, eventually, run, run_luks_create, said, skip};
 use inlinecrypt_cipher::Mode;
 use inlinecrypt_cipher::kdf::{KdfVariant, inline_encryption_key, software_secret};
 use inlinecrypt_testkit::memory::{self, Scan, Search};
@@ -254,11 +254,13 @@ fn the_same_scan_finds_the_schedules_of_luks_in_qemu_nbd() {
     let place = Place::new();
     place.secret("word", b"correct horse");
     let object = format!("secret,id=s,file={}", place.path("word").display());
-    run(Command::new(qemu_img)
-        .args(["create", "-f", "luks", "--object", &object])
-        .args(["-o", "key-secret=s,cipher-alg=aes-256,cipher-mode=xts,iter-time=10"])
-        .arg(place.path("v.luks"))
-        .arg("8M"));
+    run_luks_create(
+        Command::new(qemu_img)
+            .args(["create", "-f", "luks", "--object", &object])
+            .args(["-o", "key-secret=s,cipher-alg=aes-256,cipher-mode=xts,iter-time=10"])
+            .arg(place.path("v.luks"))
+            .arg("8M"),
+    );
     let socket = place.path("luks.sock");
     let mut command = Command::new(qemu_nbd);
     command

@@ -1,7 +1,7 @@
 //! LUKS containers: cryptsetup's served and changed by us, ours opened and changed by cryptsetup; qemu and nbdkit; kill -9.
 
 use crate::isolation::{engine, engine_pid, may_read_memory};
-use crate::rig::{MIB, Place, eventually, run, run_to_fail, said, seed};
+use crate::rig::{MIB, Place, eventually, run, run_luks_create, run_to_fail, said, seed};
 use inlinecrypt_cipher::kdf::{KdfVariant, inline_encryption_key};
 use inlinecrypt_cipher::{Dun, Mode};
 use inlinecrypt_luks::luks2::Container;
@@ -566,7 +566,7 @@ fn what_qemu_and_nbdkit_know_of_luks_is_what_we_know() {
     {
         let name = format!("disk{index}");
         let created = format!("key-secret=s,iter-time=10,{options}");
-        run(&mut tool(
+        run_luks_create(&mut tool(
             &qemu_img,
             &["create", "-q", "-f", "luks", "--object", secret, "-o", &created, &name, "4M"],
         ));
