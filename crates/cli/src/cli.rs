@@ -439,8 +439,9 @@ pub(crate) struct Serve {
     /// come together wait together without them, through io_uring [default: 0]
     #[arg(long, value_name = "N", help_heading = "Server", value_parser = parse_workers)]
     pub(crate) workers: Option<usize>,
-    /// Lend clients on Unix sockets what they read, which saves a copy. Not where a proxy stands between that splices from
-    /// its socket, as systemd-socket-proxyd and programs written in Go do: it could send on what a later read returned
+    /// Lend clients on Unix sockets what they read, which saves a copy (from Linux 6.5). Not where a proxy stands between that
+    /// splices from its socket, as systemd-socket-proxyd and programs written in Go do: it could send on what that memory is
+    /// used for next
     #[arg(long, help_heading = "Server")]
     pub(crate) zero_copy: bool,
 }

@@ -123,6 +123,14 @@ impl Buffer {
     }
 }
 
+impl Buffer {
+    /// Whether it is [kept from the pool](Self::seclude).
+    #[must_use]
+    pub fn is_secluded(&self) -> bool {
+        self.is_secluded
+    }
+}
+
 impl fmt::Debug for Buffer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Buffer({} bytes)", self.bytes().len())

@@ -38,6 +38,7 @@ mod fscrypt;
 mod isolation;
 mod kernel;
 mod kill;
+mod lend;
 mod load;
 mod luks;
 mod luks_keyslots;

@@ -1,9 +1,11 @@
 //! Memory that two processes map: lanes of orders in front, data behind.
 
 use rustix::fs::{
-    FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, ftruncate, memfd_create,
+    FallocateFlags, MemfdFlags, SealFlags, SeekFrom, fallocate, fcntl_add_seals, ftruncate, memfd_create,
+    seek,
 };
-use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use rustix::io::Errno;
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
@@ -61,7 +63,11 @@ impl Region {
                 0,
             )
         }?;
-        let start = NonNull::new(start.cast()).ok_or_else(|| io::Error::other("mapped at nothing"))?;
+        let start = NonNull::<u8>::new(start.cast()).ok_or_else(|| io::Error::other("mapped at nothing"))?;
+        // Part of a huge page that somebody else refers to would be zeroed, and kept, where a page is given back. A system that
+        // has no huge pages refuses.
+        // SAFETY: it is about how the mapping made just now is filled, and changes nothing of what is in it.
+        let _ = unsafe { madvise(start.as_ptr().cast(), len_bytes, Advice::LinuxNoHugepage) };
         Ok(Self { start, len_bytes, descriptor })
     }
 
@@ -73,10 +79,22 @@ impl Region {
         self.descriptor.as_fd()
     }
 
-    /// Gives the memory of a range back to the system; it reads as zeroes afterwards.
-    pub(crate) fn release(&self, offset: usize, len_bytes: usize) -> io::Result<()> {
+    /// Gives the pages of a range back to the system; it reads as zeroes afterwards. Whoever else has them keeps them as they
+    /// are.
+    ///
+    /// # Errors
+    ///
+    /// What the system says; or that it has zeroed pages instead of giving them up.
+    fn release(&self, offset: usize, len_bytes: usize) -> io::Result<()> {
         let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        Ok(fallocate(&self.descriptor, how, offset as u64, len_bytes as u64)?)
+        fallocate(&self.descriptor, how, offset as u64, len_bytes as u64)?;
+        match seek(&self.descriptor, SeekFrom::Data(offset as u64)) {
+            Ok(data) if data < (offset + len_bytes) as u64 => {
+                Err(io::Error::other("pages were not given up"))
+            }
+            Ok(_) | Err(Errno::NXIO) => Ok(()),
+            Err(errno) => Err(errno.into()),
+        }
     }
 
     fn at(&self, offset: usize, len_bytes: usize, align: usize) -> NonNull<u8> {
@@ -149,14 +167,14 @@ pub(crate) struct Parts {
 impl Parts {
     /// Lends what lies behind `floor`. The caller gives out nothing of it by other means.
     pub(crate) fn new(region: Arc<Region>, floor: usize) -> Arc<Self> {
-        let floor = floor.next_multiple_of(PAGE_BYTES);
+        let floor = floor.next_multiple_of(page_bytes());
         let free = BTreeMap::from([(floor, region.len_bytes - floor)]);
         Arc::new(Self { region, free: Mutex::new(free) })
     }
 
     /// Zeroed memory, or `None` if there is none left in one piece.
     pub(crate) fn lend(self: &Arc<Self>, len_bytes: usize) -> Option<Part> {
-        let room = len_bytes.max(1).checked_next_multiple_of(PAGE_BYTES)?;
+        let room = len_bytes.max(1).checked_next_multiple_of(page_bytes())?;
         let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
         let (&offset, &len) = free.iter().find(|(_, len)| **len >= room)?;
         free.remove(&offset);
@@ -187,7 +205,9 @@ impl Parts {
     }
 }
 
-const PAGE_BYTES: usize = 4096;
+fn page_bytes() -> usize {
+    rustix::param::page_size()
+}
 
 /// A piece of shared memory, lent to one user. Goes home when dropped.
 pub(crate) struct Part {
@@ -223,7 +243,7 @@ impl fmt::Debug for Part {
 
 impl Drop for Part {
     fn drop(&mut self) {
-        self.home.take_back(self.offset, self.len_bytes.max(1).next_multiple_of(PAGE_BYTES));
+        self.home.take_back(self.offset, self.len_bytes.max(1).next_multiple_of(page_bytes()));
     }
 }
 

@@ -17,10 +17,11 @@ pub(crate) fn put_pages(pipe: BorrowedFd<'_>, bytes: &[u8]) -> Result<usize, Err
 }
 
 /// `SIOCOUTQ` of `include/uapi/linux/sockios.h`, which is `TIOCOUTQ`: writes an int through its pointer.
-const SIOCOUTQ: rustix::ioctl::Opcode = 0x5411;
+#[expect(clippy::cast_possible_truncation, reason = "request numbers have 32 bits")]
+const SIOCOUTQ: rustix::ioctl::Opcode = libc::TIOCOUTQ as rustix::ioctl::Opcode;
 
-/// At least how many bytes the other end of a Unix socket has not read yet: what the kernel counts for them, which is more
-/// (unix(7); `unix_outq_len` of `net/unix/af_unix.c`).
+/// At most how many bytes the other end of a Unix socket has not read yet: what the kernel counts for them, which is more
+/// than they are (unix(7); `unix_outq_len` of `net/unix/af_unix.c`).
 pub(crate) fn unread_bytes(socket: impl AsFd) -> Result<u64, Errno> {
     // SAFETY: SIOCOUTQ of a socket writes an int, and every int is valid.
     let request = unsafe { rustix::ioctl::Getter::<SIOCOUTQ, i32>::new() };

@@ -9,6 +9,7 @@ use super::lend::Lender;
 use super::parts::{ReadAhead, ReadInParts, ReadPart, WriteInParts, WritePart};
 use super::reply::{Failure, Lent, Shared};
 use super::request::{Request, WriteRequest};
+use super::stream::GATHER_BYTES_MIN;
 use super::wire::*;
 use crate::export::Kind;
 use inlinecrypt_core::backing::Durability;
@@ -493,7 +494,8 @@ impl<'s, 'a, W: Write> Executor<'s, 'a, W> {
     /// Reads the piece that begins at `at`, of a request that ends at `end`, into a buffer to be sent from.
     fn read_piece(&mut self, at: u64, end: u64) -> Result<(Span, Lease), Error> {
         let disk = self.shared.disk();
-        let mut lease = match self.shared.lender().and_then(Lender::take) {
+        let lender = self.shared.lender().filter(|_| end - at >= wide(GATHER_BYTES_MIN));
+        let mut lease = match lender.and_then(Lender::take) {
             Some(buffer) => Lease::Pooled(buffer),
             None => self.lease()?,
         };
@@ -509,16 +511,17 @@ impl<'s, 'a, W: Write> Executor<'s, 'a, W> {
 
     /// What was in the buffer has been sent.
     fn settle(&mut self, lease: Lease, lent: Lent) {
-        match (lease, lent, self.shared.lender()) {
-            (Lease::Pooled(buffer), Some(until), Some(lender)) => lender.keep(buffer, until),
-            (lease, ..) => self.give_back(lease),
+        match (lease, self.shared.lender()) {
+            (Lease::Pooled(buffer), Some(lender)) if buffer.is_secluded() => {
+                lender.keep(buffer, lent.unwrap_or(0));
+            }
+            (Lease::Private(buffer), _) => self.private = Some(buffer),
+            (Lease::Pooled(_), _) => {}
         }
     }
 
     fn give_back(&mut self, lease: Lease) {
-        if let Lease::Private(buffer) = lease {
-            self.private = Some(buffer);
-        }
+        self.settle(lease, None);
     }
 }
 

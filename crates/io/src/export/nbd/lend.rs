@@ -15,21 +15,25 @@
 //! - So a client, or somebody between, that splices from the socket instead of reading may see a page change after it has it.
 //!   Which is why nothing is lent unless somebody who knows the clients says so.
 
+use super::stream::GATHER_BYTES_MIN;
 use crate::listen::Stream;
 use crate::sys;
 use inlinecrypt_core::memory::Buffer;
 use rustix::io::retry_on_intr;
 use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_getpipe_size, fcntl_setpipe_size, pipe_with, splice};
-use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::system::uname;
+use std::io::{self, Read as _};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 /// Buffers that a connection keeps: as many as fit the socket, one for each of its threads, and a spare one.
 const KEPT_MAX: usize = 8;
 
-/// What the socket is to hold, in bytes: the system doubles this, and so it is six pieces. Fewer than are kept.
+/// What the socket is to hold, in bytes, as far as the system allows (`wmem_max`). It doubles this: six pieces, fewer than
+/// are kept.
 pub(super) const SEND_ROOM_BYTES: usize = 768 * 1024;
 
 /// Room of the pipe: a piece and its header. A smaller one will do.
@@ -40,15 +44,29 @@ const PIPE_BYTES_MIN: usize = 64 * 1024;
 /// How long a connection keeps buffers that nobody wants. Others may want them.
 const KEPT_TIME: Duration = Duration::from_secs(1);
 
+/// Linux before this version takes the client's own lock to put pages into its socket, so that a client that hangs in a read
+/// keeps us as well (`unix_stream_sendpage` of `net/unix/af_unix.c`).
+const LINUX_MIN: (u32, u32) = (6, 5);
+
+/// What is lent to ourselves, to see whether it works.
+const PAGE_BYTES: usize = 4096;
+
 /// What one connection has lent.
 #[derive(Debug)]
 pub(super) struct Lender<'s> {
     socket: &'s Stream,
-    pipe: (OwnedFd, OwnedFd),
+    /// Made when first needed; `None` if there is none to be had.
+    pipe: OnceLock<Option<Pipe>>,
     /// How many bytes were lent in all.
     lent: AtomicU64,
-    /// Nothing else is locked while this is held.
+    /// Locked while the outbox may be; nothing else is locked while this is held.
     kept: Mutex<Keeping>,
+}
+
+#[derive(Debug)]
+struct Pipe {
+    read_end: OwnedFd,
+    write_end: OwnedFd,
 }
 
 #[derive(Debug, Default)]
@@ -65,19 +83,70 @@ struct Kept {
     buffer: Buffer,
 }
 
+impl Pipe {
+    fn new() -> Option<Self> {
+        let (read_end, write_end) = pipe_with(PipeFlags::CLOEXEC).ok()?;
+        let room = fcntl_setpipe_size(&write_end, PIPE_BYTES).or_else(|_| fcntl_getpipe_size(&write_end));
+        (room.ok()? >= PIPE_BYTES_MIN).then_some(Self { read_end, write_end })
+    }
+
+    /// Sends `head` copied, and `payload` as pages.
+    fn send(&self, socket: &Stream, head: &[u8], payload: &[u8]) -> io::Result<()> {
+        let mut in_pipe = 0;
+        if !head.is_empty() {
+            // An empty pipe has room for a page, and takes it whole.
+            in_pipe = retry_on_intr(|| rustix::io::write(&self.write_end, head))?;
+            assert_eq!(in_pipe, head.len(), "shorter than a page");
+        }
+        let mut rest = payload;
+        while in_pipe > 0 || !rest.is_empty() {
+            if !rest.is_empty() {
+                let len = some(retry_on_intr(|| sys::put_pages(self.write_end.as_fd(), rest))?)?;
+                (rest, in_pipe) = (&rest[len..], in_pipe + len);
+            }
+            while in_pipe > 0 {
+                let flags = SpliceFlags::empty();
+                let moved = retry_on_intr(|| splice(&self.read_end, None, socket, None, in_pipe, flags))?;
+                in_pipe -= some(moved)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn some(len: usize) -> io::Result<usize> {
+    if len > 0 { Ok(len) } else { Err(io::ErrorKind::WriteZero.into()) }
+}
+
 impl<'s> Lender<'s> {
     /// Lends to the client at the other end of a Unix socket. `None` for other sockets, or if the system lends nothing.
     pub(super) fn new(socket: &'s Stream) -> Option<Self> {
+        static IS_POSSIBLE: OnceLock<bool> = OnceLock::new();
         let Stream::Unix(_) = socket else { return None };
-        let pipe = pipe_with(PipeFlags::CLOEXEC).ok()?;
-        let room = fcntl_setpipe_size(&pipe.1, PIPE_BYTES).or_else(|_| fcntl_getpipe_size(&pipe.1)).ok()?;
-        sys::unread_bytes(socket).ok()?;
-        (room >= PIPE_BYTES_MIN).then(|| Self {
-            socket,
-            pipe,
-            lent: AtomicU64::new(0),
-            kept: Mutex::default(),
-        })
+        let is_possible = *IS_POSSIBLE.get_or_init(|| {
+            let tried = is_new_enough(&uname().release().to_string_lossy()) && try_out().unwrap_or(false);
+            if !tried {
+                tracing::warn!("this system cannot lend memory to clients; replies are copied");
+            }
+            tried
+        });
+        is_possible.then(|| Self::on(socket))
+    }
+
+    fn on(socket: &'s Stream) -> Self {
+        Self { socket, pipe: OnceLock::new(), lent: AtomicU64::new(0), kept: Mutex::default() }
+    }
+
+    /// The client asks for `len_bytes`. To be called by the thread that receives, before anybody answers: what it waits for next
+    /// ends when the client has been idle.
+    pub(super) fn expect(&self, len_bytes: u32) {
+        if len_bytes as usize >= GATHER_BYTES_MIN {
+            let mut kept = self.lock();
+            if !kept.is_timed {
+                // Without it, buffers are kept until the connection ends.
+                kept.is_timed = self.socket.set_read_timeout(Some(KEPT_TIME)).is_ok();
+            }
+        }
     }
 
     /// A buffer whose content the client has read, or never got.
@@ -95,59 +164,42 @@ impl<'s> Lender<'s> {
 
     /// Whether `buffer` can be lent. It is the connection's from then on.
     pub(super) fn may_lend(&self, buffer: &mut Buffer) -> bool {
-        self.lock().buffers.len() < KEPT_MAX && buffer.seclude()
+        self.pipe().is_some() && self.lock().buffers.len() < KEPT_MAX && buffer.seclude()
     }
 
-    /// Sends `head` and then `payload`, whose memory is lent: it may be changed once [`take`](Self::take) gives it. To be
-    /// called by one thread at a time. Returns how much has been lent by now, for [`keep`](Self::keep).
+    /// Sends `head` and then `payload`, part of a buffer that [may be lent](Self::may_lend). The buffer may be changed once
+    /// [`take`](Self::take) gives it. To be called by one thread at a time. Returns how much has been lent by now, for
+    /// [`keep`](Self::keep).
     ///
     /// # Errors
     ///
-    /// The socket's or the pipe's. Nothing sensible can follow.
+    /// The socket's or the pipe's. Nothing can be sent any more.
+    ///
+    /// # Panics
+    ///
+    /// If nothing may be lent.
     pub(super) fn send(&self, head: &[u8], payload: &[u8]) -> io::Result<u64> {
-        let (read_end, write_end) = (self.pipe.0.as_fd(), self.pipe.1.as_fd());
-        let mut in_pipe = 0;
-        if !head.is_empty() {
-            // An empty pipe has room for a page, and takes it whole.
-            in_pipe = retry_on_intr(|| rustix::io::write(write_end, head))?;
-            assert_eq!(in_pipe, head.len(), "shorter than a page");
-        }
-        let mut rest = payload;
-        while in_pipe > 0 || !rest.is_empty() {
-            if !rest.is_empty() {
-                let len = retry_on_intr(|| sys::put_pages(write_end, rest))?;
-                (rest, in_pipe) = (&rest[len..], in_pipe + len);
-            }
-            while in_pipe > 0 {
-                in_pipe -= self.move_on(read_end, in_pipe)?;
-            }
-        }
-        Ok(self.lent.fetch_add(payload.len() as u64, Ordering::SeqCst) + payload.len() as u64)
+        self.pipe().expect("it may be lent").send(self.socket, head, payload)?;
+        let len = payload.len() as u64;
+        Ok(self.lent.fetch_add(len, Ordering::SeqCst) + len)
     }
 
-    fn move_on(&self, pipe: BorrowedFd<'_>, len: usize) -> io::Result<usize> {
-        match retry_on_intr(|| splice(pipe, None, self.socket, None, len, SpliceFlags::empty())) {
-            Ok(0) => Err(io::ErrorKind::WriteZero.into()),
-            Ok(len) => Ok(len),
-            Err(errno) => Err(errno.into()),
-        }
-    }
-
-    /// Keeps a buffer that was lent by the call of [`send`](Self::send) that returned `until`.
+    /// Keeps a buffer that was lent by the call of [`send`](Self::send) that returned `until`; 0 if it was not lent this time.
     pub(super) fn keep(&self, buffer: Buffer, until: u64) {
-        let mut kept = self.lock();
-        if !kept.is_timed {
-            // Without it, buffers are kept until the connection ends.
-            kept.is_timed = self.socket.set_read_timeout(Some(KEPT_TIME)).is_ok();
-        }
-        kept.buffers.push(Kept { until, buffer });
+        self.lock().buffers.push(Kept { until, buffer });
     }
 
-    /// The client has sent nothing for a while: gives everything back.
+    /// The client has sent nothing for a while, or nobody will be served here: gives everything back.
     pub(super) fn rest(&self) {
         let mut kept = self.lock();
-        kept.buffers.clear();
+        let buffers = std::mem::take(&mut kept.buffers);
         kept.is_timed = self.socket.set_read_timeout(None).is_err();
+        drop(kept);
+        drop(buffers);
+    }
+
+    fn pipe(&self) -> Option<&Pipe> {
+        self.pipe.get_or_init(Pipe::new).as_ref()
     }
 
     fn lock(&self) -> MutexGuard<'_, Keeping> {
@@ -155,12 +207,33 @@ impl<'s> Lender<'s> {
     }
 }
 
+/// Whether a release of Linux, such as `6.12.3-amd64`, is [`LINUX_MIN`] or later.
+fn is_new_enough(release: &str) -> bool {
+    let mut numbers = release.split(|other: char| !other.is_ascii_digit()).map(|number| number.parse().ok());
+    match (numbers.next().flatten(), numbers.next().flatten()) {
+        (Some(major), Some(minor)) => (major, minor) >= LINUX_MIN,
+        _ => false,
+    }
+}
+
+/// Lends a page to ourselves: whether it arrives, and whether it can be told when it has.
+fn try_out() -> io::Result<bool> {
+    let (ours, mut theirs) = UnixStream::pair()?;
+    let ours = Stream::from(ours);
+    let Some(pipe) = Pipe::new() else { return Ok(false) };
+    let sent = vec![7; PAGE_BYTES];
+    pipe.send(&ours, &[], &sent)?;
+    let before = sys::unread_bytes(&ours)?;
+    let mut came = vec![0; PAGE_BYTES];
+    theirs.read_exact(&mut came)?;
+    Ok(came == sent && before >= PAGE_BYTES as u64 && sys::unread_bytes(&ours)? == 0)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use inlinecrypt_core::memory::{HeapSource, MemoryPool};
     use std::io::{Read, Write};
-    use std::os::unix::net::UnixStream;
 
     const LEN: usize = 200_000;
     const PATIENCE: Duration = Duration::from_secs(20);
@@ -197,7 +270,7 @@ mod tests {
     #[test]
     fn a_buffer_is_free_again_once_the_client_has_read_it_and_not_before() {
         let (ours, mut client) = pair();
-        let lender = Lender::new(&ours).unwrap();
+        let lender = Lender::on(&ours);
         let pool = MemoryPool::new(256 * 1024, 8);
         lend(&lender, filled(&pool, 1));
         lend(&lender, filled(&pool, 2));
@@ -216,7 +289,7 @@ mod tests {
     #[test]
     fn part_of_a_payload_that_is_not_read_keeps_it_all() {
         let (ours, mut client) = pair();
-        let lender = Lender::new(&ours).unwrap();
+        let lender = Lender::on(&ours);
         lend(&lender, filled(&MemoryPool::new(256 * 1024, 8), 1));
         client.read_exact(&mut vec![0; 4 + LEN - 1]).unwrap();
         assert!(lender.take().is_none());
@@ -230,7 +303,7 @@ mod tests {
         let pool = MemoryPool::new(256 * 1024, 32);
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                let lender = Lender::new(&ours).unwrap();
+                let lender = Lender::on(&ours);
                 for byte in 0..100 {
                     let mut buffer =
                         lender.take().unwrap_or_else(|| pool.try_large(&HeapSource).expect("one is left"));
@@ -255,9 +328,12 @@ mod tests {
     #[test]
     fn a_client_that_has_gone_is_an_error() {
         let (ours, client) = pair();
-        let lender = Lender::new(&ours).unwrap();
+        let lender = Lender::on(&ours);
+        let mut buffer = filled(&MemoryPool::new(256 * 1024, 8), 1);
+        assert!(lender.may_lend(&mut buffer));
         drop(client);
-        assert_eq!(lender.send(b"head", &[0; LEN]).unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+        let error = lender.send(b"head", &buffer.bytes()[..LEN]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
     }
 
     #[test]
@@ -266,7 +342,7 @@ mod tests {
         let pool = MemoryPool::new(256 * 1024, 2);
         let (read_end, write_end) = pipe_with(PipeFlags::CLOEXEC).unwrap();
         {
-            let lender = Lender::new(&ours).unwrap();
+            let lender = Lender::on(&ours);
             lend(&lender, filled(&pool, 1));
             // It keeps some pages, and reads the rest.
             let len = splice(&client, None, &write_end, None, 50_000, SpliceFlags::empty()).unwrap();
@@ -289,16 +365,33 @@ mod tests {
     #[test]
     fn who_rests_keeps_nothing() {
         let (ours, mut client) = pair();
-        let lender = Lender::new(&ours).unwrap();
+        let lender = Lender::on(&ours);
         let pool = MemoryPool::new(256 * 1024, 2);
+        lender.expect(100);
         lend(&lender, filled(&pool, 1));
         let Stream::Unix(socket) = &ours else { unreachable!() };
+        assert_eq!(socket.read_timeout().unwrap(), None, "that was a short one");
+        lender.expect(1 << 20);
         assert_eq!(socket.read_timeout().unwrap(), Some(KEPT_TIME));
         lender.rest();
         assert_eq!(socket.read_timeout().unwrap(), None);
         let _others = [filled(&pool, 2), filled(&pool, 3)];
         expect(&mut client, 1);
         assert!(lender.take().is_none());
+    }
+
+    #[test]
+    fn a_kernel_that_takes_the_clients_lock_is_not_new_enough() {
+        for (release, is) in [
+            ("6.5.0", true),
+            ("6.18.44-fc", true),
+            ("7.3.4+deb13", true),
+            ("6.4.16", false),
+            ("5.15", false),
+            ("x", false),
+        ] {
+            assert_eq!(is_new_enough(release), is, "{release}");
+        }
     }
 
     #[test]

@@ -113,7 +113,7 @@ impl<'a, W: Write> Shared<'a, W> {
     }
 
     pub(super) fn flush(&self) -> io::Result<()> {
-        self.lock()?.flush()
+        self.or_break(self.lock()?.flush())
     }
 
     pub(super) fn is_broken(&self) -> bool {
@@ -138,7 +138,12 @@ impl<'a, W: Write> Shared<'a, W> {
     }
 
     pub(super) fn send(&self, head: &[u8], payload: &[u8]) -> io::Result<()> {
-        self.lock()?.send(head, payload)
+        self.or_break(self.lock()?.send(head, payload))
+    }
+
+    /// What was sent in part leaves nothing to say: others must not go on behind it. To be called before the outbox is unlocked.
+    fn or_break<T>(&self, sent: io::Result<T>) -> io::Result<T> {
+        sent.inspect_err(|_| self.broken.store(true, Ordering::Release))
     }
 
     /// Who lends buffers to the client, if anybody.
@@ -154,13 +159,12 @@ impl<'a, W: Write> Shared<'a, W> {
         buffer: &mut Buffer,
         payload: Range<usize>,
     ) -> io::Result<Lent> {
-        match self.lender {
+        self.or_break(match self.lender {
             Some(lender) if payload.len() >= GATHER_BYTES_MIN && lender.may_lend(buffer) => {
-                outbox.flush()?;
-                lender.send(head, &buffer.bytes()[payload]).map(Some)
+                outbox.flush().and_then(|()| lender.send(head, &buffer.bytes()[payload])).map(Some)
             }
             _ => outbox.send(head, &buffer.bytes()[payload]).map(|()| None),
-        }
+        })
     }
 
     /// Answers a request that could not even be tried.
@@ -200,15 +204,15 @@ impl<'a, W: Write> Shared<'a, W> {
         let mut outbox = self.lock()?;
         for (item, cookie) in batch.items().iter().zip(cookies) {
             match (item.result(), item.transfer()) {
-                (Ok(()), Transfer::Write(_)) => outbox.send(&simple_reply(0, *cookie), &[])?,
+                (Ok(()), Transfer::Write(_)) => self.or_break(outbox.send(&simple_reply(0, *cookie), &[]))?,
                 (Ok(()), Transfer::Read) => {
                     let payload = &bytes[item.payload()];
                     if self.terms.structured {
                         let offset = item.span().offset();
                         let head = data_chunk_header(NBD_REPLY_FLAG_DONE, *cookie, offset, payload.len());
-                        outbox.send(&head, payload)?;
+                        self.or_break(outbox.send(&head, payload))?;
                     } else {
-                        outbox.send(&simple_reply(0, *cookie), payload)?;
+                        self.or_break(outbox.send(&simple_reply(0, *cookie), payload))?;
                     }
                 }
                 (Err(error), transfer) => {

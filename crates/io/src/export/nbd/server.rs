@@ -73,7 +73,8 @@ pub struct ServerOptions {
     /// Whether clients may or must use TLS.
     pub tls: TlsMode,
     /// Whether clients on Unix sockets are lent what they read, which costs no copy. Only for clients that read from their
-    /// socket, as all known ones do: who splices from it, as some proxies do, may see data change that he has already.
+    /// socket, as all known ones do: who splices from it, as some proxies do, may see data change that he has already. Has no
+    /// effect before Linux 6.5. The process must ignore `SIGPIPE`, as Rust's do unless told otherwise.
     pub zero_copy: bool,
 }
 
@@ -553,9 +554,8 @@ impl Inner {
         };
         let lender = self.options.zero_copy.then(|| Lender::new(socket)).flatten();
         let lender = lender.as_ref();
-        let room = if lender.is_some() { lend::SEND_ROOM_BYTES } else { SEND_ROOM_BYTES };
         // Replies leave when we say so.
-        if few && let Err(error) = socket.set_send_room(room) {
+        if few && let Err(error) = socket.set_send_room(SEND_ROOM_BYTES) {
             tracing::debug!(connection = id, %error, "no larger send buffer");
         }
         if let Err(error) = socket.set_nodelay() {
@@ -646,6 +646,10 @@ impl Inner {
             Way::Plain(lender) => lender,
             Way::Tls => None,
         };
+        if lender.is_some() && self.lock().are_few() {
+            // Less is kept than the socket could hold.
+            let _ = socket.set_send_room(lend::SEND_ROOM_BYTES);
+        }
         let name = terms.export.name();
         tracing::debug!(connection = id, peer = %socket.peer(), export = name, structured = terms.structured, "connected");
         terms.export.counters().connected();
@@ -856,14 +860,12 @@ impl Read for Timed<'_> {
             sys::let_waker_finish();
         }
         // An interruption is for the caller to look why.
-        let received = match (rustix::net::recv(self.socket, &mut *into, RecvFlags::empty()), self.lender) {
-            (Err(rustix::io::Errno::AGAIN), Some(lender)) => {
-                lender.rest();
-                rustix::net::recv(self.socket, into, RecvFlags::empty())
+        let (len, _) = loop {
+            match (rustix::net::recv(self.socket, &mut *into, RecvFlags::empty()), self.lender) {
+                (Err(rustix::io::Errno::AGAIN), Some(lender)) => lender.rest(),
+                (received, _) => break received?,
             }
-            (received, _) => received,
         };
-        let (len, _) = received?;
         self.is_quick = self.deadline.is_none() && begun.elapsed() < QUICK;
         Ok(len)
     }

@@ -288,6 +288,9 @@ impl<'a> Session<'a> {
                 others.finish_gathered(executor)?;
             }
             let _busy = shared.busy();
+            if let (Ok(Asked::Plain(Request::Read { .. })), Some(lender)) = (&admitted, self.lender) {
+                lender.expect(header.len);
+            }
             match admitted {
                 Ok(Asked::Disconnect) => return Ok(Ended::Disconnected),
                 Ok(Asked::Plain(request)) => match others {
