@@ -349,7 +349,7 @@ A config:
   # tls, tls_cert, tls_key, tls_client_ca, tls_verify_client
 
   [server]
-  # control, workers, connections_max, stop_seconds; zero_copy = true as --zero-copy";
+  # control, workers, connections_max, stop_seconds, zero_copy";
 
 /// Serve volumes.
 #[derive(Args, Debug)]

@@ -5,13 +5,12 @@ use crate::load::{Habits, Load};
 use crate::luks_reencrypt::{
     CHEAP, container, cryptsetup, info, is_finished, kill_after, long, ours, serve, theirs, theirs_goes_on,
 };
-use crate::rig::{MIB, PATIENCE, Place, Server, eventually, run, said, seed};
-use crate::roots::echoes;
-use inlinecrypt_testkit::{ServerProcess, pattern, require_tool};
+use crate::rig::{MIB, Place, Server, at_a_terminal, eventually, run, said, seed};
+use inlinecrypt_testkit::{pattern, require_tool};
 use serde_json::Value;
 use std::fs;
-use std::io::{Read as _, Write as _};
-use std::process::{Command, Output, Stdio};
+use std::io::Write as _;
+use std::process::{Output, Stdio};
 use std::thread;
 use std::time::Duration;
 
@@ -317,33 +316,6 @@ fn what_we_began_cryptsetup_finishes_with_every_number_as_it_was() {
     is_finished(&place, &content);
 }
 
-/// What somebody types at the questions of a command, and what is seen of it.
-fn type_in(place: &Place, command: &str, answers: &[(&str, &str)]) -> (Option<i32>, String) {
-    let mut terminal = Command::new("script");
-    place.prepare(&mut terminal);
-    let command = format!("{} {command}", env!("CARGO_BIN_EXE_inlinecrypt"));
-    terminal.args(["--quiet", "--return", "--echo", "always", "--command", &command, "/dev/null"]);
-    terminal.stdin(Stdio::piped()).stdout(Stdio::piped());
-    let mut process = ServerProcess::start(&mut terminal).unwrap();
-    let (mut keys, mut screen) =
-        (process.child().stdin.take().unwrap(), process.child().stdout.take().unwrap());
-    let mut shown = Vec::new();
-    for (question, answer) in answers {
-        while !shown.ends_with(question.as_bytes()) {
-            let mut byte = [0];
-            let read = screen.read(&mut byte).unwrap();
-            assert_eq!(read, 1, "no {question:?}: {}", String::from_utf8_lossy(&shown));
-            shown.push(byte[0]);
-        }
-        eventually("the terminal shows what is typed no longer", || !echoes(process.pid()));
-        writeln!(keys, "{answer}").unwrap();
-    }
-    screen.read_to_end(&mut shown).unwrap();
-    let shown = String::from_utf8_lossy(&shown).into_owned();
-    assert!(answers.iter().all(|(_, answer)| !shown.contains(answer)), "{shown}");
-    (process.wait(PATIENCE).unwrap().code(), shown)
-}
-
 #[test]
 fn each_passphrase_is_asked_for_by_the_number_of_its_keyslot() {
     if require_tool("script").is_none() || require_tool("stty").is_none() {
@@ -355,11 +327,11 @@ fn each_passphrase_is_asked_for_by_the_number_of_its_keyslot() {
     let before = kept(&place);
     let bytes = fs::read(place.path("disk")).unwrap();
     let wrong = [("disk: ", "passphrase zero"), (three, "passphrase three"), (five, "nonsense")];
-    let (code, shown) = type_in(&place, "volume reencrypt disk", &wrong);
+    let (code, shown) = at_a_terminal(&place, "volume reencrypt disk", &wrong);
     assert!(code == Some(2) && shown.contains("LUKS keyslot 5 does not open"), "{shown}");
     assert!(fs::read(place.path("disk")).unwrap() == bytes);
     let right = [("disk: ", "passphrase zero"), (three, "passphrase three"), (five, "passphrase five")];
-    let (code, shown) = type_in(&place, "volume reencrypt disk", &right);
+    let (code, shown) = at_a_terminal(&place, "volume reencrypt disk", &right);
     assert!(code == Some(0) && shown.contains("re-encrypted disk"), "{shown}");
     assert_eq!(kept(&place), before);
     // While it is served, the server knows one, and the command asks for the others.
@@ -367,7 +339,7 @@ fn each_passphrase_is_asked_for_by_the_number_of_its_keyslot() {
     let of_disk = |slot| format!("LUKS keyslot {slot} of {}: ", place.path("disk").display());
     let (zero, five) = (of_disk(0), of_disk(5));
     let answers = [(&*zero, "passphrase zero"), (&*five, "passphrase five")];
-    let (code, shown) = type_in(&place, "volume reencrypt --control control disk", &answers);
+    let (code, shown) = at_a_terminal(&place, "volume reencrypt --control control disk", &answers);
     assert!(code == Some(0) && shown.contains("re-encrypted disk"), "{shown}");
     assert!(!server.log().contains("passphrase five"));
     server.stop();
@@ -377,7 +349,7 @@ fn each_passphrase_is_asked_for_by_the_number_of_its_keyslot() {
     }
     // Who drops the others is asked for one.
     let (code, shown) =
-        type_in(&place, "volume reencrypt --drop-others disk", &[("disk: ", "passphrase zero")]);
+        at_a_terminal(&place, "volume reencrypt --drop-others disk", &[("disk: ", "passphrase zero")]);
     assert!(code == Some(0) && shown.contains("re-encrypted disk"), "{shown}");
     assert_eq!(kept(&place).0.len(), 1);
     if require_tool("cryptsetup").is_some() {

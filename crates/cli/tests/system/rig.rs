@@ -4,7 +4,7 @@ use inlinecrypt_testkit::{Client, ServerProcess, pattern, temp_dir, tools};
 use rustix::process::{Pid, Signal, kill_process};
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -172,6 +172,45 @@ pub(crate) fn run_to_fail(command: &mut Command) -> String {
     let output = command.output().unwrap();
     assert!(!output.status.success(), "{command:?} succeeded: {}", said(&output));
     said(&output)
+}
+
+/// A command at a terminal of its own, which echoes what is typed unless it is told not to. Each answer is typed once what is
+/// shown ends with its question, and must not be seen. Returns what the terminal showed.
+pub(crate) fn at_a_terminal(place: &Place, command: &str, answers: &[(&str, &str)]) -> (Option<i32>, String) {
+    let mut terminal = Command::new("script");
+    place.prepare(&mut terminal);
+    let command = format!("{} {command}", env!("CARGO_BIN_EXE_inlinecrypt"));
+    terminal.args(["--quiet", "--return", "--echo", "always", "--command", &command, "/dev/null"]);
+    terminal.stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut process = ServerProcess::start(&mut terminal).unwrap();
+    let (mut keys, mut screen) =
+        (process.child().stdin.take().unwrap(), process.child().stdout.take().unwrap());
+    let mut shown = Vec::new();
+    for (question, answer) in answers {
+        while !shown.ends_with(question.as_bytes()) {
+            let mut byte = [0];
+            let read = screen.read(&mut byte).unwrap();
+            assert_eq!(read, 1, "no {question:?}: {}", String::from_utf8_lossy(&shown));
+            shown.push(byte[0]);
+        }
+        eventually("the terminal shows what is typed no longer", || !echoes(process.pid()));
+        writeln!(keys, "{answer}").unwrap();
+    }
+    screen.read_to_end(&mut shown).unwrap();
+    let shown = String::from_utf8_lossy(&shown).into_owned();
+    assert!(answers.iter().all(|(_, answer)| !shown.contains(answer)), "{shown}");
+    (process.wait(PATIENCE).unwrap().code(), shown)
+}
+
+/// Whether the terminal of the process that `script` started echoes.
+fn echoes(script: u32) -> bool {
+    let children = fs::read_to_string(format!("/proc/{script}/task/{script}/children")).unwrap();
+    let child = children.split_whitespace().next().expect("it runs");
+    let stat = fs::read_to_string(format!("/proc/{child}/stat")).unwrap();
+    // proc(5): behind the name come state, parent, group, session, terminal; of that, the low byte is the number.
+    let terminal: u32 = stat.rsplit(") ").next().unwrap().split(' ').nth(4).unwrap().parse().unwrap();
+    let settings = run(Command::new("stty").arg("-F").arg(format!("/dev/pts/{}", terminal & 0xff)).arg("-a"));
+    settings.split_whitespace().any(|word| word == "echo")
 }
 
 /// A running server. Whatever it logged, it must not have panicked.
