@@ -507,7 +507,8 @@ impl Running {
 
     /// Lets them end after the zones at hand.
     fn stop_reencryptions(&self) {
-        for served in &self.volumes {
+        // One that is beginning derives keys, for minutes perhaps. It ends with the process: the header is the old one or the new.
+        for served in self.volumes.iter().filter(|served| !served.is_beginning()) {
             if let Some(job) = &*served.job() {
                 job.stop();
             }
@@ -583,6 +584,9 @@ impl Running {
         }
         if let Some(why) = self.lost() {
             return refuse(why);
+        }
+        if let Some(served) = self.volumes.iter().find(|served| served.is_beginning()) {
+            return refuse(format!("the re-encryption of {:?} is about to begin", served.name));
         }
         // None begins until this is over.
         let jobs: Vec<_> = self.volumes.iter().map(Served::job).collect();
@@ -877,6 +881,13 @@ impl Answers for Running {
                 "`inlinecrypt status` shows which server serves it.",
             ));
         };
+        if served.is_beginning() {
+            return Err(Failure::new(
+                Code::Busy,
+                format!("the re-encryption of {} is about to begin", served.terms.label),
+                "Try again in a moment.",
+            ));
+        }
         let mut job = served.job();
         match action {
             ReencryptAction::Begin {
@@ -1075,10 +1086,15 @@ impl Served {
 
     /// Its re-encryption, if one has begun.
     fn report_job(&self) -> Option<ReencryptReport> {
-        if self.is_beginning.load(Ordering::Relaxed) {
+        if self.is_beginning() {
             return None;
         }
         self.job().as_ref().map(report_job)
+    }
+
+    /// Whether its job is locked for longer, since its re-encryption is about to begin.
+    fn is_beginning(&self) -> bool {
+        self.is_beginning.load(Ordering::Relaxed)
     }
 
     fn job(&self) -> MutexGuard<'_, Option<Job>> {

@@ -126,6 +126,18 @@ impl Storage for HeaderFile {
 /// Where cryptsetup has its locks that are of no file.
 const LOCKS: &str = "/run/cryptsetup";
 
+/// The device-mapper device that has the container with this UUID open, if any. What it reads and writes goes by the borders that
+/// its table had, so nobody else may move them: and a file that a loop device has open is locked by nobody.
+fn mapped_by(sysfs: &Path, uuid: &str) -> Option<String> {
+    // cryptsetup's: CRYPT-LUKS2-UUID without dashes-NAME.
+    let prefix = format!("CRYPT-LUKS2-{}-", uuid.replace('-', ""));
+    fs::read_dir(sysfs.join("block")).ok()?.filter_map(Result::ok).find_map(|disk| {
+        let its = fs::read_to_string(disk.path().join("dm/uuid")).ok()?;
+        let name = its.trim_end().strip_prefix(&prefix)?;
+        Some(name.to_owned())
+    })
+}
+
 /// The lock by which cryptsetup keeps others from re-encrypting the same container. It locks the container itself for a moment now
 /// and then only.
 #[derive(Debug)]
@@ -139,6 +151,13 @@ impl ReencryptionLock {
     pub(crate) fn take(uuid: &str, label: &str) -> Result<Option<Self>, Failure> {
         if uuid.is_empty() || !uuid.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-') {
             return Ok(None);
+        }
+        if let Some(name) = mapped_by(Path::new("/sys"), uuid) {
+            return Err(Failure::new(
+                Code::Busy,
+                format!("{label} is in use by the kernel, as /dev/mapper/{name}"),
+                format!("Close it there first (cryptsetup close {name}), or let cryptsetup re-encrypt it."),
+            ));
         }
         let _ = DirBuilder::new().mode(0o700).create(LOCKS);
         let path = Path::new(LOCKS).join(format!("LN_LUKS2-reencryption-{uuid}"));
@@ -164,5 +183,35 @@ impl ReencryptionLock {
 impl Drop for ReencryptionLock {
     fn drop(&mut self) {
         let _ = fs::remove_file(&self.path);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_container_that_the_kernel_has_open_is_found_by_its_uuid() {
+        let sysfs = tempfile::tempdir().unwrap();
+        let uuid = "01234567-89ab-cdef-0123-456789abcdef";
+        for (disk, its) in [
+            ("sda", None),
+            ("dm-0", Some("CRYPT-PLAIN-other\n")),
+            ("dm-1", Some("CRYPT-LUKS2-0123456789abcdef0123456789abcdee-not\n")),
+        ] {
+            let folder = sysfs.path().join("block").join(disk);
+            fs::create_dir_all(folder.join("dm")).unwrap();
+            if let Some(its) = its {
+                fs::write(folder.join("dm/uuid"), its).unwrap();
+            }
+        }
+        assert_eq!(mapped_by(sysfs.path(), uuid), None);
+        fs::write(
+            sysfs.path().join("block/dm-0/dm/uuid"),
+            "CRYPT-LUKS2-0123456789abcdef0123456789abcdef-home\n",
+        )
+        .unwrap();
+        assert_eq!(mapped_by(sysfs.path(), uuid).as_deref(), Some("home"));
+        assert_eq!(mapped_by(Path::new("/nowhere"), uuid), None);
     }
 }

@@ -303,16 +303,20 @@ impl Metadata {
 
     /// As it is stored: checked once more, and bound to fit a copy of `size` bytes.
     pub(super) fn to_json(&self, size: u64) -> Result<Vec<u8>, Error> {
-        let text = serde_json::to_vec(&self.json).expect("maps with text for keys, and no failing values");
-        let room = size - BINARY_BYTES as u64;
-        if text.len() as u64 >= room {
-            return Err(Error::invalid(
-                format!("the header would have {} bytes of JSON, and has room for {}", text.len(), room - 1),
-                "Remove a LUKS keyslot or token first, or make the container with a larger header.",
-            ));
-        }
+        let text = fitting(&self.json, size)?;
         Self::parse(&text, size)?;
         Ok(text)
+    }
+
+    /// Whether it would fit a copy of `size` bytes, changed so.
+    pub(super) fn check_room(
+        &self,
+        size: u64,
+        change: impl FnOnce(&mut Map<String, Value>),
+    ) -> Result<(), Error> {
+        let mut json = self.json.clone();
+        change(&mut json);
+        fitting(&json, size).map(drop)
     }
 
     /// All of it.
@@ -465,6 +469,19 @@ impl Metadata {
         let Value::Object(json) = value else { unreachable!("ours is one") };
         Self::of(json, size)
     }
+}
+
+/// The text of it, if a copy of `size` bytes has room for that.
+fn fitting(json: &Map<String, Value>, size: u64) -> Result<Vec<u8>, Error> {
+    let text = serde_json::to_vec(json).expect("maps with text for keys, and no failing values");
+    let room = size - BINARY_BYTES as u64;
+    if text.len() as u64 >= room {
+        return Err(Error::invalid(
+            format!("the header would have {} bytes of JSON, and has room for {}", text.len(), room - 1),
+            "Remove a LUKS keyslot or token first, or make the container with a larger header.",
+        ));
+    }
+    Ok(text)
 }
 
 /// A view of a value. What it says about a mistake is where it is, and not what stands there.

@@ -236,6 +236,7 @@ impl Metadata {
                     return Err(strange("the zone that is being written"));
                 }
                 (boundary, hot_bytes) = (Some(at), *size);
+                is_fixed = is_last;
             } else if is_like(next) && digests == [*next_digest] && boundary.is_none() && index == 0 {
                 if !is_last && size.is_none() {
                     return Err(strange("one that is not the last goes to the end"));
@@ -482,7 +483,7 @@ impl<S: Storage> Container<S> {
         let mut both_json = Digest::make(Some((&signed, new.iterations)), random)?;
         both_json["keyslots"] = json!([reencrypt_number.to_string()]);
         both_json["segments"] = json!([]);
-        self.change(random, |json| {
+        let begin = |json: &mut Map<String, Value>, re: &Reencryption| {
             for ((number, slot), old) in slots.iter().zip(&old_numbers) {
                 let (name, old) = (number.to_string(), old.to_string());
                 let keyslots = object(json, "keyslots");
@@ -500,15 +501,20 @@ impl<S: Storage> Container<S> {
                     }
                 }
             }
-            object(json, "keyslots").insert(reencrypt_number.to_string(), keyslot_json);
+            object(json, "keyslots").insert(reencrypt_number.to_string(), keyslot_json.clone());
             let digests = object(json, "digests");
-            digests.insert(next_digest.to_string(), next_json);
-            digests.insert(both_digest.to_string(), both_json);
+            digests.insert(next_digest.to_string(), next_json.clone());
+            digests.insert(both_digest.to_string(), both_json.clone());
             re.set_segments(json);
             let config = object(json, "config");
             let requirements = config.entry("requirements").or_insert_with(|| json!({}));
             requirements["mandatory"] = json!([REQUIREMENT]);
-        })
+        };
+        // There must be room for what it says on its way, which is longer.
+        let longest = Reencryption { boundary: Some(1 << 62), hot_bytes: Some(1 << 62), ..re.clone() };
+        let header = self.header();
+        header.metadata.check_room(header.size, |json| begin(json, &longest))?;
+        self.change(random, |json| begin(json, &re))
     }
 
     /// Its re-encryption.

@@ -298,6 +298,32 @@ fn fifteen_passphrases_are_kept_and_sixteen_are_too_many() {
     }
 }
 
+/// What the header says in the middle is longer than what it says when it begins.
+#[test]
+fn what_begins_has_room_to_go_on() {
+    const SIZE: u64 = 1 << 40;
+    let (mut begun_with, mut refused) = (0, 0);
+    for pad in (9_000..11_000).step_by(25) {
+        let mut container = Container::read(alone()).unwrap();
+        let token = serde_json::json!({ "type": "padding", "keyslots": [], "text": "x".repeat(pad) });
+        if container.add_token(token, &mut random(3)).is_err() {
+            refused += 1;
+            continue;
+        }
+        let before = container.header().metadata.json().clone();
+        let new = new_data(&[9; KEY_BYTES], Resilience::Journal);
+        if begin(&mut container, &["zero"], Others::Refused, new).is_err() {
+            assert_eq!(*container.header().metadata.json(), before);
+            refused += 1;
+            continue;
+        }
+        begun_with += 1;
+        container.set_boundary(0, Some(1 << 20), SIZE, &mut random(5)).unwrap();
+        container.set_boundary(SIZE - (2 << 20), Some(1 << 20), SIZE, &mut random(5)).unwrap();
+    }
+    assert!(begun_with > 5 && refused > 5, "{begun_with} and {refused}");
+}
+
 #[test]
 fn what_cannot_begin_leaves_the_header_as_it_is() {
     let mut disk = Container::read(container()).unwrap();
