@@ -324,7 +324,7 @@ fn offline(args: &VolumeReencrypt, holes: Option<String>, mut progress: Progress
             let more = format!(
                 "{} Then go on: inlinecrypt volume reencrypt --resume {}",
                 failure.advice,
-                shell_word(&args.volume)
+                words(args)
             );
             return Err(failure.advise(more).into());
         }
@@ -334,7 +334,7 @@ fn offline(args: &VolumeReencrypt, holes: Option<String>, mut progress: Progress
             note(format_args!(
                 "{} rests half re-encrypted; to go on: inlinecrypt volume reencrypt --resume {}",
                 args.volume.display(),
-                shell_word(&args.volume)
+                words(args)
             ));
             return Err(Failure::new(
                 if signal == SIGTERM { Code::Terminated } else { Code::Interrupted },
@@ -424,4 +424,10 @@ fn begin(
         engine: other,
     };
     Ok(reencrypt::begin(Old::Idle(old), &path, identifier, backings, &terms, &wish, profile)?.0)
+}
+
+/// The volume, and its header if that is elsewhere, as they stand on a command line.
+fn words(args: &VolumeReencrypt) -> String {
+    let header = args.header.iter().map(|header| format!("--header {} ", shell_word(header)));
+    header.chain([shell_word(&args.volume)]).collect()
 }

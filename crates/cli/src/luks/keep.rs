@@ -298,7 +298,7 @@ impl Serialize for Given {
 impl<'de> Deserialize<'de> for Given {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
         // Borrowed: no copy of it is left behind.
-        let text = <&str>::deserialize(from)?;
+        let text = <&str>::deserialize(from).map_err(|_shows_it| serde::de::Error::custom("no base64"))?;
         let bytes = Base64::decode_vec(text).map_err(|_why| serde::de::Error::custom("no base64"))?;
         Ok(Self(Zeroizing::new(bytes)))
     }

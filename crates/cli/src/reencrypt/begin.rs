@@ -162,11 +162,17 @@ pub(crate) fn go_on(
     let Terms { label, access, discard, .. } = terms;
     let ReadyNext { plan, layout, admission, identifier } = next;
     if *access == Access::ReadOnly {
+        let header = match &plan.record {
+            Record::Header { header, is_detached: true } => {
+                format!(" --header {}", files::shell_word(header))
+            }
+            _ => String::new(),
+        };
         return Err(Failure::new(
             Code::Refused,
             format!("{label} is half re-encrypted, and read-only it cannot be completed"),
             format!(
-                "Complete it first (inlinecrypt volume reencrypt --resume {}), or serve it for writing, which takes no more \
+                "Complete it first (inlinecrypt volume reencrypt --resume{header} {}), or serve it for writing, which takes no more \
                  than one zone with --pause-reencryption.",
                 files::shell_word(path)
             ),

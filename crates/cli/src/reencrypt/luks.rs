@@ -5,7 +5,7 @@
 
 use super::begin::{Backings, Old, Terms};
 use super::{Job, NextPlan, Record, Wish, changed};
-use crate::files::{Medium, shell_word};
+use crate::files::Medium;
 use crate::host;
 use crate::keyfile::{KeySource, LoadedKey};
 use crate::luks::file::HeaderFile;
@@ -230,10 +230,7 @@ fn check<'l>(label: &str, luks: &'l LuksTerms, wish: &Wish) -> Result<&'l LuksKe
     if !key.is_there() {
         return refused(
             "was opened by a passphrase that was typed or came through a descriptor, and is not kept",
-            &format!(
-                "Serve it with --passphrase-file, or stop the server: inlinecrypt volume reencrypt --offline {}",
-                shell_word(&luks.header)
-            ),
+            "Serve it with --passphrase-file, or stop the server and ask with --offline.",
         );
     }
     Ok(key)

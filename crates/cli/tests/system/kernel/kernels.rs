@@ -63,7 +63,8 @@ impl Kernel {
             for folder in fs::read_dir(modules).into_iter().flatten().flatten().map(|entry| entry.path()) {
                 let release = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
                 let boot = root.join("boot");
-                let is_file = |path: &PathBuf| path.is_file();
+                // Some systems let only root read it.
+                let is_file = |path: &PathBuf| fs::File::open(path).is_ok();
                 let image = [folder.join("vmlinuz"), boot.join(format!("vmlinuz-{release}"))]
                     .into_iter()
                     .find(is_file);
