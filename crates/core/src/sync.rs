@@ -13,6 +13,8 @@ use loom::sync as imp;
 #[cfg(not(loom))]
 use std::sync as imp;
 
+pub(crate) use imp::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+use std::cell::Cell;
 use std::sync::PoisonError;
 
 pub(crate) type MutexGuard<'a, T> = imp::MutexGuard<'a, T>;
@@ -50,6 +52,21 @@ impl<T> RwLock<T> {
     pub(crate) fn write(&self) -> RwLockWriteGuard<'_, T> {
         self.0.write().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// A number for the thread that asks: always the same, and another one than those of most other threads. For spreading them.
+pub(crate) fn thread_number() -> usize {
+    static LAST: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
+    thread_local! {
+        static NUMBER: Cell<Option<usize>> = const { Cell::new(None) };
+    }
+    NUMBER.with(|number| {
+        number.get().unwrap_or_else(|| {
+            let next = LAST.fetch_add(1, Ordering::Relaxed);
+            number.set(Some(next));
+            next
+        })
+    })
 }
 
 /// Waits for `condvar`, letting go of the lock meanwhile.
