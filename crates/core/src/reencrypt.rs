@@ -17,8 +17,8 @@
 //!   any moment loses nothing ([`state`] says in which order). Clients write to a zone again only once it is done for good.
 //! - No request fails since it came at the wrong time.
 //!
-//! While nothing is re-encrypted a request takes one lock more than it would with a plain volume, shared, which nobody has
-//! alone but for the moments when a re-encryption begins and ends.
+//! While nothing is re-encrypted a request does one thing more than with a plain volume: once it has its ranges, it looks which
+//! volumes there are. Those change while nobody has a range, for the moments when a re-encryption begins and ends.
 //!
 //! Start reading at [`Reencryption::step`].
 
@@ -33,9 +33,9 @@ use crate::engine::Direction;
 use crate::error::{Error, ErrorKind, Op};
 use crate::memory::Buffer;
 use crate::profile::CryptoProfile;
-use crate::range_lock::{RangeLock, Sharing};
-use crate::sync::{RwLock, RwLockReadGuard};
+use crate::range_lock::{EVERYTHING, RangeGuard, RangeLock, Sharing};
 use crate::volume::{Layout, Volume, again_if_interrupted};
+use arc_swap::{ArcSwap, Guard};
 use inlinecrypt_cipher::SectorUpdate;
 use ledger::{Keeps, Ledger};
 use state::chunks;
@@ -50,11 +50,10 @@ pub struct LiveVolume {
     geometry: Geometry,
     /// Instead of the volumes' own, so that there is one order for both.
     locks: RangeLock,
-    /// Protects which volumes there are. Held shared for a request's duration, before its ranges are taken; alone for a
-    /// moment when a re-encryption begins or ends, and never together with a range.
-    sides: RwLock<Sides>,
-    /// The larger data unit of the volumes that there are, in bytes: for laying out pieces. Who reads it a moment too early
-    /// lays them out for data units that are no more, which is seen once their side is known.
+    /// Which volumes there are. Changed while [`EVERYTHING`] is locked, so it stays the same for who has a range.
+    sides: ArcSwap<Sides>,
+    /// The larger data unit of the volumes that there are, in bytes: for laying out pieces, and for what of them is to be
+    /// locked. Who reads it a moment too early does so for data units that are no more, which is seen once a range is locked.
     unit_bytes: AtomicU32,
     /// Whose memory buffers are in: that of the first volume's engine, whatever comes later.
     home: Arc<CryptoProfile>,
@@ -91,12 +90,6 @@ impl Sides {
             Self::Two(Two { old, new, .. }) if new.unit_bytes() > old.unit_bytes() => new,
             Self::Two(Two { old, .. }) => old,
         }
-    }
-
-    /// The data units of either that a range touches.
-    fn units(&self, range: Range<u64>) -> Range<u64> {
-        let unit = self.coarse().unit_bytes();
-        range.start & !(unit - 1)..range.end.next_multiple_of(unit)
     }
 
     /// Whose a piece is that is locked.
@@ -166,7 +159,7 @@ impl LiveVolume {
             locks: RangeLock::new(),
             unit_bytes: AtomicU32::new(volume.layout().data_unit_size().bytes()),
             home: volume.admission().profile().clone(),
-            sides: RwLock::new(Sides::One(volume)),
+            sides: ArcSwap::from_pointee(Sides::One(volume)),
         }
     }
 
@@ -179,7 +172,7 @@ impl LiveVolume {
     /// The volume; while it is re-encrypted, the old one.
     #[must_use]
     pub fn current(&self) -> Arc<Volume> {
-        match &*self.sides() {
+        match &**self.sides.load() {
             Sides::One(volume) | Sides::Two(Two { old: volume, .. }) => volume.clone(),
         }
     }
@@ -187,7 +180,7 @@ impl LiveVolume {
     /// The volume that it is becoming, and how many bytes of it are done. `None` if nobody re-encrypts it.
     #[must_use]
     pub fn becoming(&self) -> Option<(Arc<Volume>, u64)> {
-        match &*self.sides() {
+        match &**self.sides.load() {
             Sides::One(_) => None,
             Sides::Two(Two { new, border, .. }) => {
                 Some((new.clone(), border.boundary.load(Ordering::Relaxed)))
@@ -195,14 +188,29 @@ impl LiveVolume {
         }
     }
 
-    fn change_sides(&self, sides: &mut Sides, to: Sides) {
+    /// For who has locked everything.
+    fn change_sides(&self, to: Sides) {
         let unit = to.coarse().layout().data_unit_size().bytes();
         self.unit_bytes.store(unit, Ordering::Relaxed);
-        *sides = to;
+        self.sides.store(Arc::new(to));
     }
 
-    fn sides(&self) -> RwLockReadGuard<'_, Sides> {
-        self.sides.read()
+    /// Locks the data units that these ranges touch, of whichever volume, and returns which volumes there are while they are
+    /// locked. To be dropped before the lock.
+    fn lock(
+        &self,
+        wanted: impl Iterator<Item = (Range<u64>, Sharing)> + Clone,
+    ) -> (RangeGuard<'_>, Guard<Arc<Sides>>) {
+        loop {
+            let unit = u64::from(self.unit_bytes.load(Ordering::Relaxed));
+            let units = |range: Range<u64>| range.start & !(unit - 1)..range.end.next_multiple_of(unit);
+            let guard = self.locks.take_all(wanted.clone().map(|(range, sharing)| (units(range), sharing)));
+            let sides = self.sides.load();
+            if sides.coarse().unit_bytes() <= unit {
+                return (guard, sides);
+            }
+            // A re-encryption to larger ones has begun just now.
+        }
     }
 
     /// Begins to re-encrypt it, or goes on where `state` says. From now on it is served by both volumes, and each
@@ -224,8 +232,8 @@ impl LiveVolume {
     pub fn begin(self: &Arc<Self>, new: Volume, state: impl Ledger + 'static) -> Result<Reencryption, Error> {
         let mut state: Box<dyn Ledger> = Box::new(state);
         let invalid = |why: &str| Err(Error::new(ErrorKind::Invalid, Op::Reencrypt).detail(why.to_owned()));
-        let mut sides = self.sides.write();
-        let Sides::One(old) = &*sides else {
+        let _guard = self.locks.take(EVERYTHING, Sharing::Exclusive);
+        let Sides::One(old) = &**self.sides.load() else {
             return Err(Error::new(ErrorKind::Busy, Op::Reencrypt).detail("it is being re-encrypted already"));
         };
         let old = old.clone();
@@ -289,7 +297,7 @@ impl LiveVolume {
         if running.state.is_interrupted() {
             two.border.broken_end.store(zone.end, Ordering::Relaxed);
         }
-        self.change_sides(&mut sides, Sides::Two(two));
+        self.change_sides(Sides::Two(two));
         Ok(running)
     }
 
@@ -390,16 +398,15 @@ impl Disk for LiveVolume {
             let checked = self.check(span.offset(), span.payload().len() as u64, item.transfer().access());
             item.set_result(checked.and_then(|()| item.fits(buffer)));
         }
-        let sides = self.sides();
         let tried = batch.items.iter().filter(|item| item.result().is_ok());
-        let _guard = self.locks.take_all(tried.map(|item| {
+        let (_guard, sides) = self.lock(tried.map(|item| {
             let sharing = match item.transfer() {
                 Transfer::Read => Sharing::Shared,
                 Transfer::Write(_) => Sharing::Exclusive,
             };
-            (sides.units(item.span().range()), sharing)
+            (item.span().range(), sharing)
         }));
-        if let Sides::One(volume) = &*sides
+        if let Sides::One(volume) = &**sides
             && shares_memory(&self.home, volume)
         {
             let unit = u32::try_from(volume.unit_bytes()).expect("at most 64 KiB");
@@ -428,7 +435,7 @@ impl Disk for LiveVolume {
 
     fn flush(&self) -> Result<(), Error> {
         // Both have one backing.
-        let volume = self.sides().coarse().clone();
+        let volume = self.sides.load().coarse().clone();
         volume.flush()
     }
 
@@ -437,11 +444,10 @@ impl Disk for LiveVolume {
         if len == 0 || !self.geometry.can_trim {
             return Ok(());
         }
-        let sides = self.sides();
         let range = offset..offset + len;
         // Held until the storage is given back, so that no later write is lost to an earlier trim.
-        let _guard = self.locks.take(sides.units(range.clone()), Sharing::Exclusive);
-        let Two { old, new, border } = match &*sides {
+        let (_guard, sides) = self.lock(std::iter::once((range.clone(), Sharing::Exclusive)));
+        let Two { old, new, border } = match &**sides {
             Sides::One(volume) => return volume.trim_locked(range),
             Sides::Two(two) => two,
         };
@@ -454,12 +460,12 @@ impl Disk for LiveVolume {
 
     fn extents(&self, offset: u64, len: u64, extents_max: usize) -> Result<Vec<Extent>, Error> {
         self.check(offset, len, Access::ReadOnly)?;
-        let volume = self.sides().coarse().clone();
+        let volume = self.sides.load().coarse().clone();
         volume.extents(offset, len, extents_max)
     }
 
     fn prefetch(&self, offset: u64, len: u64) {
-        let volume = self.sides().coarse().clone();
+        let volume = self.sides.load().coarse().clone();
         volume.prefetch(offset, len);
     }
 }
@@ -644,7 +650,8 @@ impl Reencryption {
         if !self.progress().is_complete() {
             return Err(Error::new(ErrorKind::Busy, Op::Reencrypt).detail("it is not complete"));
         }
-        self.live.change_sides(&mut self.live.sides.write(), Sides::One(self.two.new.clone()));
+        let _guard = self.live.locks.take(EVERYTHING, Sharing::Exclusive);
+        self.live.change_sides(Sides::One(self.two.new.clone()));
         Ok(self.two.new.clone())
     }
 }

@@ -13,7 +13,7 @@ use loom::sync as imp;
 #[cfg(not(loom))]
 use std::sync as imp;
 
-pub(crate) use imp::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+pub(crate) use imp::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 use std::cell::Cell;
 use std::sync::PoisonError;
 
@@ -30,27 +30,6 @@ impl<T> Mutex<T> {
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, T> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-pub(crate) type RwLockReadGuard<'a, T> = imp::RwLockReadGuard<'a, T>;
-pub(crate) type RwLockWriteGuard<'a, T> = imp::RwLockWriteGuard<'a, T>;
-
-/// A lock that many may share, whose poison is ignored.
-#[derive(Debug)]
-pub(crate) struct RwLock<T>(imp::RwLock<T>);
-
-impl<T> RwLock<T> {
-    pub(crate) fn new(value: T) -> Self {
-        Self(imp::RwLock::new(value))
-    }
-
-    pub(crate) fn read(&self) -> RwLockReadGuard<'_, T> {
-        self.0.read().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(crate) fn write(&self) -> RwLockWriteGuard<'_, T> {
-        self.0.write().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
