@@ -17,7 +17,7 @@ use crate::key::{
     EphemeralWrappedKey, KEY_IDENTIFIER_BYTES, Key, KeyForm, KeyId, LongTermWrappedKey, RAW_KEY_BYTES_MAX,
     RawKey, SoftwareSecret, WRAPPED_KEY_BYTES_MAX,
 };
-use crate::keyslot::{KeyslotGuard, Keyslots, KeyslotsStatus, Policy};
+use crate::keyslot::{KeyslotGuard, Keyslots, KeyslotsStatus, Policy, Whereabouts};
 use crate::memory::{Buffer, Memory, MemoryPool};
 use crate::sync::{Condvar, Mutex, MutexGuard, wait};
 use inlinecrypt_cipher::Dun;
@@ -169,12 +169,14 @@ impl CryptoProfile {
             let fallback = self.fallback.as_ref().expect("decided for a fallback that is there");
             return fallback.admit_alone(key).map_err(refuse);
         }
-        let mut admission = Admission { profile: self.clone(), key, hold, served_by, spill: None };
+        let whereabouts = Whereabouts::default();
+        let mut admission =
+            Admission { profile: self.clone(), key, whereabouts, hold, served_by, spill: None };
         if let Some(keyslots) = &self.keyslots {
             keyslots.set_priority(admission.key.id(), priority);
             if preprogram {
                 // If it fails, the first request tries again and says why.
-                drop(keyslots.acquire(&admission.key));
+                drop(keyslots.acquire(&admission.key, &admission.whereabouts));
             }
         }
         if let (Some(after_ns), Some(fallback), true) = (spill_after_ns, &self.fallback, software_may) {
@@ -209,7 +211,8 @@ impl CryptoProfile {
         let (hold, label, now) = (Hold::Register, String::new(), Timestamp::default());
         let application = Application { key: id, key_type, hold, fallback_ready: false, label, now };
         self.ask(|table, actions| table.apply(application, actions))?;
-        Ok(Admission { profile: self.clone(), key, hold, served_by: ServedBy::Fallback, spill: None })
+        let (whereabouts, served_by) = (Whereabouts::default(), ServedBy::Fallback);
+        Ok(Admission { profile: self.clone(), key, whereabouts, hold, served_by, spill: None })
     }
 
     /// A large buffer that the engine can reach, if one is free. Does not wait.
@@ -473,6 +476,7 @@ impl Register {
 pub struct Admission {
     profile: Arc<CryptoProfile>,
     key: Arc<Key>,
+    whereabouts: Whereabouts,
     hold: Hold,
     served_by: ServedBy,
     spill: Option<Spill>,
@@ -539,7 +543,7 @@ impl Admission {
             return Ok(Request { admission: self, guard: None });
         };
         if let Some(Spill { after_ns, by }) = &self.spill
-            && keyslots.expected_wait_ns(self.key.id()) > *after_ns
+            && keyslots.expected_wait_ns(self.key.id(), &self.whereabouts) > *after_ns
         {
             // Relaxed: a counter for people.
             self.profile.spills.fetch_add(1, Ordering::Relaxed);
@@ -547,7 +551,7 @@ impl Admission {
         }
         let guard = match self.profile.engine.slot_hold() {
             SlotHold::WhileComputing => None,
-            SlotHold::WholeRequest => Some(keyslots.acquire(&self.key)?),
+            SlotHold::WholeRequest => Some(keyslots.acquire(&self.key, &self.whereabouts)?),
         };
         Ok(Request { admission: self, guard })
     }
@@ -637,7 +641,7 @@ impl Request<'_> {
         memory: &mut dyn Memory,
         pieces: &mut [Piece],
     ) -> Result<(), Error> {
-        let Admission { profile, key, .. } = self.admission;
+        let Admission { profile, key, whereabouts, .. } = self.admission;
         let engine = &*profile.engine;
         let Some(keyslots) = &profile.keyslots else {
             return engine.crypt(KeyRef::Inline(key), direction, memory, pieces);
@@ -646,7 +650,7 @@ impl Request<'_> {
         for _ in 0..LOSSES_MAX {
             let guard = match self.guard.take() {
                 Some(guard) => guard,
-                None => keyslots.acquire(key)?,
+                None => keyslots.acquire(key, whereabouts)?,
             };
             match engine.crypt(KeyRef::Slot(guard.slot()), direction, memory, pieces) {
                 // The engine was reset, say. What is left was not touched, so ask for the key's keyslot again.

@@ -7,7 +7,7 @@
 
 use inlinecrypt_core::config::{DataUnitSize, Hardware, Mode};
 use inlinecrypt_core::key::{Key, KeyForm, RawKey};
-use inlinecrypt_core::keyslot::{Keyslots, Policy};
+use inlinecrypt_core::keyslot::{Keyslots, Policy, Whereabouts};
 use inlinecrypt_core::testing::FakeEngine;
 use inlinecrypt_io::export::nbd::negotiate::Terms;
 use inlinecrypt_io::export::nbd::session::Session;
@@ -62,8 +62,9 @@ fn keyslot_hit(times: u32) {
     let key = Key::new(Mode::Aes256Xts, DataUnitSize::DEFAULT, 8, form, Hardware::Allowed);
     let key: Arc<Key> = key.expect("a good key");
     let keyslots = Keyslots::new(Arc::new(FakeEngine::with_keyslots(32)), Policy::default());
+    let whereabouts = Whereabouts::default();
     for _ in 0..times {
-        drop(black_box(keyslots.acquire(&key)).expect("programmed once"));
+        drop(black_box(keyslots.acquire(&key, &whereabouts)).expect("programmed once"));
     }
 }
 

@@ -93,10 +93,14 @@ impl Engine for FakeEngine {
     }
 }
 
-fn key(n: u8) -> Arc<Key> {
+/// A key, and where it was last.
+struct Known(Arc<Key>, Whereabouts);
+
+fn key(n: u8) -> Arc<Known> {
     let bytes: Vec<u8> = (n..n + 64).collect();
-    Key::new(Mode::Aes256Xts, DataUnitSize::DEFAULT, 8, KeyForm::Raw(RawKey::new(&bytes)), Hardware::Allowed)
-        .expect("a good key")
+    let form = KeyForm::Raw(RawKey::new(&bytes));
+    let key = Key::new(Mode::Aes256Xts, DataUnitSize::DEFAULT, 8, form, Hardware::Allowed);
+    Arc::new(Known(key.expect("a good key"), Whereabouts::default()))
 }
 
 fn shell(keyslots: u32, failures: u32, policy: Policy) -> (Arc<FakeEngine>, Arc<Keyslots>) {
@@ -104,8 +108,8 @@ fn shell(keyslots: u32, failures: u32, policy: Policy) -> (Arc<FakeEngine>, Arc<
     (engine.clone(), Arc::new(Keyslots::new(engine, policy)))
 }
 
-fn use_key(engine: &FakeEngine, slots: &Keyslots, key: &Arc<Key>) {
-    let guard = slots.acquire(key).expect("the engine does not fail");
+fn use_key(engine: &FakeEngine, slots: &Keyslots, Known(key, whereabouts): &Known) {
+    let guard = slots.acquire(key, whereabouts).expect("the engine does not fail");
     assert_eq!(engine.holds(guard.slot()), Some(key.id()), "a granted keyslot holds the asked key");
 }
 
@@ -170,10 +174,10 @@ fn eviction_while_another_waits() {
             let (engine, slots, second) = (engine.clone(), slots.clone(), second.clone());
             move || use_key(&engine, &slots, &second)
         });
-        let evicted = slots.evict(&first);
+        let evicted = slots.evict(&first.0);
         assert!(evicted.is_ok(), "nobody uses it: {evicted:?}");
         other.join().unwrap();
-        assert_ne!(engine.holds(SlotIndex(0)), Some(first.id()));
+        assert_ne!(engine.holds(SlotIndex(0)), Some(first.0.id()));
     });
 }
 
@@ -185,17 +189,17 @@ fn a_failing_program_while_others_wait() {
             let (engine, slots) = (engine.clone(), slots.clone());
             move || {
                 let key = key(1);
-                let granted = slots.acquire(&key);
+                let granted = slots.acquire(&key.0, &key.1);
                 if let Ok(guard) = &granted {
-                    assert_eq!(engine.holds(guard.slot()), Some(key.id()));
+                    assert_eq!(engine.holds(guard.slot()), Some(key.0.id()));
                 }
                 granted.is_ok()
             }
         });
         let mine = key(2);
-        let granted = slots.acquire(&mine);
+        let granted = slots.acquire(&mine.0, &mine.1);
         if let Ok(guard) = &granted {
-            assert_eq!(engine.holds(guard.slot()), Some(mine.id()));
+            assert_eq!(engine.holds(guard.slot()), Some(mine.0.id()));
         }
         let ok = granted.is_ok();
         drop(granted);
@@ -215,7 +219,7 @@ fn a_reset_during_use() {
         slots.reset();
         other.join().unwrap();
         // What a loss mid-use leads to: report it, ask again.
-        let guard = slots.acquire(&mine).expect("the engine does not fail");
+        let guard = slots.acquire(&mine.0, &mine.1).expect("the engine does not fail");
         guard.lost();
         use_key(&engine, &slots, &mine);
     });
@@ -226,12 +230,78 @@ fn the_last_release_as_a_waiter_arrives() {
     model(|| {
         let (engine, slots) = shell(1, 0, Policy::default());
         let mine = key(1);
-        let guard = slots.acquire(&mine).expect("the engine does not fail");
+        let guard = slots.acquire(&mine.0, &mine.1).expect("the engine does not fail");
         let other = thread::spawn({
             let (engine, slots) = (engine.clone(), slots.clone());
             move || use_key(&engine, &slots, &key(2))
         });
         drop(guard);
         other.join().unwrap();
+    });
+}
+
+/// A key that is in and open, found without the lock by one thread while another takes its keyslot away.
+#[test]
+fn an_open_keyslot_is_shared_while_another_key_comes() {
+    model(|| {
+        let (engine, slots) = shell(1, 0, Policy::default());
+        let mine = key(1);
+        // The first programs it, the second opens it.
+        use_key(&engine, &slots, &mine);
+        use_key(&engine, &slots, &mine);
+        let other = thread::spawn({
+            let (engine, slots) = (engine.clone(), slots.clone());
+            move || use_key(&engine, &slots, &key(2))
+        });
+        use_key(&engine, &slots, &mine);
+        other.join().unwrap();
+        use_key(&engine, &slots, &mine);
+        assert_eq!(slots.status().slots[0].users, 0);
+    });
+}
+
+/// Two find an open keyslot, and its owner wants the key out.
+#[test]
+fn an_open_keyslot_is_evicted_once_nobody_uses_it() {
+    model(|| {
+        let (engine, slots) = shell(1, 0, Policy::default());
+        let mine = key(1);
+        use_key(&engine, &slots, &mine);
+        use_key(&engine, &slots, &mine);
+        let other = thread::spawn({
+            let (engine, slots, mine) = (engine.clone(), slots.clone(), mine.clone());
+            move || {
+                let guard = slots.acquire(&mine.0, &mine.1).expect("the engine does not fail");
+                let refused = slots.evict(&mine.0);
+                assert_eq!(refused.map_err(|error| error.kind()), Err(ErrorKind::KeyInUse));
+                assert_eq!(engine.holds(guard.slot()), Some(mine.0.id()));
+            }
+        });
+        use_key(&engine, &slots, &mine);
+        other.join().unwrap();
+        slots.evict(&mine.0).expect("nobody uses it");
+        let status = slots.status().slots[0];
+        assert_eq!((status.key, status.users, status.counters.hits), (None, 0, 3));
+    });
+}
+
+/// Whereabouts that are wrong: the keyslot has got another key since, and is open again.
+#[test]
+fn a_keyslot_that_changed_hands_is_not_mistaken() {
+    model(|| {
+        let (engine, slots) = shell(1, 0, Policy::default());
+        let (mine, theirs) = (key(1), key(2));
+        use_key(&engine, &slots, &mine);
+        use_key(&engine, &slots, &mine);
+        let other = thread::spawn({
+            let (engine, slots) = (engine.clone(), slots.clone());
+            move || {
+                use_key(&engine, &slots, &theirs);
+                use_key(&engine, &slots, &theirs);
+            }
+        });
+        use_key(&engine, &slots, &mine);
+        other.join().unwrap();
+        assert_eq!(slots.status().slots[0].users, 0);
     });
 }

@@ -4,6 +4,7 @@
 //! engine. Fairness is a [`Policy`]. Start reading at [`table`].
 
 mod lru;
+mod open;
 pub mod policy;
 mod shell;
 pub mod table;
@@ -15,6 +16,7 @@ mod model_tests;
 #[cfg(all(test, not(loom)))]
 mod quantum_tests;
 
+pub use open::Whereabouts;
 pub use policy::{Order, Policy, Priority};
 pub use shell::{KeyslotGuard, Keyslots, KeyslotsStatus};
 pub use table::{EvictOutcome, KeyslotTable, SlotCounters, SlotStatus};

@@ -1,5 +1,6 @@
 //! The keyslot table against a simple engine and a simple idea of fairness, for random histories.
 
+use super::open::{OpenSlots, Opened, Share};
 use super::table::{Acquired, Action, EvictOutcome, Grant, KeyslotTable, Programmed, Ticket};
 use super::*;
 use crate::engine::SlotIndex;
@@ -64,6 +65,15 @@ struct World {
     evicting: BTreeMap<Ticket, KeyId>,
     pinned: BTreeSet<KeyId>,
     failed: usize,
+    /// Who counts the users of keyslots that need no decision. `None`: the table.
+    open: Option<Open>,
+}
+
+struct Open {
+    slots: OpenSlots,
+    opened: Opened,
+    whereabouts: BTreeMap<KeyId, Whereabouts>,
+    shared: u64,
 }
 
 impl World {
@@ -79,10 +89,55 @@ impl World {
             evicting: BTreeMap::new(),
             pinned: BTreeSet::new(),
             failed: 0,
+            open: None,
         }
     }
 
+    /// The same with keyslots that are opened whenever they can be.
+    fn opening(self) -> Self {
+        let slots = OpenSlots::new(u32::try_from(self.engine.len()).unwrap());
+        let open = Open { slots, opened: Opened::default(), whereabouts: BTreeMap::new(), shared: 0 };
+        Self { open: Some(open), ..self }
+    }
+
+    fn close_all(&mut self) {
+        if let Some(Open { slots, opened, .. }) = &mut self.open {
+            opened.close_all(slots, &mut self.table);
+        }
+    }
+
+    /// Grants a keyslot that is open, or can be.
+    fn try_open(&mut self, key: KeyId) -> Option<Grant> {
+        let Open { slots, opened, whereabouts, shared } = self.open.as_mut()?;
+        let whereabouts = whereabouts.entry(key).or_default();
+        match slots.share(key, whereabouts) {
+            Share::Yes(grant) => {
+                *shared += 1;
+                return Some(grant);
+            }
+            Share::Mistaken(_) => unreachable!("nothing happens meanwhile"),
+            Share::No => {}
+        }
+        let slot = self.table.hit(key)?;
+        whereabouts.note(slot);
+        Some(opened.grant(slots, &mut self.table, slot, key))
+    }
+
+    fn release(&mut self, grant: Grant) {
+        if self.open.as_ref().is_some_and(|open| open.slots.give_back(grant.slot)) {
+            return;
+        }
+        self.close_all();
+        let mut actions = Vec::new();
+        self.table.release(grant, &mut actions);
+        self.carry_out(actions);
+    }
+
     fn acquire(&mut self, key: KeyId) {
+        if let Some(grant) = self.try_open(key) {
+            return self.grant(key, grant, None);
+        }
+        self.close_all();
         let mut actions = Vec::new();
         match self.table.acquire(key, &mut actions) {
             Acquired::Granted(grant) => {
@@ -169,9 +224,13 @@ impl World {
     }
 
     fn engine_finishes(&mut self, outcome: Programmed) {
+        if self.todo.is_none() {
+            return;
+        }
+        self.close_all();
         let mut actions = Vec::new();
         match self.todo.take() {
-            None => return,
+            None => {}
             Some(Action::Program { slot, key, .. }) => {
                 if outcome == Programmed::Done && !self.overtaken {
                     self.engine[slot.0 as usize] = Some(key);
@@ -194,13 +253,13 @@ impl World {
             Step::Acquire(number) => self.acquire(key(number)),
             Step::Release(n) if !self.granted.is_empty() => {
                 let (_, grant) = self.granted.swap_remove(n % self.granted.len());
-                self.table.release(grant, &mut actions);
-                self.carry_out(actions);
+                self.release(grant);
             }
             Step::Lost(n) if !self.granted.is_empty() => {
                 // A request reports a loss. If the table takes it for news, the engine has really lost the key; else
                 // it is a late report about a filling that was replaced since.
                 let (_, grant) = self.granted.swap_remove(n % self.granted.len());
+                self.close_all();
                 self.table.lost(grant);
                 if self.table.status()[grant.slot.0 as usize].key.is_none() {
                     self.engine[grant.slot.0 as usize] = None;
@@ -210,12 +269,14 @@ impl World {
             }
             Step::Release(_) | Step::Lost(_) => {}
             Step::Evict(number) => {
+                self.close_all();
                 // What the shell does: the ticket is known before the actions are carried out.
                 let ticket = self.table.evict(key(number), &mut actions);
                 self.evicting.insert(ticket, key(number));
                 self.carry_out(actions);
             }
             Step::Pin(number, pin) => {
+                self.close_all();
                 if pin && (self.pinned.len() + 1 < self.engine.len()) {
                     self.pinned.insert(key(number));
                 } else {
@@ -225,6 +286,7 @@ impl World {
                 self.carry_out(actions);
             }
             Step::Reset => {
+                self.close_all();
                 self.engine.fill(None);
                 self.overtaken = true;
                 self.table.reset(&mut actions);
@@ -269,13 +331,38 @@ proptest! {
         world.drain();
     }
 
+    /// Users that are counted outside the table make no difference to anything it decides, shows or counts.
+    #[test]
+    fn opening_changes_nothing(
+        slots in 1u32..4,
+        bypass_max in 0u32..4,
+        steps in proptest::collection::vec(step(), 0..120),
+    ) {
+        let policy = Policy { bypass_max, ..Policy::default() };
+        let (mut world, mut opening) = (World::new(slots, policy), World::new(slots, policy).opening());
+        for step in steps {
+            world.apply(step);
+            opening.apply(step);
+            prop_assert_eq!(&opening.engine, &world.engine);
+            prop_assert_eq!(&opening.granted, &world.granted);
+            prop_assert_eq!(opening.todo, world.todo);
+        }
+        world.drain();
+        opening.drain();
+        opening.close_all();
+        prop_assert_eq!(opening.table.status(), world.table.status());
+        prop_assert_eq!(opening.table, world.table);
+    }
+
     /// Without contention the table is least recently used, with empty keyslots first.
     #[test]
     fn without_contention_it_is_plain_lru(
         slots in 1u32..5,
+        opens in any::<bool>(),
         uses in proptest::collection::vec(0u64..8, 0..100),
     ) {
-        let mut world = World::new(slots, Policy::default());
+        let world = World::new(slots, Policy::default());
+        let mut world = if opens { world.opening() } else { world };
         let mut oracle: Vec<u64> = Vec::new();
         for number in uses {
             world.acquire(KeyId::for_simulation(number));
@@ -292,6 +379,23 @@ proptest! {
             prop_assert_eq!(held, oracle.iter().copied().collect::<BTreeSet<_>>());
         }
     }
+}
+
+#[test]
+fn a_key_that_is_used_again_is_found_without_the_table() {
+    let mut world = World::new(2, Policy::default()).opening();
+    for round in 0..5 {
+        for number in [1, 2] {
+            world.acquire(key(number));
+            world.engine_finishes(Programmed::Done);
+            world.apply(Step::Release(0));
+        }
+        // The first rounds program it and open it; from then on, nothing closes it.
+        assert_eq!(world.open.as_ref().unwrap().shared, if round < 2 { 0 } else { (round - 1) * 2 });
+    }
+    world.close_all();
+    let hits = world.table.status().iter().map(|slot| slot.counters.hits).sum::<u64>();
+    assert_eq!(hits, 8);
 }
 
 fn key(number: u64) -> KeyId {

@@ -1,8 +1,10 @@
-//! The shell of the keyslot table: one lock, and waiting threads.
+//! The shell of the keyslot table: one lock, and waiting threads. And for most requests no lock: keyslots that need no decision
+//! are [open](super::open).
 //!
 //! A thread that waits has a mailbox; whoever causes an action for it puts the action there and wakes that thread alone.
 //! Programs are carried out by the thread that needs them, so that a request that is merely done never pays for others.
 
+use super::open::{OpenSlots, Opened, Share, Whereabouts};
 use super::policy::{Policy, Priority};
 use super::table::{Acquired, Action, EvictOutcome, Grant, KeyslotTable, Programmed, SlotStatus, Ticket};
 use crate::engine::{Engine, SlotIndex};
@@ -19,6 +21,7 @@ use std::sync::Arc;
 pub struct Keyslots {
     engine: Arc<dyn Engine>,
     clock: Arc<dyn Clock>,
+    open: OpenSlots,
     state: Mutex<State>,
 }
 
@@ -31,6 +34,7 @@ struct State {
     keys: Vec<Option<Arc<Key>>>,
     /// Programs that nobody waits for, after a reset: done by whoever caused them.
     orphans: Vec<(SlotIndex, KeyId)>,
+    opened: Opened,
     /// Why the engine did not program a key, until the actions that follow are delivered.
     failure: Option<Error>,
     waits: u64,
@@ -87,7 +91,7 @@ impl KeyslotGuard<'_> {
     /// Gives the keyslot back, since the engine says that it holds no key. The key is programmed again when it is
     /// next asked for.
     pub fn lost(self) {
-        self.keyslots.state.lock().table.lost(self.grant);
+        self.keyslots.closed().table.lost(self.grant);
         // Dropped now, so released.
     }
 }
@@ -118,12 +122,14 @@ impl Keyslots {
             mailboxes: BTreeMap::new(),
             keys: vec![None; count as usize],
             orphans: Vec::new(),
+            opened: Opened::default(),
             failure: None,
             waits: 0,
             longest_wait_ns: 0,
             resets: 0,
         };
-        Self { engine, clock: Arc::new(StoppedClock), state: Mutex::new(state) }
+        let open = OpenSlots::new(count);
+        Self { engine, clock: Arc::new(StoppedClock), open, state: Mutex::new(state) }
     }
 
     /// The same with a clock: without, keys have no quanta.
@@ -132,7 +138,8 @@ impl Keyslots {
         Self { clock, ..self }
     }
 
-    /// Takes a keyslot that holds `key`, programming one if need be.
+    /// Takes a keyslot that holds `key`, programming one if need be. `whereabouts` saves looking where it is, and is to be
+    /// the same one every time.
     ///
     /// # Errors
     ///
@@ -142,10 +149,23 @@ impl Keyslots {
     ///
     /// Waits while every keyslot is in use, in order of arrival (see [`Policy`]), and while the engine programs. A
     /// thread must not hold a keyslot while it asks for another, nor call this from inside the engine.
-    pub fn acquire(&self, key: &Arc<Key>) -> Result<KeyslotGuard<'_>, Error> {
-        let mut state = self.state.lock();
-        self.tell_time(&mut state, Some(key.id()));
+    pub fn acquire(&self, key: &Arc<Key>, whereabouts: &Whereabouts) -> Result<KeyslotGuard<'_>, Error> {
+        match self.open.share(key.id(), whereabouts) {
+            Share::Yes(grant) => return Ok(KeyslotGuard { keyslots: self, grant }),
+            Share::Mistaken(grant) => self.release(grant),
+            Share::No => {}
+        }
         let mut actions = Vec::new();
+        let mut state = self.state.lock();
+        if let Some(slot) = state.table.hit(key.id()) {
+            // From now on it is found without the lock.
+            let State { table, opened, .. } = &mut *state;
+            let grant = opened.grant(&self.open, table, slot, key.id());
+            whereabouts.note(slot);
+            return Ok(KeyslotGuard { keyslots: self, grant });
+        }
+        self.close_all(&mut state);
+        self.tell_time(&mut state, Some(key.id()));
         let ticket = match state.table.acquire(key.id(), &mut actions) {
             Acquired::Granted(grant) => return Ok(KeyslotGuard { keyslots: self, grant }),
             Acquired::Queued(ticket) => ticket,
@@ -193,7 +213,7 @@ impl Keyslots {
     ///
     /// Waits while the engine programs or evicts.
     pub fn evict(&self, key: &Key) -> Result<(), Error> {
-        let mut state = self.state.lock();
+        let mut state = self.closed();
         let mut actions = Vec::new();
         let ticket = state.table.evict(key.id(), &mut actions);
         let wake = state.open_mailbox(ticket);
@@ -206,7 +226,7 @@ impl Keyslots {
                 Some(Letter::Evict(slot)) => {
                     drop(state);
                     let result = self.engine.evict(Some(slot), key);
-                    state = self.state.lock();
+                    state = self.closed();
                     let mut actions = Vec::new();
                     state.table.evicted(slot, result.is_ok(), &mut actions);
                     failure = result.err();
@@ -233,7 +253,7 @@ impl Keyslots {
     /// Whether `key`, once it has a keyslot, keeps it against others. The caller sees to it that one keyslot stays free
     /// ([`AdmissionTable`](crate::admission::AdmissionTable)).
     pub fn set_pinned(&self, key: KeyId, pinned: bool) {
-        let mut state = self.state.lock();
+        let mut state = self.closed();
         let mut actions = Vec::new();
         state.table.set_pinned(key, pinned, &mut actions);
         // Nothing that nobody waits for can begin here: that happens after a reset, and then the engine is busy.
@@ -248,7 +268,7 @@ impl Keyslots {
     ///
     /// Waits while the engine programs.
     pub fn reset(&self) {
-        let mut state = self.state.lock();
+        let mut state = self.closed();
         state.resets += 1;
         let mut actions = Vec::new();
         state.table.reset(&mut actions);
@@ -259,7 +279,7 @@ impl Keyslots {
     /// The keyslots at this moment.
     #[must_use]
     pub fn status(&self) -> KeyslotsStatus {
-        let state = self.state.lock();
+        let state = self.closed();
         KeyslotsStatus {
             slots: state.table.status(),
             waiting: state.table.waiting(),
@@ -271,8 +291,11 @@ impl Keyslots {
 
     /// How long a request for `key` would wait by and large, in nanoseconds.
     #[must_use]
-    pub fn expected_wait_ns(&self, key: KeyId) -> u64 {
-        self.state.lock().table.expected_wait_ns(key)
+    pub fn expected_wait_ns(&self, key: KeyId, whereabouts: &Whereabouts) -> u64 {
+        match self.open.seems_there(key, whereabouts) {
+            true => 0,
+            false => self.closed().table.expected_wait_ns(key),
+        }
     }
 
     /// How urgent the requests of `key` are.
@@ -300,6 +323,8 @@ impl Keyslots {
         let now_ns = self.clock.now_ns();
         if now_ns >= at_ns {
             *wake_at = None;
+            // It may have been granted meanwhile, and others' keyslots opened.
+            self.close_all(&mut state);
             let mut actions = Vec::new();
             state.table.at(now_ns).tick(&mut actions);
             state.deliver(actions);
@@ -307,8 +332,22 @@ impl Keyslots {
         state
     }
 
-    fn release(&self, grant: Grant) {
+    /// Locks the table with all keyslots closed: whatever happens, it knows who uses which.
+    fn closed(&self) -> MutexGuard<'_, State> {
         let mut state = self.state.lock();
+        self.close_all(&mut state);
+        state
+    }
+
+    fn close_all(&self, state: &mut State) {
+        state.opened.close_all(&self.open, &mut state.table);
+    }
+
+    fn release(&self, grant: Grant) {
+        if self.open.give_back(grant.slot) {
+            return;
+        }
+        let mut state = self.closed();
         self.tell_time(&mut state, None);
         let mut actions = Vec::new();
         state.table.release(grant, &mut actions);
@@ -326,7 +365,7 @@ impl Keyslots {
         state.table.engine_begins(self.clock.now_ns());
         drop(state);
         let result = self.engine.program(slot, key);
-        let mut state = self.state.lock();
+        let mut state = self.closed();
         state.table.at(self.clock.now_ns());
         let outcome = match &result {
             Ok(()) => Programmed::Done,

@@ -21,6 +21,7 @@
 //!   same key back after a reset;
 //! - a pinned key is displaced by nobody, and at least one keyslot holds no pinned key;
 //! - a granted keyslot holds the asked key until it is released or the engine reports it lost;
+//! - an open keyslot is Ready and nobody waits: its users are counted outside, and nothing else happens until all are closed;
 //! - a waiter is granted after at most as many others as waited before it, plus `bypass_max`, plus what the quanta of the
 //!   keys in the keyslots let pass.
 //!
@@ -177,6 +178,8 @@ struct Slot {
     quantum_end_ns: u64,
     /// Since when it is idle, in nanoseconds.
     idle_since_ns: u64,
+    /// Whether its users are counted outside ([`KeyslotTable::open`]).
+    is_open: bool,
 }
 
 /// What happened in one keyslot since the start. Counters only grow.
@@ -247,6 +250,8 @@ pub struct KeyslotTable {
     evictions: BTreeMap<Ticket, KeyId>,
     /// The keyslot for which the engine has something to do.
     engine_at: Option<u32>,
+    /// How many keyslots are open.
+    open: u32,
     last_ticket: u64,
     last_filling: u64,
     now_ns: u64,
@@ -269,7 +274,14 @@ impl KeyslotTable {
     #[must_use]
     pub fn new(count: u32, policy: Policy) -> Self {
         assert!(count > 0, "an engine without keyslots needs no table");
-        let slot = Slot { fill: Fill::Empty, users: 0, filling: 0, quantum_end_ns: 0, idle_since_ns: 0 };
+        let slot = Slot {
+            fill: Fill::Empty,
+            users: 0,
+            filling: 0,
+            quantum_end_ns: 0,
+            idle_since_ns: 0,
+            is_open: false,
+        };
         let mut empty = LruList::new(count);
         (0..count).for_each(|slot| empty.push_back(slot));
         Self {
@@ -284,6 +296,7 @@ impl KeyslotTable {
             priorities: BTreeMap::new(),
             evictions: BTreeMap::new(),
             engine_at: None,
+            open: 0,
             last_ticket: 0,
             last_filling: 0,
             now_ns: 0,
@@ -336,12 +349,53 @@ impl KeyslotTable {
         Acquired::Queued(ticket)
     }
 
+    /// The keyslot that a request for `key` would be granted at once, since the key is there and nobody waits.
+    #[must_use]
+    pub fn hit(&self, key: KeyId) -> Option<SlotIndex> {
+        self.waiters.is_empty().then(|| self.ready_slot(key).map(SlotIndex)).flatten()
+    }
+
+    /// Lets the caller count the users of a keyslot that [hits](Self::hit), and returns how many there are. He grants and
+    /// releases it himself, and [closes](Self::close) it before anything else happens to the table than an
+    /// [`acquire`](Self::acquire) that hits another keyslot.
+    ///
+    /// # Panics
+    ///
+    /// If it is open already, or would not hit.
+    pub fn open(&mut self, slot: SlotIndex) -> u32 {
+        let at = &mut self.slots[slot.0 as usize];
+        assert!(matches!(at.fill, Fill::Ready { .. }) && self.waiters.is_empty(), "only what hits is opened");
+        assert!(!std::mem::replace(&mut at.is_open, true), "keyslot {slot} is open already");
+        self.open += 1;
+        self.idle.remove(slot.0);
+        std::mem::take(&mut self.slots[slot.0 as usize].users)
+    }
+
+    /// The keyslot has so many users, and was granted `hits` times, since it was opened. Of several that have no users, the
+    /// one that was used longest ago is closed first.
+    ///
+    /// # Panics
+    ///
+    /// If it is not open.
+    pub fn close(&mut self, slot: SlotIndex, users: u32, hits: u64) {
+        let at = &mut self.slots[slot.0 as usize];
+        assert!(std::mem::replace(&mut at.is_open, false), "keyslot {slot} is not open");
+        at.users = users;
+        self.open -= 1;
+        self.counters.0[slot.0 as usize].hits += hits;
+        if users == 0 {
+            self.slots[slot.0 as usize].idle_since_ns = self.now_ns;
+            self.idle.push_back(slot.0);
+        }
+    }
+
     /// A granted request is done with its keyslot.
     ///
     /// # Panics
     ///
     /// If the keyslot is not in use.
     pub fn release(&mut self, grant: Grant, actions: &mut Vec<Action>) {
+        self.assert_closed();
         let index = grant.slot.0;
         let slot = &mut self.slots[index as usize];
         slot.users = slot.users.checked_sub(1).expect("only a granted keyslot is released");
@@ -366,6 +420,7 @@ impl KeyslotTable {
     /// The engine says that a granted keyslot holds no key. The request still has to release it, and may then ask
     /// again. A report about an earlier filling is ignored: the key has been put back since, or is about to be.
     pub fn lost(&mut self, grant: Grant) {
+        self.assert_closed();
         let slot = &mut self.slots[grant.slot.0 as usize];
         let Fill::Ready { key } = slot.fill else { return };
         if slot.filling != grant.filling {
@@ -416,6 +471,7 @@ impl KeyslotTable {
         let keys: BTreeSet<_> =
             self.waiters.iter().map(|waiter| waiter.key).filter(|&other| other != key).collect();
         let ahead = keys.len() as u64;
+        self.assert_closed();
         let free = self.empty.front().is_some() || self.idle.front().is_some();
         if ahead == 0 && free {
             return self.program_ns;
@@ -505,6 +561,7 @@ impl KeyslotTable {
 
     /// The engine was reset: all keyslots are empty. Every key that was in one is programmed again, those in use too.
     pub fn reset(&mut self, actions: &mut Vec<Action>) {
+        self.assert_closed();
         for (index, slot) in (0..).zip(&mut self.slots) {
             match &mut slot.fill {
                 Fill::Ready { key } => {
@@ -527,6 +584,7 @@ impl KeyslotTable {
     /// All keyslots, for status displays.
     #[must_use]
     pub fn status(&self) -> Vec<SlotStatus> {
+        self.assert_closed();
         let key_of = |fill: &Fill| match *fill {
             Fill::Ready { key } | Fill::Stale { key } => Some(key),
             Fill::Programming { key, .. } | Fill::Evicting { key, .. } => Some(key),
@@ -548,6 +606,8 @@ impl KeyslotTable {
     ///
     /// If one does not hold.
     pub fn check(&self) {
+        assert_eq!(self.open as usize, self.slots.iter().filter(|slot| slot.is_open).count());
+        assert!(self.open == 0 || self.waiters.is_empty(), "nobody waits while a keyslot is open");
         let (idle, empty): (Vec<_>, Vec<_>) = (self.idle.iter().collect(), self.empty.iter().collect());
         let mut engine_ops = 0;
         for (index, slot) in (0..).zip(&self.slots) {
@@ -559,7 +619,7 @@ impl KeyslotTable {
                 }
                 Fill::Ready { key } => {
                     assert_eq!(self.by_key.get(&key), Some(&index), "a filled keyslot is found by its key");
-                    is_idle = slot.users == 0;
+                    is_idle = slot.users == 0 && !slot.is_open;
                 }
                 Fill::Stale { key } => assert_eq!(self.by_key.get(&key), Some(&index)),
                 Fill::Programming { key, by, .. } => {
@@ -607,6 +667,7 @@ impl KeyslotTable {
     fn grant(&mut self, index: u32) -> Grant {
         self.idle.remove(index);
         let slot = &mut self.slots[index as usize];
+        assert!(!slot.is_open, "keyslot {index} is closed before the table grants it");
         slot.users += 1;
         Grant { slot: SlotIndex(index), filling: slot.filling }
     }
@@ -633,8 +694,13 @@ impl KeyslotTable {
         actions.push(Action::Program { slot: SlotIndex(index), key, by });
     }
 
+    fn assert_closed(&self) {
+        assert_eq!(self.open, 0, "keyslots are closed before anything else happens");
+    }
+
     /// Grants and starts whatever can be granted and started now.
     fn advance(&mut self, actions: &mut Vec<Action>) {
+        self.assert_closed();
         self.grant_waiters(actions);
         if self.engine_at.is_some() {
             return;
