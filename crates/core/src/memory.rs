@@ -6,7 +6,7 @@
 //! nothing else, and a client that stalls in mid-request cannot keep others from their work.
 
 use crate::error::{Error, ErrorKind, Op};
-use crate::sync::Mutex;
+use crate::sync::{AtomicU64, Mutex, Ordering};
 use memmap2::MmapMut;
 use std::fmt;
 use std::sync::Arc;
@@ -86,7 +86,8 @@ impl Memory for HeapMemory {
 pub struct Buffer {
     /// `None` only while dropping.
     memory: Option<Box<dyn Memory>>,
-    home: Option<Arc<Mutex<Free>>>,
+    /// The pool, and the place in it that is kept free.
+    home: Option<(Arc<Places>, usize)>,
     is_secluded: bool,
 }
 
@@ -113,12 +114,8 @@ impl Buffer {
     /// that somebody else may go on reading. `false`, and nothing has changed, if it has no pool or half of that is so already.
     #[must_use]
     pub fn seclude(&mut self) -> bool {
-        let Some(home) = &self.home else { return false };
-        if !self.is_secluded {
-            let mut free = home.lock();
-            self.is_secluded = free.secluded < free.large_max / 2;
-            free.secluded += usize::from(self.is_secluded);
-        }
+        let Some((home, _)) = &self.home else { return false };
+        self.is_secluded = self.is_secluded || home.seclude();
         self.is_secluded
     }
 }
@@ -139,33 +136,71 @@ impl fmt::Debug for Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        let Some(home) = self.home.take() else { return };
+        let Some((home, place)) = self.home.take() else { return };
         if self.is_secluded {
             // Given back before another can be made instead.
             self.memory = None;
-            let mut free = home.lock();
-            free.secluded -= 1;
-            free.made -= 1;
-        } else {
-            home.lock().idle.extend(self.memory.take());
+            // Relaxed: a number, which nothing is read by.
+            home.secluded.fetch_sub(1, Ordering::Relaxed);
         }
+        home.give_back(place, self.memory.take());
     }
 }
 
+/// Where large buffers lie that nobody uses.
 #[derive(Debug)]
-struct Free {
-    /// Last in, first out: the warmest buffer is used next, and cold ones are never touched.
-    idle: Vec<Box<dyn Memory>>,
-    made: usize,
-    large_max: usize,
-    /// How many of those made will not come back.
-    secluded: usize,
+struct Places {
+    /// A bit for each place, set while nobody has it. Whoever clears it has the place to himself.
+    free: Box<[AtomicU64]>,
+    /// The memory of a place that is free, once it was made. Never locked by two: the bit says whose it is.
+    idle: Box<[Mutex<Option<Box<dyn Memory>>>]>,
+    /// How many of the buffers will not come back.
+    secluded: AtomicU64,
+}
+
+impl Places {
+    fn new(count: usize) -> Self {
+        let bits = |word: usize| match count - word * 64 {
+            left @ ..64 => (1 << left) - 1,
+            _ => u64::MAX,
+        };
+        Self {
+            free: (0..count.div_ceil(64)).map(|word| AtomicU64::new(bits(word))).collect(),
+            idle: (0..count).map(|_| Mutex::new(None)).collect(),
+            secluded: AtomicU64::new(0),
+        }
+    }
+
+    /// Takes the first place that is free, with its memory if it has any: places further on are touched only when so many
+    /// buffers are used at once, and the first ones are the warmest.
+    fn take(&self) -> Option<(usize, Option<Box<dyn Memory>>)> {
+        let place = self.free.iter().enumerate().find_map(|(index, word)| {
+            // Acquire: what the last user did with the memory is done.
+            let taken = word.fetch_update(Ordering::Acquire, Ordering::Relaxed, |bits| {
+                (bits != 0).then(|| bits & (bits - 1))
+            });
+            taken.ok().map(|bits| index * 64 + bits.trailing_zeros() as usize)
+        })?;
+        Some((place, self.idle[place].lock().take()))
+    }
+
+    fn give_back(&self, place: usize, memory: Option<Box<dyn Memory>>) {
+        *self.idle[place].lock() = memory;
+        self.free[place / 64].fetch_or(1 << (place % 64), Ordering::Release);
+    }
+
+    /// Whether one more of the buffers may stay away: half of them may.
+    fn seclude(&self) -> bool {
+        let most = self.idle.len() as u64 / 2;
+        let more = |secluded| (secluded < most).then_some(secluded + 1);
+        self.secluded.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_ok()
+    }
 }
 
 /// A bounded number of large buffers, shared by all volumes of an engine.
 #[derive(Debug)]
 pub struct MemoryPool {
-    free: Arc<Mutex<Free>>,
+    places: Arc<Places>,
     large_bytes: usize,
 }
 
@@ -173,8 +208,7 @@ impl MemoryPool {
     /// A pool of at most `large_max` buffers of `large_bytes` each, made when first needed.
     #[must_use]
     pub fn new(large_bytes: usize, large_max: usize) -> Self {
-        let free = Free { idle: Vec::new(), made: 0, large_max, secluded: 0 };
-        Self { free: Arc::new(Mutex::new(free)), large_bytes }
+        Self { places: Arc::new(Places::new(large_max)), large_bytes }
     }
 
     /// Length of the large buffers, in bytes.
@@ -185,17 +219,12 @@ impl MemoryPool {
 
     /// A large buffer if one is free, else `None`: go on with a small one. Does not wait.
     pub fn try_large(&self, source: &dyn MemorySource) -> Option<Buffer> {
-        let mut free = self.free.lock();
-        let memory = match free.idle.pop() {
-            Some(memory) => memory,
-            None if free.made < free.large_max => {
-                let memory = source.allocate(self.large_bytes).ok()?;
-                free.made += 1;
-                memory
-            }
-            None => return None,
+        let (place, idle) = self.places.take()?;
+        let Some(memory) = idle.or_else(|| source.allocate(self.large_bytes).ok()) else {
+            self.places.give_back(place, None);
+            return None;
         };
-        Some(Buffer { memory: Some(memory), home: Some(self.free.clone()), is_secluded: false })
+        Some(Buffer { memory: Some(memory), home: Some((self.places.clone(), place)), is_secluded: false })
     }
 
     /// A buffer of `len_bytes` that belongs to its taker alone and is freed when dropped.
@@ -208,7 +237,7 @@ impl MemoryPool {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
 
@@ -247,11 +276,83 @@ mod tests {
     }
 
     #[test]
+    fn each_buffer_has_one_user_and_no_more_are_made_than_may_be() {
+        let pool = MemoryPool::new(4096, 70);
+        let made = AtomicU64::new(0);
+        std::thread::scope(|scope| {
+            for thread in 1..=8u8 {
+                let (pool, made) = (&pool, &made);
+                scope.spawn(move || {
+                    for round in 0..200 {
+                        let mut held = Vec::new();
+                        for _ in 0..(round + usize::from(thread)) % 12 {
+                            let Some(mut buffer) = pool.try_large(&HeapSource) else { break };
+                            let is_new = buffer.bytes()[1] == 0;
+                            made.fetch_add(u64::from(is_new), Ordering::Relaxed);
+                            buffer.bytes_mut()[..2].copy_from_slice(&[thread, 1]);
+                            held.push(buffer);
+                        }
+                        std::thread::yield_now();
+                        assert!(held.iter().all(|buffer| buffer.bytes()[0] == thread));
+                    }
+                });
+            }
+        });
+        assert!(made.into_inner() <= 70);
+        let all: Vec<_> = std::iter::from_fn(|| pool.try_large(&HeapSource)).collect();
+        assert_eq!(all.len(), 70);
+    }
+
+    #[test]
     fn buffers_are_aligned_for_direct_io() {
         for len in [1, 512, 4096, 70_000] {
             let buffer = MemoryPool::private(&HeapSource, len).unwrap();
             assert_eq!(buffer.bytes().as_ptr().align_offset(ALIGN_BYTES), 0);
             assert_eq!(buffer.bytes().len(), len);
         }
+    }
+}
+
+#[cfg(all(test, loom))]
+mod loom_tests {
+    use super::*;
+    use loom::sync::atomic::AtomicUsize;
+
+    #[derive(Debug)]
+    struct Counting(AtomicUsize);
+
+    impl MemorySource for Counting {
+        fn allocate(&self, len_bytes: usize) -> Result<Box<dyn Memory>, Error> {
+            self.0.fetch_add(1, Ordering::Relaxed);
+            HeapSource.allocate(len_bytes)
+        }
+    }
+
+    /// Three at a pool of two: nobody has another's buffer, and none is lost.
+    #[test]
+    fn a_buffer_goes_from_hand_to_hand() {
+        let mut builder = loom::model::Builder::new();
+        builder.preemption_bound.get_or_insert(2);
+        builder.check(|| {
+            let shared = Arc::new((MemoryPool::new(64, 2), Counting(AtomicUsize::new(0))));
+            let visit = |(pool, source): &(MemoryPool, Counting), mark: u8| {
+                let Some(mut buffer) = pool.try_large(source) else { return };
+                buffer.bytes_mut()[0] = mark;
+                loom::thread::yield_now();
+                assert_eq!(buffer.bytes()[0], mark);
+            };
+            let threads: Vec<_> = (1..=2)
+                .map(|mark| {
+                    let shared = shared.clone();
+                    loom::thread::spawn(move || visit(&shared, mark))
+                })
+                .collect();
+            visit(&shared, 3);
+            threads.into_iter().for_each(|thread| thread.join().unwrap());
+            let (pool, source) = &*shared;
+            let both = (pool.try_large(source), pool.try_large(source));
+            assert!(both.0.is_some() && both.1.is_some() && pool.try_large(source).is_none());
+            assert_eq!(source.0.load(Ordering::Relaxed), 2);
+        });
     }
 }
