@@ -17,6 +17,7 @@
 
 use crate::ladder::SoftwareLadder;
 use crate::{Root, SoftwareSpec};
+use arc_swap::{ArcSwapOption, Guard};
 use inlinecrypt_cipher::{Mode, UnitCipher};
 use inlinecrypt_core::caps::{Capabilities, DUN_BYTES_MAX, KeyTypes, UnitMask, Unsupported};
 use inlinecrypt_core::engine::{Direction, Engine, KeyLadder, KeyRef, Piece, SlotIndex};
@@ -25,7 +26,7 @@ use inlinecrypt_core::key::{Key, KeyForm};
 use inlinecrypt_core::memory::{HeapSource, Memory, MemorySource};
 use std::borrow::Cow;
 use std::fmt;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 
 /// An engine that encrypts on the thread that asks.
 pub struct SoftwareEngine {
@@ -132,11 +133,18 @@ impl Engine for SoftwareEngine {
         memory: &mut dyn Memory,
         pieces: &mut [Piece],
     ) -> Result<(), Error> {
+        let (there, expanded);
         let programmed = match key {
-            KeyRef::Slot(slot) => self.keyslot(slot, Op::Crypt)?.programmed().ok_or_else(|| {
-                Error::new(ErrorKind::NoKey, Op::Crypt).detail(format!("keyslot {slot} is empty"))
-            })?,
-            KeyRef::Inline(key) if self.keyslots.is_empty() => Arc::new(self.expand(key, Op::Crypt)?),
+            KeyRef::Slot(slot) => {
+                there = self.keyslot(slot, Op::Crypt)?.programmed();
+                there.as_deref().ok_or_else(|| {
+                    Error::new(ErrorKind::NoKey, Op::Crypt).detail(format!("keyslot {slot} is empty"))
+                })?
+            }
+            KeyRef::Inline(key) if self.keyslots.is_empty() => {
+                expanded = self.expand(key, Op::Crypt)?;
+                &expanded
+            }
             KeyRef::Inline(_) => {
                 return Err(invalid(Op::Crypt, "the engine has keyslots, it takes no key with a request"));
             }
@@ -175,23 +183,18 @@ struct Programmed {
     unit_bytes: usize,
 }
 
-/// A place for one key. The lock protects which key that is, and is held for no more than a pointer's exchange.
+/// A place for one key. Exchanged as a whole; who uses what was there goes on using it.
 #[derive(Debug, Default)]
-struct Keyslot(RwLock<Option<Arc<Programmed>>>);
+struct Keyslot(ArcSwapOption<Programmed>);
 
 impl Keyslot {
-    fn programmed(&self) -> Option<Arc<Programmed>> {
-        // Nothing panics while the lock is held, and a pointer is never half exchanged.
-        self.0.read().unwrap_or_else(PoisonError::into_inner).clone()
+    fn programmed(&self) -> Guard<Option<Arc<Programmed>>> {
+        self.0.load()
     }
 
+    /// What was there is wiped here, or by the last request that uses it.
     fn put(&self, programmed: Option<Arc<Programmed>>) {
-        let former = {
-            let mut place = self.0.write().unwrap_or_else(PoisonError::into_inner);
-            std::mem::replace(&mut *place, programmed)
-        };
-        // Wiped here, outside the lock.
-        drop(former);
+        self.0.store(programmed);
     }
 }
 
@@ -255,8 +258,8 @@ mod tests {
     fn an_evicted_key_is_wiped_once_no_request_uses_it() {
         let (engine, key) = (engine(1), key(1, Hardware::Allowed));
         engine.program(SlotIndex(0), &key).unwrap();
-        let under_way = engine.keyslots[0].programmed().unwrap();
-        let watch = Arc::downgrade(&under_way);
+        let under_way = engine.keyslots[0].programmed();
+        let watch = Arc::downgrade(under_way.as_ref().unwrap());
         engine.evict(Some(SlotIndex(0)), &key).unwrap();
         assert!(watch.upgrade().is_some());
         drop(under_way);
