@@ -6,13 +6,16 @@
 //! nothing else, and a client that stalls in mid-request cannot keep others from their work.
 
 use crate::error::{Error, ErrorKind, Op};
-use crate::sync::{AtomicU64, Mutex, Ordering};
+use crate::sync::{AtomicBool, AtomicU64, Mutex, Ordering, thread_number};
 use memmap2::MmapMut;
 use std::fmt;
 use std::sync::Arc;
 
 /// Alignment of every buffer in bytes: what direct I/O to any disk asks for.
 pub const ALIGN_BYTES: usize = 4096;
+
+/// At how many places threads begin to look for a buffer: more of them keep threads apart, and more memory warm.
+const FIRSTS: usize = 4;
 
 /// A piece of memory that an engine can reach.
 ///
@@ -86,8 +89,8 @@ impl Memory for HeapMemory {
 pub struct Buffer {
     /// `None` only while dropping.
     memory: Option<Box<dyn Memory>>,
-    /// The pool, and the place in it that is kept free.
-    home: Option<(Arc<Places>, usize)>,
+    /// The place in the pool that is kept free.
+    home: Option<Arc<Place>>,
     is_secluded: bool,
 }
 
@@ -114,7 +117,7 @@ impl Buffer {
     /// that somebody else may go on reading. `false`, and nothing has changed, if it has no pool or half of that is so already.
     #[must_use]
     pub fn seclude(&mut self) -> bool {
-        let Some((home, _)) = &self.home else { return false };
+        let Some(home) = &self.home else { return false };
         self.is_secluded = self.is_secluded || home.seclude();
         self.is_secluded
     }
@@ -136,63 +139,40 @@ impl fmt::Debug for Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        let Some((home, place)) = self.home.take() else { return };
+        let Some(home) = self.home.take() else { return };
         if self.is_secluded {
             // Given back before another can be made instead.
             self.memory = None;
             // Relaxed: a number, which nothing is read by.
             home.secluded.fetch_sub(1, Ordering::Relaxed);
         }
-        home.give_back(place, self.memory.take());
+        home.give_back(self.memory.take());
     }
 }
 
-/// Where large buffers lie that nobody uses.
+/// On cache lines of its own, so that whoever has it writes to nothing that others read.
 #[derive(Debug)]
-struct Places {
-    /// A bit for each place, set while nobody has it. Whoever clears it has the place to himself.
-    free: Box<[AtomicU64]>,
-    /// The memory of a place that is free, once it was made. Never locked by two: the bit says whose it is.
-    idle: Box<[Mutex<Option<Box<dyn Memory>>>]>,
-    /// How many of the buffers will not come back.
-    secluded: AtomicU64,
+#[repr(align(128))]
+struct Place {
+    /// Whoever sets it has the place to himself.
+    is_taken: AtomicBool,
+    /// The memory, once it was made, while nobody has the place. Never locked by two.
+    idle: Mutex<Option<Box<dyn Memory>>>,
+    /// How many buffers of the pool will not come back.
+    secluded: Arc<AtomicU64>,
+    /// Half of all.
+    secluded_max: u64,
 }
 
-impl Places {
-    fn new(count: usize) -> Self {
-        let bits = |word: usize| match count - word * 64 {
-            left @ ..64 => (1 << left) - 1,
-            _ => u64::MAX,
-        };
-        Self {
-            free: (0..count.div_ceil(64)).map(|word| AtomicU64::new(bits(word))).collect(),
-            idle: (0..count).map(|_| Mutex::new(None)).collect(),
-            secluded: AtomicU64::new(0),
-        }
+impl Place {
+    fn give_back(&self, memory: Option<Box<dyn Memory>>) {
+        *self.idle.lock() = memory;
+        self.is_taken.store(false, Ordering::Release);
     }
 
-    /// Takes the first place that is free, with its memory if it has any: places further on are touched only when so many
-    /// buffers are used at once, and the first ones are the warmest.
-    fn take(&self) -> Option<(usize, Option<Box<dyn Memory>>)> {
-        let place = self.free.iter().enumerate().find_map(|(index, word)| {
-            // Acquire: what the last user did with the memory is done.
-            let taken = word.fetch_update(Ordering::Acquire, Ordering::Relaxed, |bits| {
-                (bits != 0).then(|| bits & (bits - 1))
-            });
-            taken.ok().map(|bits| index * 64 + bits.trailing_zeros() as usize)
-        })?;
-        Some((place, self.idle[place].lock().take()))
-    }
-
-    fn give_back(&self, place: usize, memory: Option<Box<dyn Memory>>) {
-        *self.idle[place].lock() = memory;
-        self.free[place / 64].fetch_or(1 << (place % 64), Ordering::Release);
-    }
-
-    /// Whether one more of the buffers may stay away: half of them may.
+    /// Whether one more of the buffers may stay away.
     fn seclude(&self) -> bool {
-        let most = self.idle.len() as u64 / 2;
-        let more = |secluded| (secluded < most).then_some(secluded + 1);
+        let more = |secluded| (secluded < self.secluded_max).then_some(secluded + 1);
         self.secluded.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_ok()
     }
 }
@@ -200,7 +180,7 @@ impl Places {
 /// A bounded number of large buffers, shared by all volumes of an engine.
 #[derive(Debug)]
 pub struct MemoryPool {
-    places: Arc<Places>,
+    places: Box<[Arc<Place>]>,
     large_bytes: usize,
 }
 
@@ -208,7 +188,14 @@ impl MemoryPool {
     /// A pool of at most `large_max` buffers of `large_bytes` each, made when first needed.
     #[must_use]
     pub fn new(large_bytes: usize, large_max: usize) -> Self {
-        Self { places: Arc::new(Places::new(large_max)), large_bytes }
+        let secluded = Arc::new(AtomicU64::new(0));
+        let place = || Place {
+            is_taken: AtomicBool::new(false),
+            idle: Mutex::new(None),
+            secluded: secluded.clone(),
+            secluded_max: large_max as u64 / 2,
+        };
+        Self { places: (0..large_max).map(|_| Arc::new(place())).collect(), large_bytes }
     }
 
     /// Length of the large buffers, in bytes.
@@ -219,12 +206,24 @@ impl MemoryPool {
 
     /// A large buffer if one is free, else `None`: go on with a small one. Does not wait.
     pub fn try_large(&self, source: &dyn MemorySource) -> Option<Buffer> {
-        let (place, idle) = self.places.take()?;
+        let place = self.take()?;
+        let idle = place.idle.lock().take();
         let Some(memory) = idle.or_else(|| source.allocate(self.large_bytes).ok()) else {
-            self.places.give_back(place, None);
+            place.give_back(None);
             return None;
         };
-        Some(Buffer { memory: Some(memory), home: Some((self.places.clone(), place)), is_secluded: false })
+        Some(Buffer { memory: Some(memory), home: Some(place.clone()), is_secluded: false })
+    }
+
+    /// Takes a place that is free. Others are touched only when so many buffers are used at once, and those used last are the
+    /// warmest; but a few threads begin at places of their own.
+    fn take(&self) -> Option<&Arc<Place>> {
+        let first = thread_number() % FIRSTS;
+        let places = self.places.iter().skip(first).chain(self.places.iter().take(first));
+        places.into_iter().find(|place| {
+            // A look first: others' places stay in their caches. Acquire: what the last user did with the memory is done.
+            !place.is_taken.load(Ordering::Relaxed) && !place.is_taken.swap(true, Ordering::Acquire)
+        })
     }
 
     /// A buffer of `len_bytes` that belongs to its taker alone and is freed when dropped.

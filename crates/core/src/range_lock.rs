@@ -30,7 +30,8 @@ pub(crate) const EVERYTHING: Range<u64> = 0..u64::MAX >> 1;
 /// Ranges that requests hold or wait for.
 #[derive(Debug)]
 pub(crate) struct RangeLock {
-    lanes: [Lane; LANES],
+    /// Made for the first who takes anything.
+    lanes: OnceLock<Box<[Lane; LANES]>>,
     /// Whether somebody is in the queue. Changed while the queue is locked only.
     is_queued: AtomicBool,
     /// Protects the queue. Held for a short look only; nothing else is taken while it is held.
@@ -104,7 +105,7 @@ impl Place {
     fn put(&self, (range, sharing): Wanted) {
         assert!(range.end <= EVERYTHING.end, "a range ends below 2^63");
         // Release: who sees this has seen, too, that the lane's former owner let go.
-        self.start.store(range.start << 1 | u64::from(sharing == Sharing::Exclusive), Ordering::Release);
+        self.start.store((range.start << 1) | u64::from(sharing == Sharing::Exclusive), Ordering::Release);
         self.end.store(range.end, Ordering::Release);
     }
 
@@ -151,7 +152,8 @@ impl Lane {
     /// Whether its owner stands in the way of one who wants these.
     fn blocks(&self, wanted: impl Iterator<Item = Wanted>) -> bool {
         let state = self.state.load(Ordering::Acquire);
-        let Some(count) = state.checked_sub(CLAIMED).map(|rest| rest / COUNTED).filter(|&count| count > 0) else {
+        let Some(count) = state.checked_sub(CLAIMED).map(|rest| rest / COUNTED).filter(|&count| count > 0)
+        else {
             return false;
         };
         let count = usize::try_from(count).expect("as many as there are places");
@@ -190,7 +192,7 @@ impl RangeLock {
     pub(crate) fn new() -> Self {
         let queue = Queue { list: Vec::new(), last: 0, waiting: 0 };
         Self {
-            lanes: std::array::from_fn(|_| Lane::new()),
+            lanes: OnceLock::new(),
             is_queued: AtomicBool::new(false),
             queue: Mutex::new(queue),
             freed: Condvar::new(),
@@ -214,23 +216,27 @@ impl RangeLock {
         RangeGuard { lock: self, held }
     }
 
+    fn lanes(&self) -> &[Lane; LANES] {
+        self.lanes.get_or_init(|| Box::new(std::array::from_fn(|_| Lane::new())))
+    }
+
     /// Publishes `wanted` in a lane, if one is free and they fit, and returns its index.
     fn publish(&self, wanted: impl Iterator<Item = Wanted>) -> Option<usize> {
         let first = thread_number();
-        let index = (0..LANES).map(|n| (first + n) % LANES).find(|&index| self.lanes[index].claim())?;
-        if self.lanes[index].publish(wanted) {
+        let index = (0..LANES).map(|n| (first + n) % LANES).find(|&index| self.lanes()[index].claim())?;
+        if self.lanes()[index].publish(wanted) {
             return Some(index);
         }
-        self.lanes[index].free();
+        self.lanes()[index].free();
         None
     }
 
     /// Takes a lane, if nobody is queued or stands in the way.
     fn try_lane(&self, wanted: impl Iterator<Item = Wanted> + Clone) -> Result<usize, Retreat> {
         let index = self.publish(wanted.clone()).ok_or(Retreat { was_seen: false })?;
-        let mut others = self.lanes.iter().enumerate().filter(|(other, _)| *other != index);
+        let mut others = self.lanes().iter().enumerate().filter(|(other, _)| *other != index);
         if self.is_queued.load(Ordering::Acquire) || others.any(|(_, lane)| lane.blocks(wanted.clone())) {
-            self.lanes[index].free();
+            self.lanes()[index].free();
             return Err(Retreat { was_seen: true });
         }
         Ok(index)
@@ -267,7 +273,7 @@ impl RangeLock {
     }
 
     fn lanes_block(&self, wanted: &Wanted) -> bool {
-        self.lanes.iter().any(|lane| lane.blocks(std::iter::once(wanted.clone())))
+        self.lanes().iter().any(|lane| lane.blocks(std::iter::once(wanted.clone())))
     }
 
     /// Takes a request out of the queue. The last one opens the lanes again.
@@ -291,7 +297,7 @@ impl Drop for RangeGuard<'_> {
         let lock = self.lock;
         match self.held {
             Held::Lane(index) => {
-                lock.lanes[index].free();
+                lock.lanes()[index].free();
                 fence(Ordering::SeqCst);
                 if !lock.is_queued.load(Ordering::Relaxed) {
                     return;
@@ -317,7 +323,7 @@ mod tests {
     use std::sync::atomic::{AtomicU64, Ordering};
 
     fn assert_is_unused(lock: &RangeLock) {
-        assert!(lock.lanes.iter().all(|lane| lane.state.load(Ordering::SeqCst) == FREE));
+        assert!(lock.lanes().iter().all(|lane| lane.state.load(Ordering::SeqCst) == FREE));
         let queue = lock.queue.lock();
         assert_eq!((queue.list.len(), queue.waiting), (0, 0));
         assert!(!lock.is_queued.load(Ordering::SeqCst));
@@ -420,6 +426,25 @@ mod tests {
             assert!(matches!(guard.held, Held::Lane(_)), "nobody needs the queue: {guard:?}");
         }
         drop((first, second, elsewhere));
+        assert_is_unused(&lock);
+    }
+
+    #[test]
+    fn who_meets_nobody_needs_no_lock() {
+        let lock = std::sync::Arc::new(RangeLock::new());
+        let (done, is_done) = std::sync::mpsc::channel();
+        let queue = lock.queue.lock();
+        std::thread::spawn({
+            let lock = lock.clone();
+            move || {
+                let first = lock.take(0..10, Sharing::Exclusive);
+                let second = lock.take(10..20, Sharing::Exclusive);
+                drop((first, second));
+                done.send(()).unwrap();
+            }
+        });
+        is_done.recv_timeout(std::time::Duration::from_secs(60)).expect("it does not wait for the queue");
+        drop(queue);
         assert_is_unused(&lock);
     }
 
@@ -532,7 +557,7 @@ mod loom_tests {
             threads.into_iter().for_each(|thread| thread.join().unwrap());
             let lock = &shared.0;
             assert!(!lock.is_queued.load(Ordering::SeqCst), "the lanes are open again");
-            assert!(lock.lanes.iter().all(|lane| lane.state.load(Ordering::SeqCst) == FREE));
+            assert!(lock.lanes().iter().all(|lane| lane.state.load(Ordering::SeqCst) == FREE));
         });
     }
 

@@ -149,7 +149,7 @@ impl Engine for SoftwareEngine {
                 return Err(invalid(Op::Crypt, "the engine has keyslots, it takes no key with a request"));
             }
         };
-        let Programmed { cipher, unit_bytes } = &*programmed;
+        let Programmed { cipher, unit_bytes } = programmed;
         for piece in pieces {
             let data = memory.bytes_mut().get_mut(piece.range.clone()).ok_or_else(|| {
                 invalid(Op::Crypt, format!("bytes {:?} are not in the memory given", piece.range))

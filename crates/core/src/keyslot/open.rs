@@ -73,8 +73,13 @@ struct Closed {
 pub(super) struct OpenSlots {
     slots: Box<[Slot]>,
     /// The largest `last_use` there is.
-    uses: AtomicU64,
+    uses: Apart,
 }
+
+/// A number on cache lines of its own.
+#[derive(Debug)]
+#[repr(align(128))]
+struct Apart(AtomicU64);
 
 /// On cache lines of its own.
 #[derive(Debug)]
@@ -91,7 +96,7 @@ impl OpenSlots {
     pub(super) fn new(count: u32) -> Self {
         let zero = || AtomicU64::new(0);
         let slot = |_| Slot { word: zero(), key: zero(), filling: zero(), last_use: zero() };
-        Self { slots: (0..count).map(slot).collect(), uses: zero() }
+        Self { slots: (0..count).map(slot).collect(), uses: Apart(zero()) }
     }
 
     fn at(&self, slot: SlotIndex) -> &Slot {
@@ -102,8 +107,8 @@ impl OpenSlots {
     fn find(&self, key: KeyId, whereabouts: &Whereabouts) -> Option<(SlotIndex, &Slot)> {
         let index = whereabouts.0.load(Ordering::Relaxed);
         let slot = self.slots.get(index as usize)?;
-        let is_there = slot.key.load(Ordering::Relaxed) == key.number()
-            && slot.word.load(Ordering::Relaxed) & OPEN != 0;
+        let is_there =
+            slot.key.load(Ordering::Relaxed) == key.number() && slot.word.load(Ordering::Relaxed) & OPEN != 0;
         is_there.then_some((SlotIndex(index), slot))
     }
 
@@ -155,9 +160,9 @@ impl OpenSlots {
 
     /// Nobody used another keyslot later. Shared memory is written only if that was not so before.
     fn note_use(&self, slot: &Slot) {
-        let latest = self.uses.load(Ordering::Relaxed);
+        let latest = self.uses.0.load(Ordering::Relaxed);
         if latest == 0 || slot.last_use.load(Ordering::Relaxed) != latest {
-            slot.last_use.store(self.uses.fetch_add(1, Ordering::Relaxed) + 1, Ordering::Relaxed);
+            slot.last_use.store(self.uses.0.fetch_add(1, Ordering::Relaxed) + 1, Ordering::Relaxed);
         }
     }
 
@@ -166,7 +171,7 @@ impl OpenSlots {
         let slot = self.at(grant.slot);
         slot.key.store(key.number(), Ordering::Relaxed);
         slot.filling.store(grant.filling, Ordering::Relaxed);
-        slot.word.store(OPEN | u64::from(users) * USER, Ordering::Release);
+        slot.word.store(OPEN | (u64::from(users) * USER), Ordering::Release);
     }
 
     /// Closes an open keyslot. For who has locked the table.

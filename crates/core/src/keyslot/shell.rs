@@ -437,3 +437,39 @@ impl State {
         self.failure = None;
     }
 }
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use crate::config::{DataUnitSize, Hardware, Mode};
+    use crate::key::{KeyForm, RawKey};
+    use crate::testing::FakeEngine;
+
+    #[test]
+    fn a_key_that_is_there_needs_no_lock() {
+        let raw: Vec<u8> = (0..64).collect();
+        let (unit, form) = (DataUnitSize::DEFAULT, KeyForm::Raw(RawKey::new(&raw)));
+        let key: Arc<Key> = Key::new(Mode::Aes256Xts, unit, 8, form, Hardware::Allowed).unwrap();
+        let whereabouts = Whereabouts::default();
+        let keyslots = Keyslots::new(Arc::new(FakeEngine::with_keyslots(2)), Policy::default());
+        // The first programs it, the second opens its keyslot.
+        drop(keyslots.acquire(&key, &whereabouts).unwrap());
+        drop(keyslots.acquire(&key, &whereabouts).unwrap());
+        let shared = Arc::new((keyslots, key, whereabouts));
+        let (done, is_done) = std::sync::mpsc::channel();
+        let state = shared.0.state.lock();
+        std::thread::spawn({
+            let shared = shared.clone();
+            move || {
+                let (keyslots, key, whereabouts) = &*shared;
+                let both = (keyslots.acquire(key, whereabouts), keyslots.acquire(key, whereabouts));
+                done.send((both.0.unwrap().slot(), both.1.unwrap().slot())).unwrap();
+            }
+        });
+        let slots = is_done.recv_timeout(std::time::Duration::from_secs(60)).expect("it needs no lock");
+        drop(state);
+        assert_eq!(slots.0, slots.1);
+        let status = shared.0.status();
+        assert_eq!((status.slots[slots.0.0 as usize].counters.hits, status.waits), (3, 1));
+    }
+}

@@ -27,7 +27,7 @@ use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::Child;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard, mpsc};
 use std::time::{Duration, Instant};
 use zeroize::Zeroizing;
 
@@ -754,8 +754,8 @@ pub struct IsolatedEngine {
     source: SharedSource,
     /// Data unit size of the key in each keyslot, in bytes.
     units: Box<[AtomicU32]>,
-    /// Keys that the process remembers.
-    remembered: Mutex<HashMap<KeyId, Known>>,
+    /// Keys that the process remembers. Requests look up one only if the engine has no keyslots.
+    remembered: RwLock<HashMap<KeyId, Known>>,
 }
 
 /// What a process of one start calls a key. No other key of that start is ever called so, and later ones are greater.
@@ -769,7 +769,7 @@ impl IsolatedEngine {
     fn new(handle: Arc<Handle>, index: u8, facts: Facts) -> Self {
         let source = SharedSource(handle.host.parts.clone());
         let units = (0..facts.capabilities.keyslots).map(|_| AtomicU32::new(0)).collect();
-        Self { handle, index, facts, source, units, remembered: Mutex::default() }
+        Self { handle, index, facts, source, units, remembered: RwLock::default() }
     }
 
     /// Calls `listener`, on a thread of its own, after each restart of the process:
@@ -786,12 +786,18 @@ impl IsolatedEngine {
         self.host().ask(op, |session| session.done(order, op))
     }
 
-    fn known(&self) -> MutexGuard<'_, HashMap<KeyId, Known>> {
-        self.remembered.lock().unwrap_or_else(PoisonError::into_inner)
+    fn known(&self) -> RwLockWriteGuard<'_, HashMap<KeyId, Known>> {
+        self.remembered.write().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What the process calls `key`, which it is told if need be.
     fn remember(&self, key: &Key) -> Result<Known, Error> {
+        let known = self.remembered.read().unwrap_or_else(PoisonError::into_inner).get(&key.id()).copied();
+        // Of this start, whether the process runs or has just ended: whoever hands it an order sees which.
+        let current = self.host().current.load(Ordering::SeqCst);
+        if let Some(known) = known.filter(|known| known.generation == current) {
+            return Ok(known);
+        }
         self.host().ask(Op::Crypt, |session| {
             let mut remembered = self.known();
             if let Some(known) = remembered.get(&key.id())

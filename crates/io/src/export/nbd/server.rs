@@ -639,14 +639,15 @@ impl Inner {
         way: Way<'_>,
         writer: impl Fn() -> W,
     ) {
-        if self.lock().are_few() {
-            inbox.enlarge();
-        }
         let lender = match way {
             Way::Plain(lender) => lender,
             Way::Tls => None,
         };
-        if lender.is_some() && self.lock().are_few() {
+        let are_few = self.lock().are_few();
+        if are_few {
+            inbox.enlarge();
+        }
+        if lender.is_some() && are_few {
             // Less is kept than the socket could hold.
             let _ = socket.set_send_room(lend::SEND_ROOM_BYTES);
         }
