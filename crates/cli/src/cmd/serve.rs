@@ -259,6 +259,7 @@ fn create(args: &Serve, asker: &mut Asker) -> Result<(), Failures> {
         fallback: args.fallback.unwrap_or(FallbackArg::Off),
         engine: plan::engine_from(&args.engine).map(|mut engine| {
             args.isolation.apply(&mut engine);
+            engine.realtime = args.engine_realtime;
             engine
         })?,
         name_engine: args.engine.engine.is_some() || args.engine.root.is_some(),

@@ -1,14 +1,16 @@
-//! What needs `unsafe`: memory that two processes map, memory that nobody else sees, threads with stacks in it, and a
-//! few system calls that no library wraps safely. The only place of this crate with `unsafe`.
+//! What needs `unsafe`: memory that two processes map, memory that nobody else sees, threads with stacks in it and how they
+//! are scheduled, and a few system calls that no library wraps safely. The only place of this crate with `unsafe`.
 #![allow(unsafe_code)]
 
 mod region;
+mod schedule;
 mod secret;
 mod thread;
 
 pub use secret::SecretAllocator;
 
 pub(crate) use region::{Part, Parts, Region, View};
+pub(crate) use schedule::Schedule;
 pub(crate) use secret::{SecretMemory, enter_secret_memory};
 pub(crate) use thread::spawn;
 
