@@ -260,8 +260,8 @@ fn create(args: &Serve, asker: &mut Asker) -> Result<(), Failures> {
         engine: plan::engine_from(&args.engine).map(|mut engine| {
             args.isolation.apply(&mut engine);
             engine.realtime = args.engine_realtime;
-            engine
-        })?,
+            plan::check_realtime(&engine).map(|()| engine)
+        })??,
         name_engine: args.engine.engine.is_some() || args.engine.root.is_some(),
     }
     .make(asker)?;
