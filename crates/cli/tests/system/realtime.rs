@@ -3,7 +3,7 @@
 use crate::clients::fio_program;
 use crate::engine_service::service_with;
 use crate::isolation::{busy, engine, engine_pid, serve_command};
-use crate::rig::{MIB, Place, Server, eventually, said, skip};
+use crate::rig::{MIB, PATIENCE, Place, Server, eventually, said, skip};
 use crate::upgrade::upgrade;
 use inlinecrypt_cipher::{Dun, Mode};
 use inlinecrypt_core::config::{DataUnitSize, Hardware};
@@ -11,10 +11,10 @@ use inlinecrypt_core::engine::{Direction, Engine as _, KeyRef, Piece, SlotIndex}
 use inlinecrypt_core::error::ErrorKind;
 use inlinecrypt_core::key::{Key, KeyForm, RawKey};
 use inlinecrypt_engine::isolated::{self, LanePriority, Options, ProcessLauncher, realtime};
-use inlinecrypt_testkit::require_tool;
+use inlinecrypt_testkit::{ServerProcess, require_tool};
 use rustix::process::{Pid, Resource, Signal, getrlimit, kill_process};
-use std::fs;
-use std::process::Command;
+use std::fs::{self, File};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 
 /// Whether an engine may work at real-time priority here; says so if not.
@@ -144,6 +144,14 @@ fn without_the_right() -> Option<Vec<String>> {
     }
 }
 
+/// The exit code of a command that is to be refused, and what it says. One that serves instead has no code.
+fn refusal(place: &Place, command: &mut Command) -> (Option<i32>, String) {
+    let said = place.path("said");
+    command.stdout(Stdio::null()).stderr(File::create(&said).unwrap());
+    let ended = ServerProcess::start(command).unwrap().wait(PATIENCE);
+    (ended.ok().and_then(|status| status.code()), fs::read_to_string(said).unwrap())
+}
+
 #[test]
 fn who_may_not_have_it_is_refused_before_anything_is_made_or_served() {
     let Some(without) = without_the_right() else { return };
@@ -168,9 +176,8 @@ fn who_may_not_have_it_is_refused_before_anything_is_made_or_served() {
         &["check", config],
         &["engine", "serve", "--listen", "unix:engine.sock", "--realtime"],
     ] {
-        let output = run(arguments).output().unwrap();
-        let text = said(&output);
-        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {text}");
+        let (code, text) = refusal(&place, &mut run(arguments));
+        assert_eq!(code, Some(2), "{arguments:?}: {text}");
         for words in [
             "may not work at real-time priority",
             "CAP_SYS_NICE",
@@ -190,12 +197,8 @@ fn who_may_not_have_it_is_refused_before_anything_is_made_or_served() {
     let at = format!("unix:{}", home.path("engine.sock").display());
     let mut service = run(&["engine", "serve", "--listen", &at]);
     let _service = crate::engine_service::start(&home, &mut service);
-    let output = place.run([&serve[..], &["--engine-process", &at, "v.img"]].concat());
-    let text = said(&output);
-    if realtime::check_permitted().is_ok() {
-        // It is the service that may not.
-        assert_eq!(output.status.code(), Some(2), "{text}");
-    }
+    let (code, text) = refusal(&place, place.command().args(serve).args(["--engine-process", &at, "v.img"]));
+    assert_eq!(code, Some(2), "{text}");
     assert!(text.contains("may not work at real-time priority") && text.contains("LimitRTPRIO=1"), "{text}");
     assert!(!place.path("v.img.sock").exists());
 }
