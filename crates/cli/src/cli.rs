@@ -317,6 +317,8 @@ Examples:
   inlinecrypt serve --plain old.img
       as it is, WITHOUT encryption: to copy an image in or out, or to see what encryption costs
   inlinecrypt serve --config servers.toml
+  inlinecrypt serve --engine-realtime demo.img
+      by root or with CAP_SYS_NICE or LimitRTPRIO=1: the engine goes before everybody without real-time priority
   inlinecrypt serve --control demo.control --take-over demo.control demo.img
       a new program takes over from the one that serves demo.img with that control socket, which then ends
 
@@ -329,7 +331,7 @@ A config:
   root = \"root.key\"               # or tpm2:..., passphrase:..., pkcs11:...; paths are relative to the config
   # passphrase_file = \"root.pass\", for a root that asks for a passphrase or PIN
   # process = \"own\", \"none\" or \"unix:PATH\"; sandbox = \"report\" or \"require\"; deaths_max = 3: after so many ends of
-  # the engine process within a minute no other is started
+  # the engine process within a minute no other is started; realtime = true as --engine-realtime does
 
   [[volume]]
   name = \"db1\"                    # export name; default: the file's, without its extension
@@ -386,6 +388,11 @@ pub(crate) struct Serve {
     pub(crate) engine: EngineArgs,
     #[command(flatten)]
     pub(crate) isolation: IsolationArgs,
+    /// Let the engine process work at the lowest real-time priority, before everybody without one: long reads get faster, long
+    /// writes slower, and all requests where other programs keep the CPUs busy. Not served if that is not permitted: it takes
+    /// CAP_SYS_NICE, or LimitRTPRIO=1 in a systemd unit (ulimit -r 1)
+    #[arg(long, help_heading = "Engine")]
+    pub(crate) engine_realtime: bool,
     /// Compare what hardware does with software: all requests, or one in N (sample=N). The first difference stops the
     /// engine; `inlinecrypt status` tells which keyslot and data unit it was
     #[arg(long, value_name = "SHARE", value_parser = parse_core::<Sample>)]
@@ -839,6 +846,7 @@ Examples:
     #[command(after_help = "\
 Examples:
   inlinecrypt engine serve --listen unix:/run/inlinecrypt/engine.sock
+  inlinecrypt engine serve --listen unix:/run/inlinecrypt/engine.sock --realtime
   inlinecrypt serve --engine-process unix:/run/inlinecrypt/engine.sock demo.img
       a server that uses it")]
     Serve(EngineServe),
@@ -850,6 +858,10 @@ pub(crate) struct EngineServe {
     /// Where servers connect: unix:PATH
     #[arg(long, value_name = "PLACE", value_parser = parse_core::<Listen>)]
     pub(crate) listen: Listen,
+    /// Let all engine processes work at the lowest real-time priority, and not only those whose servers ask for it with
+    /// --engine-realtime. It takes CAP_SYS_NICE, or LimitRTPRIO=1 in a systemd unit (ulimit -r 1)
+    #[arg(long)]
+    pub(crate) realtime: bool,
 }
 
 /// Reset engines.

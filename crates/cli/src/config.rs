@@ -37,6 +37,7 @@ pub(crate) struct EngineTable {
     pub(crate) program_share: Option<u8>,
     pub(crate) process: Option<String>,
     pub(crate) sandbox: Option<String>,
+    pub(crate) realtime: Option<bool>,
     pub(crate) deaths_max: Option<u32>,
 }
 
@@ -112,6 +113,7 @@ const KEYS: &[(&str, &[&str])] = &[
             "program_share",
             "process",
             "sandbox",
+            "realtime",
             "deaths_max",
         ],
     ),

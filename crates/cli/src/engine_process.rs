@@ -5,7 +5,9 @@ use crate::plan::EnginePlan;
 use inlinecrypt_core::engine::Engine;
 use inlinecrypt_core::error::Error;
 use inlinecrypt_engine::isolated::client::RootGiver;
-use inlinecrypt_engine::isolated::{self, Isolated, Launcher, Options, ProcessLauncher, SocketLauncher};
+use inlinecrypt_engine::isolated::{
+    self, Isolated, LanePriority, Launcher, Options, ProcessLauncher, SocketLauncher,
+};
 use inlinecrypt_engine::{EngineSpec, Root, RootMaterial, WrappingKeyId};
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -96,6 +98,7 @@ pub(crate) fn start(
     let options = Options {
         fallback: fallback.map(|spec| spec.to_string()),
         require_sandbox: plan.require_sandbox,
+        priority: if plan.realtime { LanePriority::Realtime } else { LanePriority::Usual },
         deaths_max: plan.deaths_max,
         ..Options::new(plan.spec.to_string())
     };

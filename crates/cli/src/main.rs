@@ -60,9 +60,10 @@ static ALLOCATOR: inlinecrypt_engine::SecretAllocator = inlinecrypt_engine::Secr
 
 fn main() -> ExitCode {
     // Before anything else opens a descriptor, starts a thread or reads what it does not need.
-    if std::env::args_os().nth(1).is_some_and(|verb| verb == isolated::PROCESS_VERB) {
+    let mut words = std::env::args_os().skip(1);
+    if words.next().is_some_and(|verb| verb == isolated::PROCESS_VERB) {
         return match std::io::stdin().as_fd().try_clone_to_owned() {
-            Ok(socket) => isolated::process::run(socket),
+            Ok(socket) => isolated::process::run(socket, isolated::LanePriority::of_arguments(words)),
             Err(_closed) => Code::Wrong.into(),
         };
     }

@@ -133,6 +133,7 @@ mod tests {
             policy,
             home: None,
             require_sandbox: false,
+            realtime: false,
             deaths_max: 3,
         };
         let labels = ["a", "b", "c", "d"];

@@ -106,6 +106,7 @@ pub(crate) fn refuse_with_plain(args: &Serve) -> Result<(), Failure> {
         ("--passphrase-fd", engine.passphrase.passphrase_fd.is_some()),
         ("--engine-process", isolation.engine_process.is_some()),
         ("--sandbox", isolation.sandbox.is_some()),
+        ("--engine-realtime", args.engine_realtime),
         ("--verify", args.verify.is_some()),
         ("--fallback", args.fallback.is_some()),
         ("--priority", args.priority.is_some()),

@@ -26,6 +26,7 @@ use inlinecrypt_core::config::{DataUnitSize, Mode};
 use inlinecrypt_core::keyslot::{Policy, Priority};
 use inlinecrypt_core::volume::{Discard, IvLayout};
 use inlinecrypt_engine::isolated::client::DEATHS_MAX;
+use inlinecrypt_engine::isolated::realtime;
 use inlinecrypt_engine::{EngineSpec, RootSpec, Sample};
 use inlinecrypt_io::backing::Caching;
 use inlinecrypt_io::listen::Listen;
@@ -62,6 +63,8 @@ pub(crate) struct EnginePlan {
     pub(crate) home: Option<EngineHome>,
     /// Whether not to run if its process cannot be locked up entirely.
     pub(crate) require_sandbox: bool,
+    /// Whether its lanes have real-time priority; not to run if they may not.
+    pub(crate) realtime: bool,
     /// How many ends of its process within a minute are too many.
     pub(crate) deaths_max: u32,
 }
@@ -601,6 +604,7 @@ pub(crate) fn engine_from(args: &EngineArgs) -> Result<EnginePlan, Failure> {
         policy: Policy::default(),
         home: None,
         require_sandbox: false,
+        realtime: false,
         deaths_max: DEATHS_MAX,
     })
 }
@@ -622,6 +626,7 @@ fn engine_plan(
         program_share,
         process,
         sandbox,
+        realtime,
         deaths_max,
     } = table.get_ref();
     let deaths_max = match deaths_max.unwrap_or(DEATHS_MAX) {
@@ -645,6 +650,7 @@ fn engine_plan(
             let passphrase_file = passphrase_file.as_ref().map(|path| relative_to(base, Path::new(path)));
             let home = home.map(|home| home.relative_to(base));
             let require_sandbox = sandbox == SandboxArg::Require;
+            let realtime = realtime.unwrap_or(false);
             let name = name.clone();
             Some(EnginePlan {
                 name,
@@ -656,6 +662,7 @@ fn engine_plan(
                 policy,
                 home,
                 require_sandbox,
+                realtime,
                 deaths_max,
             })
         }
@@ -669,6 +676,25 @@ fn engine_plan(
             failures.extend(root.err().map(|failure| failure.within(&place)));
             None
         }
+    }
+}
+
+/// Whether an engine that shall work at real-time priority can. What an engine service may do shows when it is asked.
+pub(crate) fn check_realtime(engine: &EnginePlan) -> Result<(), Failure> {
+    let what = format!("engine {}", engine.name);
+    match &engine.home {
+        _ if !engine.realtime => Ok(()),
+        Some(EngineHome::None) => Err(Failure::new(
+            Code::Wrong,
+            format!(
+                "{what}: real-time priority is for a process of its own, and it is to run in the serving one"
+            ),
+            "Leave out --engine-process none (process in a config), or --engine-realtime (realtime).",
+        )),
+        Some(EngineHome::Own) | None => {
+            realtime::check_permitted().map_err(|error| Failure::of(what, &error))
+        }
+        Some(EngineHome::Service(_)) => Ok(()),
     }
 }
 
@@ -1051,7 +1077,11 @@ impl Plan {
         }
         plan.server.workers = args.workers.unwrap_or(plan.server.workers);
         plan.server.zero_copy |= args.zero_copy;
-        plan.engines.iter_mut().for_each(|engine| args.isolation.apply(engine));
+        for engine in &mut plan.engines {
+            args.isolation.apply(engine);
+            engine.realtime |= args.engine_realtime;
+            failures.extend(check_realtime(engine).err());
+        }
         plan.listen.check(&mut failures);
         if failures.is_empty() { Ok(plan) } else { Err(failures) }
     }

@@ -16,7 +16,7 @@ use inlinecrypt_core::key::{
 };
 use inlinecrypt_core::memory::{ALIGN_BYTES, Memory, MemorySource};
 use inlinecrypt_engine::isolated::client::RootGiver;
-use inlinecrypt_engine::isolated::{self, IsolatedEngine, ThreadLauncher};
+use inlinecrypt_engine::isolated::{self, IsolatedEngine, LanePriority, ThreadLauncher};
 use inlinecrypt_engine::root::Unattended;
 use inlinecrypt_engine::{EngineSpec, Root, RootSpec, open};
 use proptest::prelude::*;
@@ -812,6 +812,16 @@ fn every_engine_keeps_the_bargain_from_afar() {
             run(&spec, &*engine);
         }
     }
+}
+
+/// It is its process that has it, and a thread of the host's would take it along.
+#[test]
+fn an_engine_on_a_thread_of_its_host_has_no_real_time_priority() {
+    let options =
+        isolated::Options { priority: LanePriority::Realtime, ..isolated::Options::new("software") };
+    let error = isolated::start(Arc::new(ThreadLauncher), None, options).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsupported);
+    assert!(error.to_string().contains("real-time priority is for an engine process"), "{error}");
 }
 
 /// Whether the engine of `spec` serves keys of `key_type` at all.

@@ -14,7 +14,8 @@ use std::fmt::Write as _;
 pub(super) fn run(args: &Check) -> Result<(), Failures> {
     // Engines are tried in this process: what is proven holds wherever they run.
     let (plan, mut failures) = match Plan::for_what_can_be(&args.config) {
-        Ok((mut plan, failures)) => {
+        Ok((mut plan, mut failures)) => {
+            failures.extend(plan.engines.iter().filter_map(|engine| plan::check_realtime(engine).err()));
             plan.engines.iter_mut().for_each(|engine| engine.home = None);
             (plan, failures)
         }

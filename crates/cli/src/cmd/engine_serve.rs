@@ -11,7 +11,7 @@
 use super::serve::{catch_signals, raise_descriptor_limit};
 use crate::cli::EngineServe;
 use crate::report::{Code, Failure, note, print};
-use inlinecrypt_engine::isolated::ProcessLauncher;
+use inlinecrypt_engine::isolated::{LanePriority, ProcessLauncher, realtime};
 use inlinecrypt_io::listen::{self, Listen, ListenOptions, Listener, Peer, Stream};
 use std::io;
 use std::process::Child;
@@ -24,7 +24,11 @@ const PROCESSES_MAX: usize = 256;
 /// Stack of a thread that waits for the end of a process.
 const STACK_BYTES: usize = 64 << 10;
 
-pub(super) fn run(EngineServe { listen: place }: EngineServe) -> Result<(), Failure> {
+pub(super) fn run(EngineServe { listen: place, realtime }: EngineServe) -> Result<(), Failure> {
+    let priority = if realtime { LanePriority::Realtime } else { LanePriority::Usual };
+    if realtime {
+        realtime::check_permitted().map_err(|error| Failure::of("cannot serve engines", &error))?;
+    }
     let mut signals = catch_signals()?;
     raise_descriptor_limit();
     let Listen::Unix(path) = &place else {
@@ -52,7 +56,7 @@ pub(super) fn run(EngineServe { listen: place }: EngineServe) -> Result<(), Fail
         note(error.chain());
     }
     let processes = Arc::new(Processes::default());
-    let launcher = ProcessLauncher::this_program();
+    let launcher = ProcessLauncher::this_program().with_priority(priority);
     // Here and on no other thread: a process ends with the thread that started it.
     loop {
         match listener.accept() {

@@ -259,8 +259,9 @@ fn create(args: &Serve, asker: &mut Asker) -> Result<(), Failures> {
         fallback: args.fallback.unwrap_or(FallbackArg::Off),
         engine: plan::engine_from(&args.engine).map(|mut engine| {
             args.isolation.apply(&mut engine);
-            engine
-        })?,
+            engine.realtime = args.engine_realtime;
+            plan::check_realtime(&engine).map(|()| engine)
+        })??,
         name_engine: args.engine.engine.is_some() || args.engine.root.is_some(),
     }
     .make(asker)?;

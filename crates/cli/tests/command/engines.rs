@@ -193,3 +193,26 @@ fn bench_measures_the_engine_here_and_in_a_process_of_its_own() {
     assert!(engines.iter().all(|figure| figure["microseconds"].as_f64().unwrap() > 0.0), "{report}");
     assert_eq!(report["cipher"].as_array().unwrap().len(), 15);
 }
+
+#[test]
+fn real_time_priority_is_for_a_process_of_its_own() {
+    let place = Place::new();
+    place.create("v.img");
+    let config = |process: &str| {
+        let text = format!(
+            "[[engine]]\nname = \"e\"\nrealtime = true\n{process}\n[[volume]]\npath = \"v.img\"\n[listen]\nnbd = [\"unix:s.sock\"]\n"
+        );
+        place.write("c.toml", text.as_bytes())
+    };
+    let words = ["real-time priority is for a process of its own", "Leave out --engine-process none"];
+    place.run(["serve", "--engine-realtime", "--engine-process", "none", "v.img"]).refused(1, &words);
+    place
+        .run(["serve", "--create", "1M", "--engine-realtime", "--engine-process", "none", "w.img"])
+        .refused(1, &words);
+    assert!(!place.path("w.img").exists() && !place.path("w.img.key").exists());
+    config("process = \"none\"");
+    place.run(["serve", "--config", "c.toml"]).refused(1, &[&words[..], &["engine e"]].concat());
+    place.run(["check", "c.toml"]).refused(1, &words);
+    config("");
+    place.run(["serve", "--engine-process", "none", "--config", "c.toml"]).refused(1, &words);
+}

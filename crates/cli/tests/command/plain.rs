@@ -4,7 +4,7 @@ use inlinecrypt_testkit::pattern;
 use std::fs;
 
 /// Options that only an encrypted volume can have, as they are written.
-const OF_ENCRYPTION: [&[&str]; 21] = [
+const OF_ENCRYPTION: [&[&str]; 22] = [
     &["--key", "k"],
     &["--create", "1M"],
     &["--mode", "adiantum"],
@@ -19,6 +19,7 @@ const OF_ENCRYPTION: [&[&str]; 21] = [
     &["--passphrase-fd", "0"],
     &["--engine-process", "none"],
     &["--sandbox", "report"],
+    &["--engine-realtime"],
     &["--verify", "all"],
     &["--fallback", "allowed"],
     &["--priority", "high"],

@@ -12,13 +12,23 @@ use std::thread;
 
 /// A service at `engine.sock` of a place.
 fn service(place: &Place) -> ServerProcess {
-    let log = File::options().create(true).append(true).open(place.path("service.log")).unwrap();
+    service_with(place, &[])
+}
+
+/// The same with more arguments.
+pub(crate) fn service_with(place: &Place, more: &[&str]) -> ServerProcess {
     let mut command = place.command();
-    command.args(["-v", "engine", "serve", "--listen", "unix:engine.sock"]).stderr(log);
-    command.stdout(File::create(place.path("service.out")).unwrap());
-    let process = ServerProcess::start(&mut command).unwrap();
+    command.args(["-v", "engine", "serve", "--listen", "unix:engine.sock"]).args(more);
+    start(place, &mut command)
+}
+
+/// Starts a service at a place and waits until it serves.
+pub(crate) fn start(place: &Place, command: &mut Command) -> ServerProcess {
+    let log = File::options().create(true).append(true).open(place.path("service.log")).unwrap();
+    command.stderr(log).stdout(File::create(place.path("service.out")).unwrap());
+    let process = ServerProcess::start(command).unwrap();
     eventually("the service serves", || {
-        fs::read_to_string(place.path("service.out")).unwrap().contains("--engine-process unix:engine.sock")
+        fs::read_to_string(place.path("service.out")).unwrap().contains("--engine-process unix:")
     });
     process
 }

@@ -18,6 +18,7 @@
 //!   trouble       full, shortened and read-only disks; signals; rude clients; service managers
 //!   isolation     what is in whose memory, which system calls the engine process makes, what of its cage is missing
 //!   engine_death  kill -9 of the engine process
+//!   realtime      lanes at real-time priority
 //!   reencrypt     another key and layout while clients write, and kill -9 during that
 //!   upgrade       a new server takes over from the one that serves
 //!   others_bugs   what went wrong elsewhere
@@ -47,6 +48,7 @@ mod luks_reencrypt;
 mod many_volumes;
 mod others_bugs;
 mod plain;
+mod realtime;
 mod reencrypt;
 mod rig;
 mod roots;

@@ -3,6 +3,7 @@
 use super::launch::{Launched, Launcher};
 use super::process::LANES_MAX;
 use super::proto::{self, Answer, Inbox, Order, RootParts, Secret, VERSION, WireForm, WireKey, WireStep};
+use super::realtime::{self, LanePriority};
 use super::ring::{Deed, Head, LANE_BYTES, Lane, PIECES_MAX, RESULT_LOST, WirePiece};
 use crate::blob::WrappingKeyId;
 use crate::root::RootMaterial;
@@ -21,10 +22,12 @@ use inlinecrypt_core::key::{
 };
 use inlinecrypt_core::memory::{Memory, MemorySource};
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::Signal;
 use rustix::thread::futex;
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::ExitStatusExt as _;
 use std::process::Child;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockWriteGuard, mpsc};
@@ -56,6 +59,8 @@ pub struct Options {
     pub data_bytes: usize,
     /// Whether to refuse a process that is not locked up entirely.
     pub require_sandbox: bool,
+    /// At which priority its lanes work. A process that may not have it is refused.
+    pub priority: LanePriority,
     /// How many ends of the process within a minute are too many. After that many, no other is started.
     pub deaths_max: u32,
 }
@@ -74,6 +79,7 @@ impl Options {
             lanes: u32::try_from(cpus).unwrap_or(LANES_MAX).clamp(4, LANES_MAX),
             data_bytes: 1 << 30,
             require_sandbox: false,
+            priority: LanePriority::Usual,
             deaths_max: DEATHS_MAX,
         }
     }
@@ -509,6 +515,7 @@ impl Host {
             shared_bytes: self.region.len_bytes() as u64,
             generation,
             require_sandbox: self.options.require_sandbox,
+            realtime: self.options.priority == LanePriority::Realtime,
         };
         let ready =
             session.exchange_with(&hello, &[self.region.descriptor()], Op::Open, |answer| match answer {
@@ -571,7 +578,13 @@ impl Host {
         match child {
             Some(mut child) => {
                 let _ = child.kill();
-                let _ = child.wait();
+                let ended_by = child.wait().ok().and_then(|status| status.signal());
+                if ended_by == Some(Signal::XCPU.as_raw()) {
+                    let ms = realtime::COMPUTE_MAX.as_millis();
+                    tracing::error!(
+                        "the system ended the engine process: it computed for {ms} ms at real-time priority without a pause"
+                    );
+                }
             }
             None => wait_for_process(session.pid),
         }

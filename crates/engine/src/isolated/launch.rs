@@ -1,6 +1,7 @@
 //! How an engine process comes to be.
 
 use super::process;
+use super::realtime::LanePriority;
 use inlinecrypt_core::error::{Error, ErrorKind, Op};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with, socketpair};
 use std::ffi::OsString;
@@ -58,6 +59,13 @@ impl ProcessLauncher {
     #[must_use]
     pub fn this_program() -> Self {
         Self::new("/proc/self/exe")
+    }
+
+    /// The same, whose engine processes have lanes of `priority`, also where their hosts do not ask for it.
+    #[must_use]
+    pub fn with_priority(mut self, priority: LanePriority) -> Self {
+        self.arguments.extend(priority.to_arguments());
+        self
     }
 
     /// Starts a process whose host is at the other end of `socket`. It ends when the calling thread does.

@@ -13,12 +13,13 @@
 //! again from where they came, if that is possible without asking. What was in flight is put back as it was (ring.rs) and handed
 //! in again. Clients see a pause.
 //!
-//! Start reading at [`client`], then `ring.rs`, then `process.rs`.
+//! Start reading at [`client`], then `ring.rs`, then `process.rs`. [`realtime`] is a matter of its own.
 
 pub mod client;
 mod launch;
 pub mod process;
 pub(crate) mod proto;
+pub mod realtime;
 mod ring;
 mod sandbox;
 
@@ -32,7 +33,9 @@ pub fn allowed_system_calls() -> impl Iterator<Item = (&'static str, &'static st
 pub use process::fuzzing;
 
 pub use client::{Isolated, IsolatedEngine, Options, start};
-/// The first argument of a program that is to become an engine process: it calls [`process::run`] then, before anything else.
+pub use realtime::LanePriority;
+/// The first argument of a program that is to become an engine process: it calls [`process::run`] then, before anything else,
+/// with the [`LanePriority`] of the arguments behind it.
 pub const PROCESS_VERB: &str = "engine-process";
 
 pub use launch::{Launched, Launcher, ProcessLauncher, SocketLauncher, ThreadLauncher};

@@ -1,7 +1,7 @@
 //! The engine process: hosts engines for one host, and does nothing else.
 //!
 //! ```text
-//!   run: cage begun (1-3) -> secret memory (4) -> Hello: shared memory, lanes -> cage shut (5-9) -> Ready
+//!   run: cage begun (1-3) -> secret memory (4) -> Hello: shared memory, lanes (5) -> cage shut (6-10) -> Ready
 //!     control thread   order -> apply -> answer, until the host goes
 //!     lane threads     ring.rs: copy the order, check it, transform, answer
 //! ```
@@ -18,10 +18,11 @@ use super::proto::{
     self, Answer, Inbox, Order, Secret, VERSION, WireEngine, WireForm, WireKey, WireStep, kind_code,
     with_failure,
 };
+use super::realtime::LanePriority;
 use super::ring::{CHUNK_BYTES, Deed, Head, LANE_BYTES, Lane, PIECES_MAX, Progress, UNDO_BYTES, WirePiece};
 use super::sandbox::Report;
 use crate::root::RootMaterial;
-use crate::sys::{self, Region, View};
+use crate::sys::{self, Region, Schedule, View};
 use crate::{EngineSpec, Root};
 use inlinecrypt_cipher::kdf::key_identifier_raw;
 use inlinecrypt_core::config::KeyType;
@@ -60,11 +61,12 @@ pub enum Cage {
     None,
 }
 
-/// Runs this process as an engine process: its host is at the other end of `socket`. Never returns.
+/// Runs this process as an engine process: its host is at the other end of `socket`. Its lanes have `priority`, or a higher one if
+/// the host asks for it. Never returns.
 ///
 /// To be called at the very start of a program whose allocator is [`SecretAllocator`](crate::SecretAllocator), by its only
 /// thread.
-pub fn run(socket: OwnedFd) -> ! {
+pub fn run(socket: OwnedFd, priority: LanePriority) -> ! {
     let standard_error = std::io::stderr();
     sys::close_all_but(&[socket.as_fd(), standard_error.as_fd()]);
     let mut report = Report::default();
@@ -83,7 +85,7 @@ pub fn run(socket: OwnedFd) -> ! {
     }
     // On a stack in secret memory; this first thread's own is the only one that is not.
     let serving = Box::new(move || {
-        let status = match serve(socket, Cage::Shut, report) {
+        let status = match serve(socket, Cage::Shut, priority, report) {
             Ok(()) => 0,
             Err(why) => {
                 eprintln!("inlinecrypt engine process: {why}");
@@ -108,10 +110,10 @@ pub fn run(socket: OwnedFd) -> ! {
 ///
 /// What the socket says.
 pub fn serve_uncaged(socket: OwnedFd) -> io::Result<()> {
-    serve(socket, Cage::None, Report::default())
+    serve(socket, Cage::None, LanePriority::Usual, Report::default())
 }
 
-fn serve(socket: OwnedFd, cage: Cage, mut report: Report) -> io::Result<()> {
+fn serve(socket: OwnedFd, cage: Cage, priority: LanePriority, mut report: Report) -> io::Result<()> {
     // Asked now: the cage has no window.
     let pid = std::process::id();
     let mut inbox = Inbox::default();
@@ -119,7 +121,9 @@ fn serve(socket: OwnedFd, cage: Cage, mut report: Report) -> io::Result<()> {
     if len == 0 {
         return Ok(());
     }
-    let Order::Hello { version, lanes, shared_bytes, generation, require_sandbox } = inbox.parse(len)? else {
+    let Order::Hello { version, lanes, shared_bytes, generation, require_sandbox, realtime } =
+        inbox.parse(len)?
+    else {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "the host did not say hello first"));
     };
     let refuse = |why: String| {
@@ -145,6 +149,17 @@ fn serve(socket: OwnedFd, cage: Cage, mut report: Report) -> io::Result<()> {
         Ok(region) => Arc::new(region),
         Err(why) => return refuse(format!("the shared memory cannot be used: {why}")),
     };
+    let wants_realtime = realtime || priority == LanePriority::Realtime;
+    if wants_realtime && cage == Cage::None {
+        return refuse(
+            "real-time priority is for an engine process, and this is a thread of its host".to_owned(),
+        );
+    }
+    // Lanes have what this thread has when it starts them.
+    let usual = match wants_realtime.then(|| report.begin_realtime()).transpose() {
+        Ok(usual) => usual,
+        Err(error) => return with_failure(&error, |answer| proto::send(socket.as_fd(), &answer, &[])),
+    };
     let hosted: Arc<OnceLock<Hosted>> = Arc::new(OnceLock::new());
     let mut threads = Threads { region: region.clone(), is_over: Arc::default(), joins: Vec::new(), lanes };
     // A thread that starts makes system calls that the cage forbids.
@@ -165,6 +180,7 @@ fn serve(socket: OwnedFd, cage: Cage, mut report: Report) -> io::Result<()> {
     for _ in 0..lanes {
         started.recv().map_err(io::Error::other)?;
     }
+    usual.map_or(Ok(()), Schedule::apply)?;
     if cage == Cage::Shut {
         report.lock();
     }

@@ -25,7 +25,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use zeroize::Zeroizing;
 
 /// Which language this is. Raised whenever a message or an order of a lane changes.
-pub(crate) const VERSION: u32 = 3;
+pub(crate) const VERSION: u32 = 4;
 
 /// Longest message, in bytes.
 pub(crate) const MESSAGE_BYTES_MAX: usize = 4096;
@@ -48,6 +48,8 @@ pub(crate) enum Order<'a> {
         generation: u64,
         /// Whether to go if anything of the cage is missing.
         require_sandbox: bool,
+        /// Whether lanes shall have real-time priority; to go if they may not.
+        realtime: bool,
     },
     /// Starts the engines: the second order.
     Open {

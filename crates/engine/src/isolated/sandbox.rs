@@ -3,7 +3,9 @@
 //! Everything is done before the first key or root arrives. A step that the kernel cannot do is reported, and the others are
 //! done all the same; who asked for all of them gets no process instead.
 
-use crate::sys::{self, Forbidden, SecretMemory};
+use super::realtime;
+use crate::sys::{self, Forbidden, Schedule, SecretMemory};
+use inlinecrypt_core::error::Error;
 use landlock::{
     ABI, Access as _, AccessFs, AccessNet, CompatLevel, Compatible as _, Ruleset, RulesetAttr as _,
     RulesetStatus, Scope,
@@ -51,7 +53,22 @@ impl Report {
         self.note(3, "ends with its host", sys::end_with_parent());
     }
 
-    /// Steps 5 to 9: after the last thread was started and the last descriptor but those of keys has come.
+    /// Step 5, if it was asked for: before lanes are started, which then have the calling thread's priority. What that was
+    /// before, which it shall have again.
+    ///
+    /// # Errors
+    ///
+    /// If it is not permitted: then whoever asked for it gets no process.
+    pub(crate) fn begin_realtime(&mut self) -> Result<Schedule, Error> {
+        let usual = realtime::begin()?;
+        let ms = realtime::COMPUTE_MAX.as_millis();
+        self.steps.push(format!(
+            "5 lanes at the lowest real-time priority (SCHED_RR, 1), ended if one computes for {ms} ms without a pause"
+        ));
+        Ok(usual)
+    }
+
+    /// Steps 6 to 10: after the last thread was started and the last descriptor but those of keys has come.
     pub(crate) fn lock(&mut self) {
         let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
         let unlocked = sys::guard_ordinary_memory(&maps);
@@ -63,10 +80,10 @@ impl Report {
             }
         };
         drop(maps);
-        self.note(5, "statics and first stack locked, in no dump and no child", guarded);
-        self.note(6, "limits: no files grow, no processes, few descriptors", limits());
-        self.note(7, "no files, no network, no signals to others (landlock)", landlock());
-        self.note(8, "few system calls (seccomp)", seccomp());
+        self.note(6, "statics and first stack locked, in no dump and no child", guarded);
+        self.note(7, "limits: no files grow, no processes, few descriptors, no higher priority", limits());
+        self.note(8, "no files, no network, no signals to others (landlock)", landlock());
+        self.note(9, "few system calls (seccomp)", seccomp());
         let refused: Vec<_> = Forbidden::ALL
             .into_iter()
             .map(|call| match sys::try_forbidden(call) {
@@ -76,12 +93,12 @@ impl Report {
             .collect();
         for line in &refused {
             if let Err(possible) = line {
-                self.missing.push(format!("9 tried from inside: {possible}"));
+                self.missing.push(format!("10 tried from inside: {possible}"));
             }
         }
         let refused: Vec<_> = refused.into_iter().flatten().collect();
         if !refused.is_empty() {
-            self.steps.push(format!("9 tried from inside: {}", refused.join(", ")));
+            self.steps.push(format!("10 tried from inside: {}", refused.join(", ")));
         }
     }
 }
@@ -95,6 +112,8 @@ fn limits() -> io::Result<()> {
     none(Resource::Nproc, 0)?;
     none(Resource::Nofile, DESCRIPTORS_MAX)?;
     none(Resource::Msgqueue, 0)?;
+    // What threads have they keep.
+    none(Resource::Rtprio, 0)?;
     Ok(())
 }
 

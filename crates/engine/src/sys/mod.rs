@@ -1,14 +1,16 @@
-//! What needs `unsafe`: memory that two processes map, memory that nobody else sees, threads with stacks in it, and a
-//! few system calls that no library wraps safely. The only place of this crate with `unsafe`.
+//! What needs `unsafe`: memory that two processes map, memory that nobody else sees, threads with stacks in it and how they
+//! are scheduled, and a few system calls that no library wraps safely. The only place of this crate with `unsafe`.
 #![allow(unsafe_code)]
 
 mod region;
+mod schedule;
 mod secret;
 mod thread;
 
 pub use secret::SecretAllocator;
 
 pub(crate) use region::{Part, Parts, Region, View};
+pub(crate) use schedule::Schedule;
 pub(crate) use secret::{SecretMemory, enter_secret_memory};
 pub(crate) use thread::spawn;
 
@@ -71,6 +73,12 @@ pub(crate) fn try_forbidden(call: Forbidden) -> Result<(), Errno> {
             // makes anything, so no second thread ever runs on this stack.
             unsafe { libc::syscall(libc::SYS_clone, libc::CLONE_THREAD, 0, 0, 0, 0) }
         }
+        Forbidden::Priority => {
+            let usual: libc::c_int = 0;
+            // SAFETY: 0 is the calling thread, which has the usual policy and priority; allowed, it would have them again. The
+            // system reads its `struct sched_param`, one int, from where `usual` is.
+            unsafe { libc::syscall(libc::SYS_sched_setscheduler, 0, libc::SCHED_OTHER, &raw const usual) }
+        }
         Forbidden::ReadOther => {
             // SAFETY: process 1 and no memory ranges at all: nothing is read or written.
             unsafe {
@@ -102,11 +110,12 @@ pub(crate) enum Forbidden {
     Exec,
     Fork,
     ReadOther,
+    Priority,
 }
 
 impl Forbidden {
-    pub(crate) const ALL: [Self; 6] =
-        [Self::Open, Self::Socket, Self::Ptrace, Self::Exec, Self::Fork, Self::ReadOther];
+    pub(crate) const ALL: [Self; 7] =
+        [Self::Open, Self::Socket, Self::Ptrace, Self::Exec, Self::Fork, Self::ReadOther, Self::Priority];
 
     pub(crate) fn name(self) -> &'static str {
         match self {
@@ -116,6 +125,7 @@ impl Forbidden {
             Self::Exec => "exec",
             Self::Fork => "fork",
             Self::ReadOther => "read another process",
+            Self::Priority => "change its priority",
         }
     }
 }

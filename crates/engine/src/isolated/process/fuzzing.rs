@@ -217,6 +217,7 @@ pub fn orders() -> Vec<Vec<u8>> {
             shared_bytes: 1 << 20,
             generation: 1,
             require_sandbox: false,
+            realtime: false,
         },
         Order::Open { spec: "software:slots=2", fallback: Some("software"), root: None },
         Order::Deposit(Secret(&raw)),
