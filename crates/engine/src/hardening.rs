@@ -21,6 +21,9 @@ pub fn harden_process() -> Result<(), Error> {
             Error::new(ErrorKind::EngineFailed, Op::Open).detail(what).because(std::io::Error::from(errno))
         }
     };
+    // The library reads the auxiliary vector when it is first asked for something in it. Before Linux 6.4 that takes
+    // /proc/self/auxv, which nobody but root can open from here on.
+    let _ = rustix::param::page_size();
     set_dumpable_behavior(DumpableBehavior::NotDumpable)
         .map_err(refused("cannot make the process undumpable (PR_SET_DUMPABLE)"))?;
     setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })

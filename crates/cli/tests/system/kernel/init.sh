@@ -28,8 +28,8 @@ ip link set lo up
 while read -r step; do
     echo "begin $step" >&3
     echo "=== $step"
-    mkdir -p "/work/$step"
-    cd "/work/$step" || exit
+    mkdir -p "/scratch/$step"
+    cd "/scratch/$step" || exit
     timeout "$(cat /limit)" sh -eux "/steps/$step" >/tmp/out
     code=$?
     # A last line without its end would hide the mark behind it.

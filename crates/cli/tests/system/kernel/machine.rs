@@ -195,9 +195,10 @@ impl<'a> Machine<'a> {
         };
         assert!(
             ended.as_ref().is_ok_and(|status| status.success()) && results.failed().is_empty(),
-            "{}: {ended:?}, not done: {:?}\n{}{}",
+            "{}: {ended:?}, not done: {:?}\n{}{}{}",
             kernel.release,
             results.failed(),
+            results.failed().into_iter().map(|(name, _)| results.printed(name).1).collect::<String>(),
             text(complaints),
             tail(text(console)),
         );
@@ -239,7 +240,12 @@ impl Results {
 
     /// What a step printed; `None` if this kernel could not do it.
     pub(crate) fn of(&self, step: &str) -> Option<&str> {
+        let (code, out) = self.printed(step);
+        (code == Some(0)).then_some(out)
+    }
+
+    fn printed(&self, step: &str) -> (Option<i32>, &str) {
         let (_, code, out) = self.0.iter().find(|(name, _, _)| name == step).expect("a step of this machine");
-        (*code == Some(0)).then_some(out)
+        (*code, out)
     }
 }
