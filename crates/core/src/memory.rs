@@ -222,7 +222,9 @@ impl MemoryPool {
         let places = self.places.iter().skip(first).chain(self.places.iter().take(first));
         places.into_iter().find(|place| {
             // A look first: others' places stay in their caches. Acquire: what the last user did with the memory is done.
-            !place.is_taken.load(Ordering::Relaxed) && !place.is_taken.swap(true, Ordering::Acquire)
+            let is_taken = &place.is_taken;
+            !is_taken.load(Ordering::Relaxed)
+                && is_taken.compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed).is_ok()
         })
     }
 

@@ -191,12 +191,17 @@ enum Held {
 impl RangeLock {
     pub(crate) fn new() -> Self {
         let queue = Queue { list: Vec::new(), last: 0, waiting: 0 };
-        Self {
+        let lock = Self {
             lanes: OnceLock::new(),
             is_queued: AtomicBool::new(false),
             queue: Mutex::new(queue),
             freed: Condvar::new(),
+        };
+        if cfg!(loom) {
+            // It does not know that the cell has the others wait.
+            lock.lanes();
         }
+        lock
     }
 
     /// Takes `range`, after every request that came before and stands in the way: nobody is passed, nobody starves.
@@ -233,6 +238,10 @@ impl RangeLock {
 
     /// Takes a lane, if nobody is queued or stands in the way.
     fn try_lane(&self, wanted: impl Iterator<Item = Wanted> + Clone) -> Result<usize, Retreat> {
+        // A look first: who queues up anyway wakes nobody for nothing.
+        if self.is_queued.load(Ordering::Relaxed) {
+            return Err(Retreat { was_seen: false });
+        }
         let index = self.publish(wanted.clone()).ok_or(Retreat { was_seen: false })?;
         let mut others = self.lanes().iter().enumerate().filter(|(other, _)| *other != index);
         if self.is_queued.load(Ordering::Acquire) || others.any(|(_, lane)| lane.blocks(wanted.clone())) {

@@ -173,7 +173,8 @@ fn past_the_page_cache() {
         let mut server = server;
         server.process.kill().unwrap();
         drop(server);
-        let server = serve(&place, &["--direct"]);
+        // Else it goes on by itself, and may be done before it is told to.
+        let server = serve(&place, &["--direct", "--pause-reencryption"]);
         run(&mut through_server(&place, &["--resume", "--throttle", "0", "disk"]));
         load.check_all(&mut server.client(""));
         server.stop();
@@ -243,7 +244,7 @@ fn a_new_server_takes_over_containers_before_and_after_a_re_encryption() {
     let server = upgrade(&place, server, &arguments);
     load.check_all(&mut client);
     assert_eq!(other.read(0, 4096).unwrap(), [7; 4096]);
-    run(&mut through_server(&place, &["--detach", "--throttle", "2MiB", "disk"]));
+    run(&mut through_server(&place, &["--detach", "--throttle", "64KiB", "disk"]));
     let taking_over = |passphrase: &str| {
         let mut command = place.command();
         command.args(["serve", "--take-over", "control", "--passphrase-file", passphrase, "disk", "sealed"]);

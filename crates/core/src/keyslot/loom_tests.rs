@@ -214,7 +214,11 @@ fn a_reset_during_use() {
         let mine = key(1);
         let other = thread::spawn({
             let (engine, slots, mine) = (engine.clone(), slots.clone(), mine.clone());
-            move || use_key(&engine, &slots, &mine)
+            move || {
+                let guard = slots.acquire(&mine.0, &mine.1).expect("the engine does not fail");
+                // It may be about to be put back.
+                assert!(engine.holds(guard.slot()).is_none_or(|key| key == mine.0.id()));
+            }
         });
         slots.reset();
         other.join().unwrap();
@@ -298,6 +302,8 @@ fn a_keyslot_that_changed_hands_is_not_mistaken() {
             move || {
                 use_key(&engine, &slots, &theirs);
                 use_key(&engine, &slots, &theirs);
+                // Nobody else has this key, so nobody keeps it in.
+                slots.evict(&theirs.0).expect("nobody uses it");
             }
         });
         use_key(&engine, &slots, &mine);

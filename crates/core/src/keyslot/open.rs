@@ -7,8 +7,11 @@
 //! itself (`model_tests::opening_changes_nothing`).
 //!
 //! ```text
-//!   word:  open (1 bit) | users (31) | hits since it was opened (32)
+//!   word:  open (1 bit) | tag (13) | users (22: more than there are threads) | hits since it was opened (28)
 //! ```
+//!
+//! The tag is that of the keyslot's filling: who has looked which key it holds counts himself in only if that filling is still
+//! there.
 //!
 //! A user is counted in one place only: here while the keyslot is open, by the table while it is closed. Closing moves the
 //! users that there are over, in one step.
@@ -19,14 +22,15 @@ use crate::key::KeyId;
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 use std::fmt;
 
-const OPEN: u64 = 1 << 63;
-const USER: u64 = 1 << 32;
 const HIT: u64 = 1;
-const USERS_MAX: u64 = (OPEN / USER) - 1;
+const USER: u64 = 1 << 28;
+const TAG: u64 = 1 << 50;
+const OPEN: u64 = 1 << 63;
 const HITS_MAX: u64 = USER - 1;
+const USERS_MAX: u64 = TAG / USER - 1;
 
 fn users(word: u64) -> u64 {
-    (word & !OPEN) / USER
+    (word % TAG) / USER
 }
 
 fn hits(word: u64) -> u64 {
@@ -103,13 +107,14 @@ impl OpenSlots {
         &self.slots[slot.0 as usize]
     }
 
-    /// Where `key` is in an open keyslot, as far as can be seen from outside.
-    fn find(&self, key: KeyId, whereabouts: &Whereabouts) -> Option<(SlotIndex, &Slot)> {
+    /// Where `key` was last, and the word of that keyslot if it is open and holds it now.
+    fn find(&self, key: KeyId, whereabouts: &Whereabouts) -> Option<(SlotIndex, &Slot, u64)> {
         let index = whereabouts.0.load(Ordering::Relaxed);
         let slot = self.slots.get(index as usize)?;
-        let is_there =
-            slot.key.load(Ordering::Relaxed) == key.number() && slot.word.load(Ordering::Relaxed) & OPEN != 0;
-        is_there.then_some((SlotIndex(index), slot))
+        // Acquire: what it holds was written before it was opened.
+        let word = slot.word.load(Ordering::Acquire);
+        let is_there = word & OPEN != 0 && slot.key.load(Ordering::Relaxed) == key.number();
+        is_there.then_some((SlotIndex(index), slot, word))
     }
 
     /// Whether `key` seems to be in an open keyslot.
@@ -119,20 +124,18 @@ impl OpenSlots {
 
     /// Shares the keyslot that holds `key`, if it is open and where it is thought to be.
     pub(super) fn share(&self, key: KeyId, whereabouts: &Whereabouts) -> Share {
-        let Some((index, slot)) = self.find(key, whereabouts) else { return Share::No };
-        let mut word = slot.word.load(Ordering::Relaxed);
-        loop {
+        let (index, slot) = loop {
+            let Some((index, slot, word)) = self.find(key, whereabouts) else { return Share::No };
             // Where a count is full, the table takes over.
-            if word & OPEN == 0 || users(word) == USERS_MAX || hits(word) == HITS_MAX {
+            if users(word) == USERS_MAX || hits(word) == HITS_MAX {
                 return Share::No;
             }
-            // Acquire: what it holds was written before it was opened.
             let counted = word + USER + HIT;
-            match slot.word.compare_exchange_weak(word, counted, Ordering::Acquire, Ordering::Relaxed) {
-                Ok(_) => break,
-                Err(now) => word = now,
+            let tried = slot.word.compare_exchange_weak(word, counted, Ordering::Acquire, Ordering::Relaxed);
+            if tried.is_ok() {
+                break (index, slot);
             }
-        }
+        };
         // In use from here on, so it keeps its key.
         let grant = Grant { slot: index, filling: slot.filling.load(Ordering::Relaxed) };
         match slot.key.load(Ordering::Relaxed) == key.number() {
@@ -171,7 +174,8 @@ impl OpenSlots {
         let slot = self.at(grant.slot);
         slot.key.store(key.number(), Ordering::Relaxed);
         slot.filling.store(grant.filling, Ordering::Relaxed);
-        slot.word.store(OPEN | (u64::from(users) * USER), Ordering::Release);
+        let tag = grant.filling % (OPEN / TAG);
+        slot.word.store(OPEN | (tag * TAG) | (u64::from(users) * USER), Ordering::Release);
     }
 
     /// Closes an open keyslot. For who has locked the table.
@@ -181,7 +185,7 @@ impl OpenSlots {
         let word = at.word.swap(0, Ordering::AcqRel);
         Closed {
             slot,
-            users: u32::try_from(users(word)).expect("31 bits"),
+            users: u32::try_from(users(word)).expect("22 bits"),
             hits: hits(word),
             last_use: at.last_use.load(Ordering::Relaxed),
         }
@@ -194,7 +198,8 @@ pub(super) enum Share {
     Yes(Grant),
     /// The table knows.
     No,
-    /// It was closed between the look and the count, and opened with another key. To be given back.
+    /// It was closed between the look and the count, filled as often as there are tags, and opened with another key. To be
+    /// given back.
     Mistaken(Grant),
 }
 

@@ -292,10 +292,16 @@ impl Keyslots {
     /// How long a request for `key` would wait by and large, in nanoseconds.
     #[must_use]
     pub fn expected_wait_ns(&self, key: KeyId, whereabouts: &Whereabouts) -> u64 {
-        match self.open.seems_there(key, whereabouts) {
-            true => 0,
-            false => self.closed().table.expected_wait_ns(key),
+        if self.open.seems_there(key, whereabouts) {
+            return 0;
         }
+        let mut state = self.state.lock();
+        if state.table.hit(key).is_some() {
+            // Others' keyslots stay open.
+            return 0;
+        }
+        self.close_all(&mut state);
+        state.table.expected_wait_ns(key)
     }
 
     /// How urgent the requests of `key` are.
