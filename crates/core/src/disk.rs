@@ -23,6 +23,9 @@ pub const LARGE_BUFFER_BYTES: usize = CHUNK_BYTES + SCRATCH_BYTES;
 /// Scratch room that a span may need behind its data units, in bytes.
 pub const SCRATCH_BYTES: usize = 64 * 1024;
 
+/// The longest volume, in bytes: what Linux's offsets can say, with room for rounding.
+pub const SIZE_BYTES_MAX: u64 = 1 << 62;
+
 /// The shape of a disk. Constant while it is open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Geometry {

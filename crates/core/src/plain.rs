@@ -8,7 +8,7 @@
 
 use crate::backing::{Access, Backing, Extent};
 use crate::batch::{Batch, Item};
-use crate::disk::{Disk, Geometry, SCRATCH_BYTES, Span, Unaligned};
+use crate::disk::{Disk, Geometry, SCRATCH_BYTES, SIZE_BYTES_MAX, Span, Unaligned};
 use crate::error::{Error, ErrorKind, Op};
 use crate::memory::{Buffer, HeapSource, MemoryPool};
 use crate::range_lock::{RangeLock, Sharing};
@@ -50,6 +50,9 @@ impl PlainVolume {
         let whole = size_bytes & !(u64::from(SECTOR_BYTES) - 1);
         if whole == 0 {
             return invalid(format!("{size_bytes} bytes are not even one sector of {SECTOR_BYTES}"));
+        }
+        if size_bytes > SIZE_BYTES_MAX {
+            return invalid(format!("{size_bytes} bytes; a volume has {SIZE_BYTES_MAX} at the most"));
         }
         if facts.len_bytes < size_bytes {
             return invalid(format!("the backing has {} bytes, the volume {size_bytes}", facts.len_bytes));

@@ -28,7 +28,7 @@
 use crate::backing::{Access, Backing, Extent};
 use crate::batch::{Batch, Item};
 use crate::config::{CryptoConfig, DataUnitSize, Mode};
-use crate::disk::{Disk, Geometry, Span, Unaligned};
+use crate::disk::{Disk, Geometry, SIZE_BYTES_MAX, Span, Unaligned};
 use crate::engine::{Direction, Piece};
 use crate::error::{Error, ErrorKind, Op};
 use crate::memory::Buffer;
@@ -143,6 +143,9 @@ impl Layout {
         let size_bytes = backing_bytes & !(u64::from(unit_bytes) - 1);
         if size_bytes == 0 {
             return Err(invalid(format!("{backing_bytes} bytes are not even one data unit of {unit_bytes}")));
+        }
+        if size_bytes > SIZE_BYTES_MAX {
+            return Err(invalid(format!("{backing_bytes} bytes; a volume has {SIZE_BYTES_MAX} at the most")));
         }
         if !iv_offset_sectors.is_multiple_of(u64::from(unit_bytes / SECTOR_BYTES)) {
             return Err(invalid(format!(

@@ -4,7 +4,7 @@ use crate::backing::Durability;
 use crate::batch::Transfer;
 use crate::caps::{Capabilities, KeyTypes, UnitMask};
 use crate::config::Hardware;
-use crate::disk::{LARGE_BUFFER_BYTES, SMALL_BUFFER_BYTES, Zeroing};
+use crate::disk::{LARGE_BUFFER_BYTES, SIZE_BYTES_MAX, SMALL_BUFFER_BYTES, Zeroing};
 use crate::engine::Engine;
 use crate::key::{Key, KeyForm, RawKey};
 use crate::keyslot::Policy;
@@ -295,8 +295,12 @@ fn small_blocks_are_refused_where_a_torn_write_would_damage_neighbours() {
 fn a_partly_used_backing_loses_its_tail_only() {
     let layout = Layout::new(Mode::Aes256Xts, DataUnitSize::DEFAULT, None, 0, 4096 * 3 + 512).unwrap();
     assert_eq!(layout.size_bytes(), 4096 * 3);
-    let none = Layout::new(Mode::Aes256Xts, DataUnitSize::DEFAULT, None, 0, 4095).unwrap_err();
-    assert_eq!(none.kind(), ErrorKind::Invalid);
+    for bytes in [4095, SIZE_BYTES_MAX + 4096, u64::MAX] {
+        let none = Layout::new(Mode::Aes256Xts, DataUnitSize::DEFAULT, None, 0, bytes).unwrap_err();
+        assert_eq!(none.kind(), ErrorKind::Invalid);
+    }
+    let longest = Layout::new(Mode::Aes256Xts, DataUnitSize::DEFAULT, None, 0, SIZE_BYTES_MAX).unwrap();
+    assert_eq!(longest.size_bytes(), SIZE_BYTES_MAX);
 }
 
 #[test]
