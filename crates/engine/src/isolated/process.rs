@@ -182,7 +182,7 @@ fn serve(socket: OwnedFd, cage: Cage, priority: LanePriority, mut report: Report
     }
     usual.map_or(Ok(()), Schedule::apply)?;
     if cage == Cage::Shut {
-        report.lock();
+        report.lock(pid);
     }
     if require_sandbox && (cage == Cage::None || !report.missing.is_empty()) {
         return refuse(format!("the sandbox is incomplete: {}", report.missing.join("; ")));
