@@ -18,11 +18,11 @@ use super::proto::{
     self, Answer, Inbox, Order, Secret, VERSION, WireEngine, WireForm, WireKey, WireStep, kind_code,
     with_failure,
 };
-use super::realtime::LanePriority;
+use super::realtime::{self, LanePriority};
 use super::ring::{CHUNK_BYTES, Deed, Head, LANE_BYTES, Lane, PIECES_MAX, Progress, UNDO_BYTES, WirePiece};
 use super::sandbox::Report;
 use crate::root::RootMaterial;
-use crate::sys::{self, Region, Schedule, View};
+use crate::sys::{self, Region, View};
 use crate::{EngineSpec, Root};
 use inlinecrypt_cipher::kdf::key_identifier_raw;
 use inlinecrypt_core::config::KeyType;
@@ -182,7 +182,9 @@ fn serve(socket: OwnedFd, cage: Cage, priority: LanePriority, mut report: Report
     for _ in 0..lanes {
         started.recv().map_err(io::Error::other)?;
     }
-    usual.map_or(Ok(()), Schedule::apply)?;
+    if let Err(error) = usual.map_or(Ok(()), realtime::end) {
+        return with_failure(&error, |answer| proto::send(socket.as_fd(), &answer, &[]));
+    }
     if cage == Cage::Shut {
         report.lock(pid);
     }
