@@ -82,7 +82,11 @@ impl Report {
         };
         drop(maps);
         self.note(6, "statics and first stack locked, in no dump and no child", guarded);
-        self.note(7, "limits: no files grow, no processes, few descriptors, no higher priority", limits());
+        self.note(
+            7,
+            "limits: no files grow, no processes, few descriptors, no real-time priority by limit",
+            limits(),
+        );
         self.note(8, "no files, no network, no signals to others (landlock)", landlock());
         self.note(9, "few system calls (seccomp)", seccomp());
         let refused: Vec<_> = Forbidden::ALL
@@ -113,7 +117,7 @@ fn limits() -> io::Result<()> {
     none(Resource::Nproc, 0)?;
     none(Resource::Nofile, DESCRIPTORS_MAX)?;
     none(Resource::Msgqueue, 0)?;
-    // What threads have they keep.
+    // What threads have they keep. With CAP_SYS_NICE it forbids nothing: step 9 does.
     none(Resource::Rtprio, 0)?;
     Ok(())
 }
