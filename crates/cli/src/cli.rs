@@ -906,6 +906,7 @@ pub(crate) struct Status {
 Not looked at, since it changes by the moment or shows only when the file is opened for writing:
   whether a volume, a socket or a port is in use; whether this host has an address to listen on;
   whether the length of a file and the data units fit O_DIRECT (direct = true)
+Whether real-time priority (realtime = true) is permitted to who runs this is a note: the server may be another's.
 
 Examples:
   inlinecrypt check servers.toml")]

@@ -679,22 +679,31 @@ fn engine_plan(
     }
 }
 
-/// Whether an engine that shall work at real-time priority can. What an engine service may do shows when it is asked.
+/// Whether an engine that shall work at real-time priority can, if this process starts it. What an engine service may do shows when
+/// it is asked.
 pub(crate) fn check_realtime(engine: &EnginePlan) -> Result<(), Failure> {
+    check_realtime_home(engine)?;
+    match &engine.home {
+        Some(EngineHome::Own) | None if engine.realtime => {
+            let what = format!("engine {}", engine.name);
+            realtime::check_permitted().map_err(|error| Failure::of(what, &error))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Whether an engine that shall work at real-time priority is one that can, whoever starts it.
+pub(crate) fn check_realtime_home(engine: &EnginePlan) -> Result<(), Failure> {
     let what = format!("engine {}", engine.name);
     match &engine.home {
-        _ if !engine.realtime => Ok(()),
-        Some(EngineHome::None) => Err(Failure::new(
+        Some(EngineHome::None) if engine.realtime => Err(Failure::new(
             Code::Wrong,
             format!(
                 "{what}: real-time priority is for a process of its own, and it is to run in the serving one"
             ),
             "Leave out --engine-process none (process in a config), or --engine-realtime (realtime).",
         )),
-        Some(EngineHome::Own) | None => {
-            realtime::check_permitted().map_err(|error| Failure::of(what, &error))
-        }
-        Some(EngineHome::Service(_)) => Ok(()),
+        _ => Ok(()),
     }
 }
 

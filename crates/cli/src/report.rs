@@ -115,6 +115,11 @@ impl Failure {
         Self { advice: advice.into(), ..self }
     }
 
+    /// Says it as a note, where it concerns somebody else: `whom` says whom.
+    pub(crate) fn tell_as_note(&self, whom: impl Display) {
+        note(format_args!("{whom}: {}. {}", self.what, self.advice));
+    }
+
     /// The same, saying first where it was met.
     pub(crate) fn within(self, place: impl Display) -> Self {
         Self { what: format!("{place}: {}", self.what), ..self }

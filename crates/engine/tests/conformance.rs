@@ -814,6 +814,45 @@ fn every_engine_keeps_the_bargain_from_afar() {
     }
 }
 
+/// Orders are cut by bytes, in the midst of a piece, too: what comes out is what the engine makes of all of it together.
+#[test]
+fn requests_of_several_orders_are_as_those_of_one() {
+    const UNIT: usize = 4096;
+    // Three data units and a half; less than one; more than all.
+    for order_bytes_max in [14 << 10, 100, 1 << 20] {
+        let options =
+            isolated::Options { data_bytes: 8 << 20, order_bytes_max, ..isolated::Options::new("software") };
+        let engine = isolated::start(Arc::new(ThreadLauncher), None, options).unwrap().engine;
+        let near = open(&"software".parse().unwrap(), None).unwrap();
+        let unit = DataUnitSize::from_bytes(4096).unwrap();
+        let raw: Vec<u8> = (0..64).collect();
+        let key =
+            Key::new(Mode::Aes256Xts, unit, 8, KeyForm::Raw(RawKey::new(&raw)), Hardware::Allowed).unwrap();
+        let mut end = 0;
+        let pieces: Vec<Piece> = [1usize, 3, 4, 0, 17, 2, 90]
+            .into_iter()
+            .chain(std::iter::repeat_n(1, 70))
+            .map(|units| {
+                let start = end;
+                end += units * UNIT;
+                Piece { first: Dun::from_limbs([1000 + start as u64, 0, 0, 0]), range: start..end }
+            })
+            .collect();
+        let plain: Vec<u8> = (0..251).cycle().take(end).collect();
+        let transform = |engine: &dyn Engine, direction, bytes: &[u8]| {
+            engine.program(SlotIndex(0), &key).unwrap();
+            let mut memory = engine.memory().allocate(bytes.len()).unwrap();
+            memory.bytes_mut().copy_from_slice(bytes);
+            let mut work = pieces.clone();
+            engine.crypt(KeyRef::Slot(SlotIndex(0)), direction, &mut *memory, &mut work).unwrap();
+            memory.bytes().to_vec()
+        };
+        let encrypted = transform(&*engine, Direction::Encrypt, &plain);
+        assert!(encrypted == transform(&*near, Direction::Encrypt, &plain), "{order_bytes_max}");
+        assert!(transform(&*engine, Direction::Decrypt, &encrypted) == plain, "{order_bytes_max}");
+    }
+}
+
 /// It is its process that has it, and a thread of the host's would take it along.
 #[test]
 fn an_engine_on_a_thread_of_its_host_has_no_real_time_priority() {

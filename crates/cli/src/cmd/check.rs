@@ -4,7 +4,7 @@ use crate::ask::Asker;
 use crate::cli::Check;
 use crate::host::{self, Host};
 use crate::plain::ReadyPlain;
-use crate::plan::{self, Plan};
+use crate::plan::{self, EnginePlan, Plan};
 use crate::report::{Failures, print};
 use crate::size::Size;
 use inlinecrypt_core::admission::ServedBy;
@@ -15,7 +15,12 @@ pub(super) fn run(args: &Check) -> Result<(), Failures> {
     // Engines are tried in this process: what is proven holds wherever they run.
     let (plan, mut failures) = match Plan::for_what_can_be(&args.config) {
         Ok((mut plan, mut failures)) => {
-            failures.extend(plan.engines.iter().filter_map(|engine| plan::check_realtime(engine).err()));
+            for engine in &plan.engines {
+                match plan::check_realtime_home(engine) {
+                    Ok(()) => tell_of_priority(engine),
+                    Err(failure) => failures.push(failure),
+                }
+            }
             plan.engines.iter_mut().for_each(|engine| engine.home = None);
             (plan, failures)
         }
@@ -75,4 +80,11 @@ pub(super) fn run(args: &Check) -> Result<(), Failures> {
     }
     print(&text)?;
     Ok(())
+}
+
+/// What keeps an engine from real-time priority if whoever runs this starts the server: others may have the right to it.
+fn tell_of_priority(engine: &EnginePlan) {
+    if let Err(failure) = plan::check_realtime(engine) {
+        failure.tell_as_note("if you start the server it is refused, which others may be allowed");
+    }
 }

@@ -350,7 +350,16 @@ fn status_tells_that_what_is_forbidden_was_tried_and_refused() {
     let steps: Vec<&str> =
         engine["process"]["sandbox"].as_array().unwrap().iter().map(|step| step.as_str().unwrap()).collect();
     let tried = steps.iter().find(|step| step.starts_with("10 ")).unwrap_or_else(|| panic!("{steps:#?}"));
-    for call in ["open", "socket", "ptrace", "exec", "fork", "read another process", "change its priority"] {
+    for call in [
+        "open",
+        "socket",
+        "ptrace",
+        "exec",
+        "fork",
+        "read another process",
+        "change its priority",
+        "move a process by its number",
+    ] {
         assert!(tried.contains(&format!("{call} refused (Operation not permitted")), "{call}: {tried}");
     }
     assert!(!steps.iter().any(|step| step.starts_with("MISSING 10")), "{steps:#?}");

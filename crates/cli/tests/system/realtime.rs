@@ -3,44 +3,43 @@
 use crate::clients::fio_program;
 use crate::engine_service::service_with;
 use crate::isolation::{busy, engine, engine_pid, serve_command};
-use crate::rig::{MIB, PATIENCE, Place, Server, eventually, said, skip};
+use crate::rig::{MIB, PATIENCE, Place, Server, eventually, said};
 use crate::upgrade::upgrade;
 use inlinecrypt_cipher::{Dun, Mode};
 use inlinecrypt_core::config::{DataUnitSize, Hardware};
 use inlinecrypt_core::engine::{Direction, Engine as _, KeyRef, Piece, SlotIndex};
 use inlinecrypt_core::error::ErrorKind;
 use inlinecrypt_core::key::{Key, KeyForm, RawKey};
-use inlinecrypt_engine::isolated::{self, LanePriority, Options, ProcessLauncher, realtime};
+use inlinecrypt_engine::isolated::{self, LanePriority, Options, PROCESS_VERB, ProcessLauncher, realtime};
 use inlinecrypt_testkit::{ServerProcess, require_tool};
-use rustix::process::{Pid, Resource, Signal, getrlimit, kill_process};
+use rustix::process::{Pid, Signal, kill_process};
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-/// Whether an engine may work at real-time priority here; says so if not.
+/// Whether an engine may work at real-time priority here; says so if not. Where the privilege is missing nobody can ask for
+/// more, so this never fails.
 fn may_be_realtime() -> bool {
     let may = realtime::check_permitted();
     if let Err(why) = &may {
-        skip(&format!("real-time priority: {why}"));
+        eprintln!("SKIPPED: real-time priority: {why}");
     }
     may.is_ok()
 }
 
-/// Policy and real-time priority of each thread of a process, from its first one on, as anybody can see them (`proc(5)`).
-fn schedules(pid: u32) -> Vec<(u32, u32)> {
-    let mut threads: Vec<u32> = fs::read_dir(format!("/proc/{pid}/task"))
-        .unwrap()
-        .map(|entry| entry.unwrap().file_name().to_str().unwrap().parse().unwrap())
-        .collect();
-    threads.sort_unstable();
+/// Number, and policy and real-time priority, of each thread of a process, as anybody can see them (`proc(5)`).
+fn schedules(pid: u32) -> Vec<(u32, (u32, u32))> {
     let of_thread = |thread: u32| {
         let stat = fs::read_to_string(format!("/proc/{pid}/task/{thread}/stat")).unwrap();
         // The name, which ends with the last bracket, is the second field of all.
         let behind = stat.rsplit_once(')').unwrap().1;
         let field = |number: usize| behind.split_ascii_whitespace().nth(number - 3).unwrap().parse().unwrap();
-        (field(41), field(40))
+        (thread, (field(41), field(40)))
     };
-    threads.into_iter().map(of_thread).collect()
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    threads.map(|entry| of_thread(entry.unwrap().file_name().to_str().unwrap().parse().unwrap())).collect()
 }
 
 const USUAL: (u32, u32) = (0, 0);
@@ -50,9 +49,10 @@ const ROUND_ROBIN: (u32, u32) = (2, 1);
 #[track_caller]
 fn lanes_are_realtime(pid: u32) {
     let all = schedules(pid);
-    let (others, lanes) = all.split_at(2);
-    assert_eq!(others, [USUAL, USUAL], "{all:?}");
-    assert!(lanes.len() >= 4 && lanes.iter().all(|lane| *lane == ROUND_ROBIN), "{all:?}");
+    let (usual, lanes): (Vec<_>, Vec<_>) = all.iter().partition(|(_, schedule)| *schedule == USUAL);
+    assert_eq!(usual.len(), 2, "{all:?}");
+    assert!(usual.iter().any(|(thread, _)| *thread == pid), "{all:?}");
+    assert!(lanes.len() >= 4 && lanes.iter().all(|(_, schedule)| *schedule == ROUND_ROBIN), "{all:?}");
 }
 
 fn step_5(server: &Server, place: &Place) -> Option<String> {
@@ -73,7 +73,7 @@ fn lanes_are_at_real_time_priority_under_load_and_after_a_kill() {
     let first = engine_pid(&server, &place).unwrap();
     lanes_are_realtime(first);
     let host = schedules(server.process.pid());
-    assert!(host.iter().all(|(_, priority)| *priority == 0), "the host has none: {host:?}");
+    assert!(host.iter().all(|(_, (_, priority))| *priority == 0), "the host has none: {host:?}");
     assert!(step_5(&server, &place).unwrap().contains("real-time priority"));
 
     kill_process(Pid::from_raw(first.try_into().unwrap()).unwrap(), Signal::KILL).unwrap();
@@ -92,7 +92,7 @@ fn nobody_has_it_who_has_not_asked_and_a_server_that_takes_over_has_what_it_aske
     let place = Place::new();
     let server = place.serve(["--create", "1MiB", "v.img"]);
     let all = schedules(engine_pid(&server, &place).unwrap());
-    assert!(all.iter().all(|(_, priority)| *priority == 0), "{all:?}");
+    assert!(all.iter().all(|(_, (_, priority))| *priority == 0), "{all:?}");
     assert_eq!(step_5(&server, &place), None);
     if !may_be_realtime() {
         return;
@@ -121,27 +121,46 @@ fn an_engine_service_lets_all_engines_have_it_or_those_whose_servers_ask() {
         let pid = engine_pid(&server, &place).unwrap();
         match of_service || of_server {
             true => lanes_are_realtime(pid),
-            false => assert!(schedules(pid).iter().all(|schedule| *schedule == USUAL)),
+            false => assert!(schedules(pid).iter().all(|(_, schedule)| *schedule == USUAL)),
         }
         server.stop();
         drop(service);
     }
 }
 
-/// What runs a program of ours without the right to real-time priority, in front of the program.
+/// What runs a program of ours without the right to real-time priority, in front of the program. `None`, after a line that says
+/// why, where the right cannot be given up.
 fn without_the_right() -> Option<Vec<String>> {
-    if rustix::process::geteuid().is_root() {
+    let chrt = require_tool("chrt")?;
+    let prefix = if rustix::process::geteuid().is_root() {
         let setpriv = require_tool("setpriv")?.display().to_string();
-        if getrlimit(Resource::Rtprio).current != Some(0) {
-            skip("RLIMIT_RTPRIO allows it whatever capabilities there are");
-            return None;
-        }
+        let prlimit = require_tool("prlimit")?.display().to_string();
         // Root would have it again by executing a program.
-        Some(vec![setpriv, "--bounding-set=-sys_nice".into(), "--inh-caps=-sys_nice".into()])
+        vec![
+            prlimit,
+            "--rtprio=0".into(),
+            setpriv,
+            "--bounding-set=-sys_nice".into(),
+            "--inh-caps=-sys_nice".into(),
+        ]
     } else {
         let prlimit = require_tool("prlimit")?.display().to_string();
-        Some(vec![prlimit, "--rtprio=0".into()])
+        vec![prlimit, "--rtprio=0".into()]
+    };
+    let run = |program: &[&OsStr]| {
+        Command::new(&prefix[0]).args(&prefix[1..]).args(program).stdin(Stdio::null()).output().unwrap()
+    };
+    let tried = run(&["true".as_ref()]);
+    if !tried.status.success() {
+        eprintln!("SKIPPED: the right to real-time priority cannot be given up here: {}", said(&tried));
+        return None;
     }
+    // A user whose capabilities are ambient keeps them.
+    if run(&[chrt.as_ref(), "--rr".as_ref(), "1".as_ref(), "true".as_ref()]).status.success() {
+        eprintln!("SKIPPED: the right to real-time priority stays, whatever is given up");
+        return None;
+    }
+    Some(prefix)
 }
 
 /// The exit code of a command that is to be refused, and what it says. One that serves instead has no code.
@@ -173,7 +192,6 @@ fn who_may_not_have_it_is_refused_before_anything_is_made_or_served() {
         &[&serve[..], &["v.img"]].concat()[..],
         &[&serve[..], &["--create", "1MiB", "w.img"]].concat(),
         &["serve", "--config", config],
-        &["check", config],
         &["engine", "serve", "--listen", "unix:engine.sock", "--realtime"],
     ] {
         let (code, text) = refusal(&place, &mut run(arguments));
@@ -192,6 +210,16 @@ fn who_may_not_have_it_is_refused_before_anything_is_made_or_served() {
         }
     }
 
+    // Whoever checks need not be who serves.
+    let checked = run(&["check", config]).output().unwrap();
+    let (text, notes) = (said(&checked), String::from_utf8_lossy(&checked.stderr));
+    assert!(checked.status.success(), "{text}");
+    assert!(notes.starts_with("note: if you start the server it is refused"), "{text}");
+    assert!(
+        notes.contains("may not work at real-time priority") && notes.contains("LimitRTPRIO=1"),
+        "{text}"
+    );
+
     // The process itself says so, too, where the host cannot know.
     let home = Place::new();
     let at = format!("unix:{}", home.path("engine.sock").display());
@@ -201,6 +229,40 @@ fn who_may_not_have_it_is_refused_before_anything_is_made_or_served() {
     assert_eq!(code, Some(2), "{text}");
     assert!(text.contains("may not work at real-time priority") && text.contains("LimitRTPRIO=1"), "{text}");
     assert!(!place.path("v.img.sock").exists());
+}
+
+/// Before anything is made, with one message: by whom it is started, and not the engine.
+#[test]
+fn a_server_that_has_a_real_time_priority_itself_is_refused() {
+    let Some(chrt) = require_tool("chrt") else { return };
+    if !may_be_realtime() {
+        return;
+    }
+    let place = Place::new();
+    let run = |arguments: &[&str]| {
+        let mut command = Command::new(&chrt);
+        place.prepare(&mut command);
+        command.args(["--fifo", "50", env!("CARGO_BIN_EXE_inlinecrypt")]).args(arguments);
+        command
+    };
+    let serve = ["serve", "--engine-realtime", "--control", "none", "--create", "1MiB", "v.img"];
+    for arguments in [&serve[..], &["engine", "serve", "--listen", "unix:engine.sock", "--realtime"]] {
+        let (code, text) = refusal(&place, &mut run(arguments));
+        assert_eq!(code, Some(2), "{arguments:?}: {text}");
+        assert!(
+            text.contains("has one already") && text.contains("Start it at the usual priority"),
+            "{text}"
+        );
+        assert!(!text.contains("as soon as it was started"), "{text}");
+        assert!(!place.path("v.img").exists() && !place.path("engine.sock").exists());
+    }
+    // Without the option nothing is asked of it, and its engine works at its priority.
+    let mut command = run(&[]);
+    command.args(serve_command(&place, &["--create", "1MiB", "v.img"]).get_args());
+    let server = place.start(command);
+    let all = schedules(engine_pid(&server, &place).unwrap());
+    assert!(all.iter().all(|(_, schedule)| *schedule == (1, 50)), "{all:?}");
+    server.stop();
 }
 
 /// No capability, but the limit that a unit or a shell gives.
@@ -229,41 +291,53 @@ fn the_limit_alone_is_enough() {
     server.stop();
 }
 
-/// One order that takes a second and more: at real-time priority the system ends the process in the midst of it, and another
-/// one is started; without, it is done.
+/// One order that takes longer than `RLIMIT_RTTIME` allows: at real-time priority the system ends the process in the midst of it,
+/// and another one is started; without, it is done. The limit is lowered, and the order is so long that the fastest CPU needs
+/// several times as much; the one after it is so short that the slowest one does not.
 #[test]
 fn a_lane_that_computes_without_end_is_ended_if_it_is_at_real_time_priority() {
     const LEN: usize = 256 << 20;
+    const SHORT: usize = 1 << 20;
+    // 16 GiB: a third of a second at 50 GB/s. A slow CPU needs a minute, and is stopped long before.
     const PIECES: usize = 64;
+    const LIMIT: Duration = Duration::from_millis(100);
+    let Some(prlimit) = require_tool("prlimit") else { return };
     if !may_be_realtime() {
         return;
     }
+    let limit = format!("--rttime={}:{}", LIMIT.as_micros(), 2 * LIMIT.as_micros());
+    let launcher = Arc::new(ProcessLauncher {
+        program: prlimit,
+        arguments: [&limit, env!("CARGO_BIN_EXE_inlinecrypt"), PROCESS_VERB].map(Into::into).into(),
+    });
     let unit = DataUnitSize::from_bytes(4096).unwrap();
     let raw: Vec<u8> = (0..64).collect();
     let key = Key::new(Mode::Aes256Xts, unit, 8, KeyForm::Raw(RawKey::new(&raw)), Hardware::Allowed).unwrap();
     for priority in [LanePriority::Usual, LanePriority::Realtime] {
-        let launcher = Arc::new(ProcessLauncher::new(env!("CARGO_BIN_EXE_inlinecrypt")));
-        let options = Options { priority, ..Options::new("software") };
-        let engine = isolated::start(launcher, None, options).unwrap().engine;
+        let options = Options { priority, order_bytes_max: usize::MAX, ..Options::new("software") };
+        let engine = isolated::start(launcher.clone(), None, options).unwrap().engine;
         let restarts = || engine.process().unwrap().restarts;
         let mut memory = engine.memory().allocate(LEN).unwrap();
-        let mut decrypt = |count| {
+        let mut decrypt = |len, count| {
             engine.program(SlotIndex(0), &key).unwrap();
             // The same bytes again and again: nobody looks at them.
-            let mut pieces = vec![Piece { first: Dun::from_limbs([0; 4]), range: 0..LEN }; count];
+            let mut pieces = vec![Piece { first: Dun::from_limbs([0; 4]), range: 0..len }; count];
             engine.crypt(KeyRef::Slot(SlotIndex(0)), Direction::Decrypt, &mut *memory, &mut pieces)
         };
-        let done = decrypt(PIECES);
         match priority {
             LanePriority::Usual => {
-                done.unwrap();
+                let began = Instant::now();
+                decrypt(LEN, 1).unwrap();
+                // As many as take four times the limit: a slow CPU would need a minute for all.
+                let enough = (4 * LIMIT).as_nanos().div_ceil(began.elapsed().as_nanos());
+                decrypt(LEN, usize::try_from(enough).unwrap().clamp(1, PIECES)).unwrap();
                 assert_eq!(restarts(), 0);
             }
             LanePriority::Realtime => {
-                assert_eq!(done.unwrap_err().kind(), ErrorKind::Interrupted);
+                assert_eq!(decrypt(LEN, PIECES).unwrap_err().kind(), ErrorKind::Interrupted);
                 eventually("another was started", || restarts() == 1);
                 // Which does what takes less.
-                decrypt(1).unwrap();
+                decrypt(SHORT, 1).unwrap();
                 assert_eq!(restarts(), 1);
             }
         }

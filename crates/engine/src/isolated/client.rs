@@ -61,9 +61,15 @@ pub struct Options {
     pub require_sandbox: bool,
     /// At which priority its lanes work. A process that may not have it is refused.
     pub priority: LanePriority,
+    /// How many bytes an order has at most; what is longer goes in several, none shorter than a data unit. A lane does one without
+    /// a pause, which at real-time priority is bounded ([`COMPUTE_MAX`](realtime::COMPUTE_MAX)).
+    pub order_bytes_max: usize,
     /// How many ends of the process within a minute are too many. After that many, no other is started.
     pub deaths_max: u32,
 }
+
+/// What [`Options::order_bytes_max`] usually is: tens of milliseconds for a CPU without instructions for the cipher.
+pub const ORDER_BYTES_MAX: usize = 16 << 20;
 
 /// What [`Options::deaths_max`] usually is.
 pub const DEATHS_MAX: u32 = 3;
@@ -80,6 +86,7 @@ impl Options {
             data_bytes: 1 << 30,
             require_sandbox: false,
             priority: LanePriority::Usual,
+            order_bytes_max: ORDER_BYTES_MAX,
             deaths_max: DEATHS_MAX,
         }
     }
@@ -582,7 +589,8 @@ impl Host {
                 if ended_by == Some(Signal::XCPU.as_raw()) {
                     let ms = realtime::COMPUTE_MAX.as_millis();
                     tracing::error!(
-                        "the system ended the engine process: it computed for {ms} ms at real-time priority without a pause"
+                        "the system ended the engine process: it computed at real-time priority without a pause, for {ms} ms or \
+                         what RLIMIT_RTTIME was lowered to"
                     );
                 }
             }
@@ -840,7 +848,31 @@ impl IsolatedEngine {
         })
     }
 
-    /// One order: what is left of `pieces`, as far as it fits. `Ok(false)` if the process was gone; then what was encrypted has
+    /// One order: of what is left of `pieces` as much as one may have. `Ok(true)` if that was done, and has been taken off. Else as
+    /// [`order`](Self::order).
+    fn order_share(
+        &self,
+        key: Called,
+        unit_bytes: usize,
+        direction: Direction,
+        memory_at: u64,
+        pieces: &mut [Piece],
+    ) -> Result<bool, Error> {
+        let bytes_max = self.host().options.order_bytes_max;
+        let (share, cut_bytes) =
+            share(pieces, bytes_max.saturating_sub(bytes_max % unit_bytes).max(unit_bytes));
+        let last_bytes = share.last().map_or(0, |last| last.range.len());
+        let done = self.order(key, unit_bytes, direction, memory_at, share);
+        if let Some(last) = share.last_mut().filter(|_| cut_bytes > 0) {
+            last.range.end += cut_bytes;
+            if let Ok(true) = done {
+                last.first = last.first.wrapping_add((last_bytes / unit_bytes) as u64);
+            }
+        }
+        done
+    }
+
+    /// One order: `pieces`, which fit. `Ok(false)` if the process was gone; then what was encrypted has
     /// been taken off, and what was to be decrypted means nothing.
     fn order(
         &self,
@@ -928,6 +960,25 @@ impl IsolatedEngine {
         self.known().remove(&key.id());
         Ok(false)
     }
+}
+
+/// The part of `pieces` that one order has: at most `bytes_max`, for which the last one may have been made shorter; by how much.
+fn share(pieces: &mut [Piece], bytes_max: usize) -> (&mut [Piece], usize) {
+    let begin = pieces.iter().position(|piece| !piece.is_done()).unwrap_or(0);
+    let pieces = &mut pieces[begin..];
+    let mut room = bytes_max;
+    let mut count = 0;
+    let mut cut_bytes = 0;
+    for piece in pieces.iter_mut().take(PIECES_MAX) {
+        if room == 0 {
+            break;
+        }
+        count += 1;
+        cut_bytes = piece.range.len().saturating_sub(room);
+        piece.range.end -= cut_bytes;
+        room -= piece.range.len();
+    }
+    (&mut pieces[..count], cut_bytes)
 }
 
 /// What an order calls its key.
@@ -1020,42 +1071,42 @@ impl Engine for IsolatedEngine {
             return Err(Error::new(ErrorKind::Invalid, Op::Crypt)
                 .detail("the engine has keyslots, it takes no key with a request"));
         }
-        for batch in pieces.chunks_mut(PIECES_MAX) {
-            loop {
-                let (number, unit_bytes) = match key {
-                    KeyRef::Slot(slot) => {
-                        let unit =
-                            self.units.get(slot.0 as usize).map_or(0, |unit| unit.load(Ordering::Acquire));
-                        (Called::Slot(slot), unit)
-                    }
-                    KeyRef::Inline(key) => {
-                        (Called::Known(self.remember(key)?), key.config().data_unit_size().bytes())
-                    }
-                };
-                let unit_bytes = (unit_bytes as usize).max(1);
-                match (self.order(number, unit_bytes, direction, at, batch), key) {
-                    (Ok(true), _) => break,
-                    (Ok(false), _) if direction == Direction::Decrypt => {
-                        // Not until the new process is there, so that the caller finds it.
-                        self.host().session(Op::Crypt)?;
-                        return Err(Error::new(ErrorKind::Interrupted, Op::Crypt));
-                    }
-                    (Ok(false), KeyRef::Slot(slot)) => {
-                        // Not until the new process is there: the framework programs the key again next.
-                        self.host().session(Op::Crypt)?;
-                        return Err(Error::new(ErrorKind::NoKey, Op::Crypt)
-                            .detail(format!("keyslot {slot} went with its engine process")));
-                    }
-                    // Remembered by the next process, and handed in again.
-                    (Ok(false), KeyRef::Inline(_)) => drop(self.host().session(Op::Crypt)?),
-                    (Err(error), KeyRef::Inline(key)) if error.kind() == ErrorKind::NoKey => {
-                        self.known().remove(&key.id());
-                    }
-                    (Err(error), _) => return Err(error),
+        if pieces.is_empty() {
+            return Ok(());
+        }
+        loop {
+            let (number, unit_bytes) = match key {
+                KeyRef::Slot(slot) => {
+                    let unit = self.units.get(slot.0 as usize).map_or(0, |unit| unit.load(Ordering::Acquire));
+                    (Called::Slot(slot), unit)
                 }
+                KeyRef::Inline(key) => {
+                    (Called::Known(self.remember(key)?), key.config().data_unit_size().bytes())
+                }
+            };
+            let unit_bytes = (unit_bytes as usize).max(1);
+            match (self.order_share(number, unit_bytes, direction, at, pieces), key) {
+                (Ok(true), _) if pieces.iter().all(Piece::is_done) => return Ok(()),
+                (Ok(true), _) => {}
+                (Ok(false), _) if direction == Direction::Decrypt => {
+                    // Not until the new process is there, so that the caller finds it.
+                    self.host().session(Op::Crypt)?;
+                    return Err(Error::new(ErrorKind::Interrupted, Op::Crypt));
+                }
+                (Ok(false), KeyRef::Slot(slot)) => {
+                    // Not until the new process is there: the framework programs the key again next.
+                    self.host().session(Op::Crypt)?;
+                    return Err(Error::new(ErrorKind::NoKey, Op::Crypt)
+                        .detail(format!("keyslot {slot} went with its engine process")));
+                }
+                // Remembered by the next process, and handed in again.
+                (Ok(false), KeyRef::Inline(_)) => drop(self.host().session(Op::Crypt)?),
+                (Err(error), KeyRef::Inline(key)) if error.kind() == ErrorKind::NoKey => {
+                    self.known().remove(&key.id());
+                }
+                (Err(error), _) => return Err(error),
             }
         }
-        Ok(())
     }
 
     fn key_ladder(&self) -> Option<&dyn KeyLadder> {
@@ -1254,5 +1305,53 @@ impl Memory for SharedMemory {
 
     fn mapped_at(&self) -> u64 {
         self.0.offset() as u64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use inlinecrypt_cipher::Dun;
+
+    fn pieces(lens: impl IntoIterator<Item = usize>) -> Vec<Piece> {
+        let mut end = 0;
+        let piece = |len| {
+            end += len;
+            Piece { first: Dun::from_limbs([7, 0, 0, 0]), range: end - len..end }
+        };
+        lens.into_iter().map(piece).collect()
+    }
+
+    fn lens(pieces: &[Piece]) -> Vec<usize> {
+        pieces.iter().map(|piece| piece.range.len()).collect()
+    }
+
+    #[test]
+    fn an_order_has_no_more_bytes_and_pieces_than_it_may_have() {
+        let mut exact = pieces([10, 20, 30]);
+        let (part, cut_bytes) = share(&mut exact, 30);
+        assert_eq!((lens(part), cut_bytes), (vec![10, 20], 0));
+        let mut cut = pieces([10, 20, 30]);
+        let (part, cut_bytes) = share(&mut cut, 40);
+        assert_eq!((lens(part), cut_bytes), (vec![10, 20, 10], 20));
+        let mut large = pieces([100, 5]);
+        let (part, cut_bytes) = share(&mut large, 40);
+        assert_eq!((lens(part), cut_bytes), (vec![40], 60));
+        let mut all = pieces([10, 20, 30]);
+        let (part, cut_bytes) = share(&mut all, 1000);
+        assert_eq!((lens(part), cut_bytes), (vec![10, 20, 30], 0));
+        let mut many = pieces([1; PIECES_MAX + 1]);
+        let (part, cut_bytes) = share(&mut many, 1000);
+        assert_eq!((part.len(), cut_bytes), (PIECES_MAX, 0));
+    }
+
+    #[test]
+    fn an_order_begins_with_what_is_left() {
+        let mut begun = pieces([10, 20, 30]);
+        begun[0].finish();
+        let (part, cut_bytes) = share(&mut begun, 25);
+        assert_eq!((lens(part), cut_bytes), (vec![20, 5], 25));
+        let mut nothing = pieces([0, 0]);
+        assert_eq!(share(&mut nothing, 25).1, 0);
     }
 }

@@ -18,11 +18,11 @@ use super::proto::{
     self, Answer, Inbox, Order, Secret, VERSION, WireEngine, WireForm, WireKey, WireStep, kind_code,
     with_failure,
 };
-use super::realtime::LanePriority;
+use super::realtime::{self, LanePriority};
 use super::ring::{CHUNK_BYTES, Deed, Head, LANE_BYTES, Lane, PIECES_MAX, Progress, UNDO_BYTES, WirePiece};
 use super::sandbox::Report;
 use crate::root::RootMaterial;
-use crate::sys::{self, Region, Schedule, View};
+use crate::sys::{self, Region, View};
 use crate::{EngineSpec, Root};
 use inlinecrypt_cipher::kdf::key_identifier_raw;
 use inlinecrypt_core::config::KeyType;
@@ -121,7 +121,15 @@ fn serve(socket: OwnedFd, cage: Cage, priority: LanePriority, mut report: Report
     if len == 0 {
         return Ok(());
     }
-    let Order::Hello { version, lanes, shared_bytes, generation, require_sandbox, realtime } =
+    // A hello of another version is another message but for its beginning.
+    if let Some(version) = inbox.hello_version(len).filter(|version| *version != VERSION) {
+        let error = Error::new(ErrorKind::Unsupported, Op::Open).detail(format!(
+            "the engine process speaks version {VERSION} of its language, and the host version {version}: restart both from \
+             one program"
+        ));
+        return with_failure(&error, |answer| proto::send(socket.as_fd(), &answer, &[]));
+    }
+    let Order::Hello { version: _, lanes, shared_bytes, generation, require_sandbox, realtime } =
         inbox.parse(len)?
     else {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "the host did not say hello first"));
@@ -130,12 +138,6 @@ fn serve(socket: OwnedFd, cage: Cage, priority: LanePriority, mut report: Report
         let error = Error::new(ErrorKind::Unsupported, Op::Open).detail(why);
         with_failure(&error, |answer| proto::send(socket.as_fd(), &answer, &[]))
     };
-    if version != VERSION {
-        return refuse(format!(
-            "the engine process speaks version {VERSION} of its language, and the host version {version}: restart both from \
-             one program"
-        ));
-    }
     let (1, Some(shared), Ok(shared_bytes), 1..=LANES_MAX) =
         (descriptors.len(), descriptors.pop(), usize::try_from(shared_bytes), lanes)
     else {
@@ -180,9 +182,11 @@ fn serve(socket: OwnedFd, cage: Cage, priority: LanePriority, mut report: Report
     for _ in 0..lanes {
         started.recv().map_err(io::Error::other)?;
     }
-    usual.map_or(Ok(()), Schedule::apply)?;
+    if let Err(error) = usual.map_or(Ok(()), realtime::end) {
+        return with_failure(&error, |answer| proto::send(socket.as_fd(), &answer, &[]));
+    }
     if cage == Cage::Shut {
-        report.lock();
+        report.lock(pid);
     }
     if require_sandbox && (cage == Cage::None || !report.missing.is_empty()) {
         return refuse(format!("the sandbox is incomplete: {}", report.missing.join("; ")));

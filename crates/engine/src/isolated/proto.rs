@@ -36,7 +36,8 @@ pub(crate) const DESCRIPTORS_MAX: usize = 4;
 /// What a host asks an engine process to do.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Order<'a> {
-    /// The first order, with the shared memory beside it. The process makes its lanes, locks itself up, and says so.
+    /// The first order, with the shared memory beside it; its place and its first field stay what they are, so that any version
+    /// can be told from ours ([`Inbox::hello_version`]). The process makes its lanes, locks itself up, and says so.
     Hello {
         /// [`VERSION`].
         version: u32,
@@ -426,6 +427,11 @@ impl Inbox {
         Ok((received.bytes, descriptors))
     }
 
+    /// Which version of the language the host speaks whose hello of `len` bytes was received. `None` if it is no hello.
+    pub(crate) fn hello_version(&self, len: usize) -> Option<u32> {
+        hello_version(self.0.get(..len).unwrap_or_default())
+    }
+
     /// The message of `len` bytes that was received.
     ///
     /// # Errors
@@ -434,6 +440,12 @@ impl Inbox {
     pub(crate) fn parse<'a, T: Deserialize<'a>>(&'a self, len: usize) -> io::Result<T> {
         parse(self.0.get(..len).unwrap_or_default())
     }
+}
+
+/// The version in a hello, whatever follows it: of each version so far, `Hello` is the first order and its number the first field.
+fn hello_version(bytes: &[u8]) -> Option<u32> {
+    let ((order, version), _rest) = postcard::take_from_bytes::<(u32, u32)>(bytes).ok()?;
+    (order == 0).then_some(version)
 }
 
 /// The message that `bytes` hold, all of them.
@@ -446,4 +458,75 @@ pub(crate) fn parse<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> io::Result<T> {
         |why: &str| io::Error::new(io::ErrorKind::InvalidData, format!("a message means nothing: {why}"));
     let (message, rest) = postcard::take_from_bytes(bytes).map_err(|why| invalid(&why.to_string()))?;
     if rest.is_empty() { Ok(message) } else { Err(invalid("something is behind it")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Serialize)]
+    enum FormerOrder {
+        Hello { version: u32, lanes: u32, shared_bytes: u64, generation: u64, require_sandbox: bool },
+    }
+
+    /// As version 3 wrote it, which is no message of ours.
+    #[test]
+    fn a_hello_of_a_former_version_tells_its_version() {
+        let hello = FormerOrder::Hello {
+            version: 3,
+            lanes: 4,
+            shared_bytes: 1 << 30,
+            generation: 1,
+            require_sandbox: false,
+        };
+        let mut space = [0; 64];
+        let bytes = &*postcard::to_slice(&hello, &mut space).unwrap();
+        parse::<Order<'_>>(bytes).unwrap_err();
+        assert_eq!(hello_version(bytes), Some(3));
+    }
+
+    #[test]
+    fn our_hello_tells_our_version_and_other_orders_none() {
+        let mut space = [0; 64];
+        let mut version_of =
+            |order: &Order<'_>| hello_version(postcard::to_slice(order, &mut space).unwrap());
+        let hello = Order::Hello {
+            version: VERSION,
+            lanes: 64,
+            shared_bytes: 1 << 40,
+            generation: 1,
+            require_sandbox: true,
+            realtime: true,
+        };
+        assert_eq!(version_of(&hello), Some(VERSION));
+        assert_eq!(version_of(&Order::Evict { engine: 4, slot: VERSION + 1 }), None);
+        assert_eq!(hello_version(&[]), None);
+        assert_eq!(hello_version(&[0]), None);
+    }
+
+    /// To the host, by name, and not only by going.
+    #[test]
+    fn a_host_of_a_former_version_is_refused_by_name() {
+        let (ours, its) = rustix::net::socketpair(
+            rustix::net::AddressFamily::UNIX,
+            rustix::net::SocketType::SEQPACKET,
+            rustix::net::SocketFlags::CLOEXEC,
+            None,
+        )
+        .unwrap();
+        let hello = FormerOrder::Hello {
+            version: 3,
+            lanes: 4,
+            shared_bytes: 1 << 30,
+            generation: 1,
+            require_sandbox: false,
+        };
+        send(ours.as_fd(), &hello, &[]).unwrap();
+        crate::isolated::process::serve_uncaged(its).unwrap();
+        let mut inbox = Inbox::default();
+        let (len, _) = inbox.receive(&ours).unwrap();
+        let error = inbox.parse::<Answer<'_>>(len).unwrap().into_error(Op::Open);
+        assert_eq!(error.kind(), ErrorKind::Unsupported);
+        assert!(error.to_string().contains("and the host version 3: restart both"), "{error}");
+    }
 }

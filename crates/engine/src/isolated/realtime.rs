@@ -2,7 +2,8 @@
 //!
 //! While a host's thread waits for the engine, the system may give its CPU to somebody else, who is in no hurry to give it back.
 //! A lane at real-time priority is there at once (docs/performance.md). It takes the CPU from everybody without such a priority
-//! until it sleeps, which it does after each order, and an order takes less than a millisecond. One that does not end is a bug,
+//! until it sleeps, which it does after each order, and an order of a server takes less than a millisecond where the CPU has
+//! instructions for the cipher. One that does not end is a bug,
 //! and is ended by the system after [`COMPUTE_MAX`]. An engine that somebody else has taken over can sleep for a moment before
 //! that, again and again: then what others get is what the kernel keeps for them, 5 % by default (docs/threat-model.md).
 //!
@@ -42,9 +43,10 @@ impl LanePriority {
     }
 }
 
-/// For how long a lane at real-time priority may compute without a pause. Five hundred times what the longest order of a host
+/// For how long a lane at real-time priority may compute without a pause. Five hundred times what the longest order of a server
 /// takes (256 KiB, and less than a millisecond where the CPU has instructions for the cipher); an emulated CPU that encrypts a
-/// megabyte a second still does one in that time.
+/// megabyte a second still does one in that time. What starts the engine may have set less (`RLIMIT_RTTIME`). Embedders whose
+/// requests are larger: see [`Options::order_bytes_max`](super::Options::order_bytes_max).
 pub const COMPUTE_MAX: Duration = Duration::from_millis(500);
 
 /// How much later a thread is ended that does not hear the signal, which it may have blocked.
@@ -54,13 +56,14 @@ const GRACE: Duration = Duration::from_millis(100);
 ///
 /// # Errors
 ///
-/// [`Permission`](ErrorKind::Permission) if not, with what to do; [`OutOfMemory`](ErrorKind::OutOfMemory) if there is no thread
+/// [`Permission`](ErrorKind::Permission) if not, or if the calling thread has a real-time priority itself, with what to do;
+/// [`OutOfMemory`](ErrorKind::OutOfMemory) if there is no thread
 /// to try it on.
 pub fn check_permitted() -> Result<(), Error> {
     let no_thread = |why: io::Error| Error::new(ErrorKind::OutOfMemory, Op::Open).because(why);
-    let thread = std::thread::Builder::new().name("priority".to_owned()).spawn(|| Schedule::REALTIME.apply());
+    let thread = std::thread::Builder::new().name("priority".to_owned()).spawn(take);
     let tried = thread.map_err(no_thread)?.join();
-    tried.unwrap_or_else(|_panic| Err(io::Error::other("it panicked"))).map_err(|why| refusal(&why))
+    tried.unwrap_or_else(|_panic| Err(refusal(&io::Error::other("it panicked")))).map(drop)
 }
 
 /// Gives the calling thread, and those that it starts from now on, the lowest real-time priority, and bounds how long they
@@ -76,8 +79,34 @@ pub(super) fn begin() -> Result<Schedule, Error> {
             .detail("how long lanes compute at real-time priority cannot be bounded (RLIMIT_RTTIME)")
             .because(why)
     })?;
-    let usual = Schedule::current().and_then(|usual| Schedule::REALTIME.apply().map(|()| usual));
-    usual.map_err(|why| refusal(&why))
+    take()
+}
+
+/// Gives the calling thread back what [`begin`] has returned.
+///
+/// # Errors
+///
+/// [`Permission`](ErrorKind::Permission) if the system does not let it.
+pub(super) fn end(usual: Schedule) -> Result<(), Error> {
+    usual.apply().map_err(|why| {
+        Error::new(ErrorKind::Permission, Op::Open).detail(format!(
+            "the engine's control thread cannot leave real-time priority again ({}); leave real-time priority out",
+            plain(&why)
+        ))
+    })
+}
+
+fn take() -> Result<Schedule, Error> {
+    let usual = Schedule::current().map_err(|why| refusal(&why))?;
+    if usual.is_realtime() {
+        // The control thread would have it, too, and the bound with it: opening a root takes longer.
+        return Err(Error::new(ErrorKind::Permission, Op::Open).detail(
+            "engines may not work at real-time priority if who starts them has one already; start it at the usual priority (no \
+             chrt, no CPUSchedulingPolicy= in its unit), or leave real-time priority out",
+        ));
+    }
+    Schedule::REALTIME.apply().map_err(|why| refusal(&why))?;
+    Ok(usual)
 }
 
 fn bound() -> io::Result<()> {
@@ -134,5 +163,22 @@ mod tests {
             assert!(error.to_string().contains("real-time priority"), "{error}");
         }
         assert_eq!(Schedule::current().unwrap(), before);
+    }
+
+    /// Who has a real-time priority itself is refused, whatever else it may, and keeps it.
+    #[test]
+    fn whoever_is_at_real_time_priority_is_told_to_leave_it() {
+        let tried = std::thread::spawn(|| {
+            Schedule::REALTIME.apply().ok()?;
+            let error = check_permitted().unwrap_err();
+            assert_eq!(Schedule::current().unwrap(), Schedule::REALTIME);
+            Some(error)
+        });
+        let Some(error) = tried.join().unwrap() else {
+            eprintln!("SKIPPED: no real-time priority here");
+            return;
+        };
+        assert_eq!(error.kind(), ErrorKind::Permission);
+        assert!(error.to_string().contains("start it at the usual priority"), "{error}");
     }
 }

@@ -68,8 +68,9 @@ impl Report {
         Ok(usual)
     }
 
-    /// Steps 6 to 10: after the last thread was started and the last descriptor but those of keys has come.
-    pub(crate) fn lock(&mut self) {
+    /// Steps 6 to 10: after the last thread was started and the last descriptor but those of keys has come. `pid` is the number
+    /// of this process.
+    pub(crate) fn lock(&mut self, pid: u32) {
         let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
         let unlocked = sys::guard_ordinary_memory(&maps);
         let guarded = match unlocked {
@@ -81,12 +82,16 @@ impl Report {
         };
         drop(maps);
         self.note(6, "statics and first stack locked, in no dump and no child", guarded);
-        self.note(7, "limits: no files grow, no processes, few descriptors, no higher priority", limits());
+        self.note(
+            7,
+            "limits: no files grow, no processes, few descriptors, no real-time priority by limit",
+            limits(),
+        );
         self.note(8, "no files, no network, no signals to others (landlock)", landlock());
         self.note(9, "few system calls (seccomp)", seccomp());
         let refused: Vec<_> = Forbidden::ALL
             .into_iter()
-            .map(|call| match sys::try_forbidden(call) {
+            .map(|call| match sys::try_forbidden(call, pid) {
                 Ok(()) => Err(format!("{} is possible", call.name())),
                 Err(errno) => Ok(format!("{} refused ({})", call.name(), io::Error::from(errno))),
             })
@@ -112,7 +117,7 @@ fn limits() -> io::Result<()> {
     none(Resource::Nproc, 0)?;
     none(Resource::Nofile, DESCRIPTORS_MAX)?;
     none(Resource::Msgqueue, 0)?;
-    // What threads have they keep.
+    // What threads have they keep. With CAP_SYS_NICE it forbids nothing: step 9 does.
     none(Resource::Rtprio, 0)?;
     Ok(())
 }
@@ -149,7 +154,6 @@ const ALLOWED: &[(i64, &str, &str)] = calls![
     SYS_fstat: "how long such a file is",
     SYS_lseek: "reading one from its beginning",
     SYS_futex: "waiting for orders and waking the host: isolated/ring.rs; locks",
-    SYS_sched_setaffinity: "a lane follows its host thread to another CPU: isolated/process.rs",
     SYS_sched_yield: "locks of the standard library under contention",
     SYS_getrandom: "new keys: random.rs",
     SYS_clock_nanosleep: "the time that the ICE model takes to program: ice/mod.rs",
@@ -168,6 +172,7 @@ const ALLOWED_IN_PART: &[(i64, &str, &str)] = calls![
     SYS_mmap: "memory for opening a root with a passphrase: anonymous, and nothing that can be executed",
     SYS_write: "the last words of a panic, on standard error",
     SYS_writev: "likewise",
+    SYS_sched_setaffinity: "a lane follows its host thread to another CPU: isolated/process.rs; of the calling thread (0) only",
 ];
 
 /// The names of the system calls that an engine process is allowed, and the code that needs each.
@@ -188,6 +193,9 @@ fn seccomp() -> io::Result<()> {
     let memory =
         SeccompRule::new(vec![condition(2, data)?, condition(3, anonymous)?]).map_err(io::Error::other)?;
     rules.insert(libc::SYS_mmap, vec![memory]);
+    // With a number it could be any process whose user is ours, or any at all with CAP_SYS_NICE.
+    let calling_thread = SeccompRule::new(vec![condition(0, 0)?]).map_err(io::Error::other)?;
+    rules.insert(libc::SYS_sched_setaffinity, vec![calling_thread]);
     let standard_error = || SeccompRule::new(vec![condition(0, 2)?]).map_err(io::Error::other);
     rules.insert(libc::SYS_write, vec![standard_error()?]);
     rules.insert(libc::SYS_writev, vec![standard_error()?]);

@@ -46,8 +46,8 @@ pub(crate) fn restrict_system_calls(program: &[seccompiler::sock_filter]) -> io:
 
 /// What becomes of things that are forbidden: tried with arguments that do no harm should they be allowed.
 ///
-/// Returns what the system says to each.
-pub(crate) fn try_forbidden(call: Forbidden) -> Result<(), Errno> {
+/// `pid` is the number of this process. Returns what the system says to each.
+pub(crate) fn try_forbidden(call: Forbidden, pid: u32) -> Result<(), Errno> {
     let answer = match call {
         Forbidden::Open => {
             // SAFETY: the path is a constant that ends in a zero byte; opening a directory changes nothing.
@@ -78,6 +78,13 @@ pub(crate) fn try_forbidden(call: Forbidden) -> Result<(), Errno> {
             // SAFETY: 0 is the calling thread, which has the usual policy and priority; allowed, it would have them again. The
             // system reads its `struct sched_param`, one int, from where `usual` is.
             unsafe { libc::syscall(libc::SYS_sched_setscheduler, 0, libc::SCHED_OTHER, &raw const usual) }
+        }
+        Forbidden::Affinity => {
+            let all = [u64::MAX; 16];
+            // This process itself, by its number: it tells as much as another's would, and the system without the cage allows
+            // it to everybody. Allowed, the first thread, which only waits, could wait on any CPU.
+            // SAFETY: the system reads as many bytes as it is told from `all`, which has them.
+            unsafe { libc::syscall(libc::SYS_sched_setaffinity, pid, size_of_val(&all), all.as_ptr()) }
         }
         Forbidden::ReadOther => {
             // SAFETY: process 1 and no memory ranges at all: nothing is read or written.
@@ -111,11 +118,20 @@ pub(crate) enum Forbidden {
     Fork,
     ReadOther,
     Priority,
+    Affinity,
 }
 
 impl Forbidden {
-    pub(crate) const ALL: [Self; 7] =
-        [Self::Open, Self::Socket, Self::Ptrace, Self::Exec, Self::Fork, Self::ReadOther, Self::Priority];
+    pub(crate) const ALL: [Self; 8] = [
+        Self::Open,
+        Self::Socket,
+        Self::Ptrace,
+        Self::Exec,
+        Self::Fork,
+        Self::ReadOther,
+        Self::Priority,
+        Self::Affinity,
+    ];
 
     pub(crate) fn name(self) -> &'static str {
         match self {
@@ -126,6 +142,7 @@ impl Forbidden {
             Self::Fork => "fork",
             Self::ReadOther => "read another process",
             Self::Priority => "change its priority",
+            Self::Affinity => "move a process by its number",
         }
     }
 }

@@ -14,6 +14,11 @@ impl Schedule {
     /// CPU take turns (`SCHED_RR`), so that a long order does not hold up the others.
     pub(crate) const REALTIME: Self = Self { policy: libc::SCHED_RR, priority: 1 };
 
+    /// Whether it goes before the usual ones.
+    pub(crate) fn is_realtime(self) -> bool {
+        [libc::SCHED_FIFO, libc::SCHED_RR, libc::SCHED_DEADLINE].contains(&self.policy)
+    }
+
     /// That of the calling thread.
     ///
     /// # Errors
@@ -22,6 +27,8 @@ impl Schedule {
     pub(crate) fn current() -> io::Result<Self> {
         // SAFETY: takes a number, and touches no memory of ours; 0 is the calling thread.
         let policy = checked(unsafe { libc::syscall(libc::SYS_sched_getscheduler, 0) })?;
+        // Told with it, and a matter of children.
+        let policy = policy & !libc::SCHED_RESET_ON_FORK;
         let mut priority: libc::c_int = 0;
         // SAFETY: 0 is the calling thread; the system writes its `struct sched_param`, one int, where `priority` is.
         checked(unsafe { libc::syscall(libc::SYS_sched_getparam, 0, &raw mut priority) })?;
