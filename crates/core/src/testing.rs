@@ -187,6 +187,58 @@ impl Engine for FakeEngine {
     }
 }
 
+/// An engine that leaves all data as it is. For nothing but to be measured: no key of anybody's ever gets here.
+#[derive(Debug)]
+pub struct IdleEngine(Capabilities);
+
+impl Default for IdleEngine {
+    fn default() -> Self {
+        Self(Capabilities {
+            units: [UnitMask::SERVED; Mode::ALL.len()],
+            dun_bytes_max: 32,
+            key_types: KeyTypes::RAW,
+            keyslots: 32,
+        })
+    }
+}
+
+impl Engine for IdleEngine {
+    fn name(&self) -> &str {
+        "idle"
+    }
+
+    fn capabilities(&self) -> &Capabilities {
+        &self.0
+    }
+
+    fn memory(&self) -> &dyn MemorySource {
+        &HeapSource
+    }
+
+    fn program(&self, _: SlotIndex, _: &Key) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn evict(&self, _: Option<SlotIndex>, _: &Key) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn crypt(
+        &self,
+        _: KeyRef<'_>,
+        _: Direction,
+        _: &mut dyn Memory,
+        pieces: &mut [Piece],
+    ) -> Result<(), Error> {
+        pieces.iter_mut().for_each(Piece::finish);
+        Ok(())
+    }
+
+    fn key_ladder(&self) -> Option<&dyn KeyLadder> {
+        None
+    }
+}
+
 /// A backing in RAM.
 #[derive(Debug)]
 pub struct MemBacking {

@@ -6,17 +6,15 @@
 use inlinecrypt_core::admission::Fallback;
 use inlinecrypt_core::backing::{Access, Backing, BackingFacts, Durability, Extent};
 use inlinecrypt_core::batch::{Batch, Transfer};
-use inlinecrypt_core::caps::{Capabilities, KeyTypes, UnitMask};
 use inlinecrypt_core::config::{DataUnitSize, Hardware, Mode};
 use inlinecrypt_core::disk::{Disk, LARGE_BUFFER_BYTES};
-use inlinecrypt_core::engine::{Direction, Engine, KeyLadder, KeyRef, Piece, SlotIndex};
 use inlinecrypt_core::error::Error;
 use inlinecrypt_core::key::{Key, KeyForm, RawKey};
 use inlinecrypt_core::keyslot::Policy;
-use inlinecrypt_core::memory::{HeapSource, Memory, MemoryPool, MemorySource};
+use inlinecrypt_core::memory::MemoryPool;
 use inlinecrypt_core::profile::CryptoProfile;
 use inlinecrypt_core::reencrypt::LiveVolume;
-use inlinecrypt_core::testing::MemBacking;
+use inlinecrypt_core::testing::{IdleEngine, MemBacking};
 use inlinecrypt_core::volume::{Discard, Layout, Volume};
 use rustix::thread::{CpuSet, sched_setaffinity};
 use std::sync::{Arc, Barrier};
@@ -25,39 +23,6 @@ use std::time::Instant;
 const SIZE_BYTES: usize = 1 << 20;
 const REQUESTS: u64 = 2_000_000;
 const ROUNDS: usize = 5;
-
-#[derive(Debug)]
-struct IdleEngine(Capabilities);
-
-impl Engine for IdleEngine {
-    fn name(&self) -> &str {
-        "idle"
-    }
-
-    fn capabilities(&self) -> &Capabilities {
-        &self.0
-    }
-
-    fn memory(&self) -> &dyn MemorySource {
-        &HeapSource
-    }
-
-    fn program(&self, _: SlotIndex, _: &Key) -> Result<(), Error> {
-        Ok(())
-    }
-
-    fn evict(&self, _: Option<SlotIndex>, _: &Key) -> Result<(), Error> {
-        Ok(())
-    }
-
-    fn crypt(&self, _: KeyRef<'_>, _: Direction, _: &mut dyn Memory, _: &mut [Piece]) -> Result<(), Error> {
-        Ok(())
-    }
-
-    fn key_ladder(&self) -> Option<&dyn KeyLadder> {
-        None
-    }
-}
 
 #[derive(Debug)]
 struct IdleBacking(BackingFacts);
@@ -144,13 +109,7 @@ fn measure(volumes: &[&LiveVolume]) -> u64 {
 }
 
 fn main() {
-    let capabilities = Capabilities {
-        units: [UnitMask::SERVED; Mode::ALL.len()],
-        dun_bytes_max: 32,
-        key_types: KeyTypes::RAW,
-        keyslots: 32,
-    };
-    let (engine, pool) = (Arc::new(IdleEngine(capabilities)), MemoryPool::new(LARGE_BUFFER_BYTES, 16));
+    let (engine, pool) = (Arc::new(IdleEngine::default()), MemoryPool::new(LARGE_BUFFER_BYTES, 16));
     let profile =
         Arc::new(CryptoProfile::new(engine, pool, Policy::default()).expect("it has no key ladder"));
     let (one, other) = (volume(&profile, 0), volume(&profile, 100));

@@ -470,17 +470,18 @@ mod tests {
     }
 
     /// As version 3 wrote it, which is no message of ours.
+    const FORMER_HELLO: FormerOrder = FormerOrder::Hello {
+        version: 3,
+        lanes: 4,
+        shared_bytes: 1 << 30,
+        generation: 1,
+        require_sandbox: false,
+    };
+
     #[test]
     fn a_hello_of_a_former_version_tells_its_version() {
-        let hello = FormerOrder::Hello {
-            version: 3,
-            lanes: 4,
-            shared_bytes: 1 << 30,
-            generation: 1,
-            require_sandbox: false,
-        };
         let mut space = [0; 64];
-        let bytes = &*postcard::to_slice(&hello, &mut space).unwrap();
+        let bytes = &*postcard::to_slice(&FORMER_HELLO, &mut space).unwrap();
         parse::<Order<'_>>(bytes).unwrap_err();
         assert_eq!(hello_version(bytes), Some(3));
     }
@@ -514,14 +515,7 @@ mod tests {
             None,
         )
         .unwrap();
-        let hello = FormerOrder::Hello {
-            version: 3,
-            lanes: 4,
-            shared_bytes: 1 << 30,
-            generation: 1,
-            require_sandbox: false,
-        };
-        send(ours.as_fd(), &hello, &[]).unwrap();
+        send(ours.as_fd(), &FORMER_HELLO, &[]).unwrap();
         crate::isolated::process::serve_uncaged(its).unwrap();
         let mut inbox = Inbox::default();
         let (len, _) = inbox.receive(&ours).unwrap();

@@ -1,14 +1,10 @@
-//! A disk and an engine that do nothing: what is left is everything else.
+//! A disk that does nothing: what is left is everything else.
 
 use inlinecrypt_core::backing::{Access, Extent};
 use inlinecrypt_core::batch::Batch;
-use inlinecrypt_core::caps::{Capabilities, KeyTypes, UnitMask};
-use inlinecrypt_core::config::Mode;
 use inlinecrypt_core::disk::{Disk, Geometry, LARGE_BUFFER_BYTES, Span, Unaligned};
-use inlinecrypt_core::engine::{Direction, Engine, KeyLadder, KeyRef, Piece, SlotIndex};
 use inlinecrypt_core::error::Error;
-use inlinecrypt_core::key::Key;
-use inlinecrypt_core::memory::{Buffer, HeapSource, Memory, MemoryPool, MemorySource};
+use inlinecrypt_core::memory::{Buffer, HeapSource, MemoryPool};
 use inlinecrypt_core::volume::SECTOR_BYTES;
 
 /// A disk that drops what it is given and gives what is in the buffer.
@@ -69,56 +65,4 @@ impl Disk for NoDisk {
     }
 
     fn prefetch(&self, _: u64, _: u64) {}
-}
-
-/// An engine that leaves all data as it is. For nothing but to be measured: no key of anybody's ever gets here.
-#[derive(Debug)]
-pub(super) struct NoEngine(Capabilities);
-
-impl NoEngine {
-    pub(super) fn new() -> Self {
-        Self(Capabilities {
-            units: [UnitMask::SERVED; Mode::ALL.len()],
-            dun_bytes_max: 32,
-            key_types: KeyTypes::RAW,
-            keyslots: 32,
-        })
-    }
-}
-
-impl Engine for NoEngine {
-    fn name(&self) -> &str {
-        "none"
-    }
-
-    fn capabilities(&self) -> &Capabilities {
-        &self.0
-    }
-
-    fn memory(&self) -> &dyn MemorySource {
-        &HeapSource
-    }
-
-    fn program(&self, _: SlotIndex, _: &Key) -> Result<(), Error> {
-        Ok(())
-    }
-
-    fn evict(&self, _: Option<SlotIndex>, _: &Key) -> Result<(), Error> {
-        Ok(())
-    }
-
-    fn crypt(
-        &self,
-        _: KeyRef<'_>,
-        _: Direction,
-        _: &mut dyn Memory,
-        pieces: &mut [Piece],
-    ) -> Result<(), Error> {
-        pieces.iter_mut().for_each(Piece::finish);
-        Ok(())
-    }
-
-    fn key_ladder(&self) -> Option<&dyn KeyLadder> {
-        None
-    }
 }

@@ -15,7 +15,7 @@
 
 use super::client::{Client, Done, Order, Places, Shape, Way};
 use super::memory::MemoryBacking;
-use super::nothing::{NoDisk, NoEngine};
+use super::nothing::NoDisk;
 use super::scratch::Scratch;
 use super::{echo, median};
 use crate::ask::Asker;
@@ -35,6 +35,7 @@ use inlinecrypt_core::key::{Key, KeyForm, RawKey};
 use inlinecrypt_core::plain::PlainVolume;
 use inlinecrypt_core::profile::CryptoProfile;
 use inlinecrypt_core::reencrypt::LiveVolume;
+use inlinecrypt_core::testing::IdleEngine;
 use inlinecrypt_core::volume::{Discard, Layout, Volume};
 use inlinecrypt_io::backing::testing::SplitMix64;
 use inlinecrypt_io::export::ExportSpec;
@@ -298,8 +299,12 @@ fn rungs(args: &Bench, file: Arc<dyn Backing>, size: u64) -> Result<Vec<Rung>, F
             rungs.push(Rung { profile: Some(profile.clone()), ..rung });
         }
         if args.stages && place == Place::File {
-            let engine =
-                Started { engine: Arc::new(NoEngine::new()), fallback: None, root: None, isolated: None };
+            let engine = Started {
+                engine: Arc::new(IdleEngine::default()),
+                fallback: None,
+                root: None,
+                isolated: None,
+            };
             let engine = HostEngine::of(&plan::engine_from(&args.engine)?, engine).map_err(cannot)?;
             let volume = encrypted(&engine.profile, backing, size).map_err(cannot)?;
             rungs.push(Rung::over(place, What::NoCipher, Arc::new(LiveVolume::new(volume)))?);
