@@ -146,7 +146,8 @@ pub(crate) struct TlsPlan {
 #[derive(Clone, Debug)]
 pub(crate) struct ServerPlan {
     pub(crate) control: ControlPlan,
-    pub(crate) workers: usize,
+    /// `None`: as suits each volume.
+    pub(crate) workers: Option<usize>,
     pub(crate) connections_max: Option<usize>,
     pub(crate) stop_time_max: Duration,
     pub(crate) zero_copy: bool,
@@ -1084,7 +1085,7 @@ impl Plan {
         if let Some(control) = &args.control {
             plan.server.control = ControlPlan::parse(control.clone());
         }
-        plan.server.workers = args.workers.unwrap_or(plan.server.workers);
+        plan.server.workers = args.workers.or(plan.server.workers);
         plan.server.zero_copy |= args.zero_copy;
         for engine in &mut plan.engines {
             args.isolation.apply(engine);
@@ -1392,7 +1393,7 @@ impl Default for ServerPlan {
     fn default() -> Self {
         Self {
             control: ControlPlan::Default,
-            workers: 0,
+            workers: None,
             connections_max: None,
             stop_time_max: STOP_TIME_MAX,
             zero_copy: false,
@@ -1403,8 +1404,7 @@ impl Default for ServerPlan {
 impl ServerPlan {
     fn new(file: &ConfigFile, base: &Path, failures: &mut Vec<Failure>) -> Self {
         let ServerTable { control, workers, connections_max, stop_seconds, zero_copy } = &file.config.server;
-        let workers = workers.unwrap_or(0);
-        if workers > WORKERS_MAX {
+        if let Some(workers) = workers.filter(|&workers| workers > WORKERS_MAX) {
             let why = format!("[server] workers = {workers}: a number from 0 to {WORKERS_MAX}");
             failures.push(wrong(&file.path.display().to_string(), &why));
         }
@@ -1421,7 +1421,7 @@ impl ServerPlan {
         };
         Self {
             control,
-            workers,
+            workers: *workers,
             connections_max: *connections_max,
             stop_time_max: stop_seconds.map_or(STOP_TIME_MAX, Duration::from_secs),
             zero_copy: zero_copy.unwrap_or(false),

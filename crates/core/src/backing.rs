@@ -55,6 +55,9 @@ pub struct BackingFacts {
     pub access: Access,
     /// Whether [`Backing::discard`] does anything.
     pub can_discard: bool,
+    /// Whether [`Backing::read_parts`] and [`Backing::write_parts`] have all parts on their way at once, since the medium is
+    /// waited for.
+    pub does_parts_at_once: bool,
 }
 
 /// Where ciphertext is stored: a file, a block device.

@@ -27,6 +27,7 @@ pub struct PlainVolume {
     unit_bytes: u32,
     access: Access,
     can_discard: bool,
+    does_batches_at_once: bool,
     pool: Arc<MemoryPool>,
     locks: RangeLock,
 }
@@ -67,6 +68,7 @@ impl PlainVolume {
         Ok(Self {
             size_bytes: whole,
             can_discard: facts.can_discard && discard == Discard::Pass && access == Access::ReadWrite,
+            does_batches_at_once: facts.does_parts_at_once,
             backing,
             unit_bytes,
             access,
@@ -96,6 +98,7 @@ impl Disk for PlainVolume {
             unaligned: Unaligned::Served,
             access: self.access,
             can_trim: self.can_discard,
+            does_batches_at_once: self.does_batches_at_once,
         }
     }
 

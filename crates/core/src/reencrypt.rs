@@ -121,6 +121,7 @@ fn common(old: Geometry, new: Geometry) -> Geometry {
         unaligned: if refused { Unaligned::Refused } else { Unaligned::Served },
         access: old.access,
         can_trim: old.can_trim && new.can_trim,
+        does_batches_at_once: old.does_batches_at_once && new.does_batches_at_once,
     }
 }
 

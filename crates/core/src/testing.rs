@@ -279,6 +279,7 @@ impl Backing for MemBacking {
             align_bytes: self.align_bytes,
             access: Access::ReadWrite,
             can_discard: true,
+            does_parts_at_once: false,
         }
     }
 

@@ -274,6 +274,7 @@ pub struct Volume {
     granule: u64,
     access: Access,
     can_discard: bool,
+    does_batches_at_once: bool,
     locks: RangeLock,
 }
 
@@ -315,6 +316,7 @@ impl Volume {
         Ok(Self {
             granule: u64::from(facts.align_bytes.max(SECTOR_BYTES)),
             can_discard: facts.can_discard && discard == Discard::Pass && access == Access::ReadWrite,
+            does_batches_at_once: facts.does_parts_at_once,
             layout,
             admission,
             backing,
@@ -474,6 +476,7 @@ impl Disk for Volume {
             },
             access: self.access,
             can_trim: self.can_discard,
+            does_batches_at_once: self.does_batches_at_once,
         }
     }
 

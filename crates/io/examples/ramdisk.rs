@@ -24,7 +24,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         description: "forgotten when the server ends".to_owned(),
         disk: Arc::new(RamDisk::new(mib << 20)),
     };
-    let server = NbdServer::new([export], ServerOptions { workers, ..ServerOptions::default() })?;
+    let server =
+        NbdServer::new([export], ServerOptions { workers: Some(workers), ..ServerOptions::default() })?;
     server.listen(Listener::bind(&Listen::Unix(path.clone().into()), ListenOptions::default())?)?;
     println!("serving {mib} MiB on {path} until killed");
     loop {

@@ -188,6 +188,7 @@ impl FileBacking {
                 Medium::Regular => can_punch(&file, len_bytes),
                 Medium::BlockDevice { .. } => can_trim(stat),
             };
+        let does_parts_at_once = caching == Caching::Direct && sys::can_transfer_together();
         // A file system that cannot say is like most.
         let is_in_memory = rustix::fs::fstatfs(&file).is_ok_and(|about| about.f_type == TMPFS_MAGIC);
         Ok(Self {
@@ -196,7 +197,7 @@ impl FileBacking {
             path,
             medium,
             caching,
-            facts: BackingFacts { len_bytes, align_bytes, access, can_discard },
+            facts: BackingFacts { len_bytes, align_bytes, access, can_discard, does_parts_at_once },
             takes_dsync: AtomicBool::new(true),
             reads_at_once: AtomicBool::new(!is_in_memory),
             is_in_memory,

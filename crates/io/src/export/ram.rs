@@ -48,6 +48,7 @@ impl RamDisk {
             unaligned: Unaligned::Served,
             access: Access::ReadWrite,
             can_trim: true,
+            does_batches_at_once: false,
         })
     }
 
@@ -93,7 +94,7 @@ impl RamDisk {
         self.change_faults(|faults| faults.flushes = Some(kind));
     }
 
-    /// Makes reads and writes take so long.
+    /// Makes reads and writes take so long; a batch as long as one if the disk does batches at once.
     pub fn delay(&self, delay: Duration) {
         self.change_faults(|faults| faults.delay = delay);
     }
@@ -119,18 +120,24 @@ impl RamDisk {
         if !self.has_faults.load(Ordering::Acquire) {
             return Ok(());
         }
-        let (fault, delay) = {
+        let fault = {
             let faults = self.faults.lock().unwrap_or_else(PoisonError::into_inner);
-            let fault = if op == Op::Read { faults.reads.clone() } else { faults.writes.clone() };
-            (fault, faults.delay)
+            if op == Op::Read { faults.reads.clone() } else { faults.writes.clone() }
         };
-        thread::sleep(delay);
         let (start, end) = (span.offset(), span.offset() + wide(span.payload().len()));
         match fault {
             Some((range, kind)) if start < range.end && range.start < end => {
                 Err(Error::new(kind, op).at(start, end - start).detail("told to fail"))
             }
             _ => Ok(()),
+        }
+    }
+
+    /// Waits as long as it was told that transfers take.
+    fn dawdle(&self) {
+        if self.has_faults.load(Ordering::Acquire) {
+            let delay = self.faults.lock().unwrap_or_else(PoisonError::into_inner).delay;
+            thread::sleep(delay);
         }
     }
 
@@ -221,7 +228,10 @@ impl Disk for RamDisk {
     }
 
     fn transfer(&self, batch: &mut Batch, buffer: &mut Buffer) {
-        for item in batch.items_mut() {
+        for (index, item) in batch.items_mut().iter_mut().enumerate() {
+            if index == 0 || !self.geometry.does_batches_at_once {
+                self.dawdle();
+            }
             let payload = &mut buffer.bytes_mut()[item.payload()];
             let result = match item.transfer() {
                 Transfer::Read => self.load(item.span(), payload),

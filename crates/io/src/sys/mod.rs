@@ -8,7 +8,7 @@ mod uring;
 
 pub(crate) use pages::{put_pages, unread_bytes};
 pub(crate) use turn::{let_waker_finish, take_turn_at_once};
-pub(crate) use uring::{Memory, Moved, TOGETHER_MAX, Which, transfer_together};
+pub(crate) use uring::{Memory, Moved, TOGETHER_MAX, Which, can_transfer_together, transfer_together};
 
 use rustix::io::Errno;
 use std::io;

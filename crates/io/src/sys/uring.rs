@@ -79,12 +79,7 @@ pub(crate) fn transfer_together(
     }
     RING.with_borrow_mut(|slot| {
         if slot.is_none() {
-            match make() {
-                Ok(ring) => *slot = Some(ring),
-                // For want of descriptors: another time, perhaps.
-                Err(error) if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => {}
-                Err(_) => IS_THERE.store(false, Ordering::Relaxed),
-            }
+            *slot = try_make();
         }
         let Some(ring) = slot else { return false };
         let are_done = run(ring, file, memory, parts, which, moved);
@@ -95,6 +90,24 @@ pub(crate) fn transfer_together(
         }
         are_done
     })
+}
+
+/// Whether [`transfer_together`] can, as far as a ring that is made for the question tells.
+pub(crate) fn can_transfer_together() -> bool {
+    IS_THERE.load(Ordering::Relaxed) && try_make().is_some()
+}
+
+/// A ring for this thread. `None` for want of descriptors, or if there is no io_uring here, and then nobody tries again.
+fn try_make() -> Option<IoUring> {
+    match make() {
+        Ok(ring) => Some(ring),
+        // Another time, perhaps.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => None,
+        Err(_) => {
+            IS_THERE.store(false, Ordering::Relaxed);
+            None
+        }
+    }
 }
 
 fn make() -> io::Result<IoUring> {

@@ -53,7 +53,8 @@ fn work(mut client: Client<UnixStream>, number: u64, done: &AtomicBool, answered
 #[test]
 fn clients_under_load_are_handed_from_server_to_server_and_notice_nothing() {
     for (workers, zero_copy) in [(0, false), (2, false), (0, true)] {
-        let options = ServerOptions { workers, cores: 2, zero_copy, ..ServerOptions::default() };
+        let options =
+            ServerOptions { workers: Some(workers), cores: 2, zero_copy, ..ServerOptions::default() };
         let disk = Arc::new(RamDisk::new(SIZE));
         let make = || NbdServer::new([spec("disk", &disk)], options.clone()).unwrap();
         let mut server = make();

@@ -66,7 +66,7 @@ fn who_does_not_read_in_the_handshake_is_cut_off_in_time() {
 #[test]
 fn who_vanishes_in_mid_write_leaves_nothing_behind() {
     for (workers, cores) in [(0, 1), (0, 8), (2, 1)] {
-        let options = ServerOptions { workers, cores, ..ServerOptions::default() };
+        let options = ServerOptions { workers: Some(workers), cores, ..ServerOptions::default() };
         let rig = Rig::with_options(RamDisk::new(SIZE), options);
         for len in [512u32, 65_536, 1 << 20, 8 << 20] {
             for sent in [0, 1, 100, 300_000] {
@@ -98,7 +98,7 @@ fn who_stalls_in_mid_write_keeps_nobody_from_their_work() {
 #[test]
 fn who_does_not_read_his_replies_keeps_nobody_from_their_work() {
     for (workers, cores) in [(0, 1), (0, 8), (2, 1)] {
-        let options = ServerOptions { workers, cores, ..ServerOptions::default() };
+        let options = ServerOptions { workers: Some(workers), cores, ..ServerOptions::default() };
         let rig = Rig::with_options(RamDisk::new(SIZE).with_pool_of(1), options);
         let mut greedy = rig.client();
         greedy.stream().set_write_timeout(Some(Duration::from_millis(100))).unwrap();
@@ -145,7 +145,7 @@ fn a_flood_of_options_is_stopped() {
 
 #[test]
 fn overlapping_requests_are_applied_whole() {
-    let options = ServerOptions { workers: 4, ..ServerOptions::default() };
+    let options = ServerOptions { workers: Some(4), ..ServerOptions::default() };
     let rig = Rig::with_options(RamDisk::new(SIZE), options);
     let mut client = rig.client();
     for fill in 1..=64u8 {
@@ -193,7 +193,7 @@ fn a_thousand_clients_are_served_and_one_more_than_allowed_is_closed() {
 #[test]
 fn half_closed_clients_get_their_answers() {
     for (workers, cores) in [(0, 1), (0, 8), (2, 1)] {
-        let options = ServerOptions { workers, cores, ..ServerOptions::default() };
+        let options = ServerOptions { workers: Some(workers), cores, ..ServerOptions::default() };
         let rig = Rig::with_options(RamDisk::new(SIZE), options);
         let mut client = rig.client();
         for _ in 0..10 {

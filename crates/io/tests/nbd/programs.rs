@@ -16,7 +16,7 @@ const SIZE: usize = 24 << 20;
 fn listening(workers: usize) -> (Rig, tempfile::TempDir, String) {
     let folder = temp_dir();
     let path = folder.path().join("nbd.sock");
-    let options = ServerOptions { workers, ..ServerOptions::default() };
+    let options = ServerOptions { workers: Some(workers), ..ServerOptions::default() };
     let rig = Rig::with_options(RamDisk::new(SIZE as u64), options);
     let uri = format!("nbd+unix:///?socket={}", path.display());
     rig.server.listen(Listener::bind(&Listen::Unix(path), ListenOptions::default()).unwrap()).unwrap();

@@ -81,7 +81,7 @@ fn only_the_first_connections_get_large_send_buffers() {
 #[test]
 fn stopping_answers_what_is_under_way_and_flushes() {
     for (workers, cores) in [(0, 1), (0, 8), (4, 1)] {
-        let options = ServerOptions { workers, cores, ..ServerOptions::default() };
+        let options = ServerOptions { workers: Some(workers), cores, ..ServerOptions::default() };
         let rig = Rig::with_options(RamDisk::new(SIZE), options);
         rig.disk.delay(Duration::from_millis(30));
         let mut client = rig.client();
@@ -144,7 +144,7 @@ fn stopping_does_not_wait_for_idle_clients_in_whatever_stage() {
 #[test]
 fn stopping_cuts_off_who_does_not_read() {
     for workers in [0, 2] {
-        let options = ServerOptions { workers, ..ServerOptions::default() };
+        let options = ServerOptions { workers: Some(workers), ..ServerOptions::default() };
         let rig = Rig::with_options(RamDisk::new(SIZE), options);
         let mut greedy = rig.client();
         greedy.stream().set_write_timeout(Some(Duration::from_millis(50))).unwrap();

@@ -71,7 +71,7 @@ impl Pki {
         let setup = TlsSetup::load(&self.files(client_certificates)).unwrap();
         let options = ServerOptions {
             tls: mode(setup),
-            workers,
+            workers: Some(workers),
             handshake_time_max: Duration::from_secs(5),
             ..ServerOptions::default()
         };

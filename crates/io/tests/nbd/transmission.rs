@@ -22,15 +22,27 @@ const ENOSPC: Option<u32> = Some(28);
 const EOVERFLOW: Option<u32> = Some(75);
 const ENOTSUP: Option<u32> = Some(95);
 
-/// Runs with the connection's own thread, with a helper for long requests, and with workers; each with memory to spare
-/// and without, and with memory that is lent to the client.
+/// A disk on a medium that does many transfers at once.
+fn at_once() -> RamDisk {
+    RamDisk::with_geometry(Geometry { does_batches_at_once: true, ..RamDisk::new(SIZE).geometry() })
+}
+
+/// Runs with the connection's own thread, with a helper for long requests, with workers, and with workers for long requests
+/// alone; each with memory to spare and without, and with memory that is lent to the client.
 fn each_way(check: impl Fn(&Rig)) {
-    for (workers, cores, large_max) in
-        [(0, 1, 8), (0, 1, 0), (0, 8, 8), (0, 8, 1), (0, 8, 0), (3, 1, 8), (3, 1, 0)]
-    {
+    let on = |disk: fn() -> RamDisk, ways: &[(usize, usize, usize)]| {
+        ways.iter().map(|way| (disk, *way)).collect::<Vec<_>>()
+    };
+    let mut ways = on(
+        || RamDisk::new(SIZE),
+        &[(0, 1, 8), (0, 1, 0), (0, 8, 8), (0, 8, 1), (0, 8, 0), (3, 1, 8), (3, 1, 0)],
+    );
+    ways.extend(on(at_once, &[(0, 1, 8), (3, 1, 8), (3, 1, 1), (3, 1, 0)]));
+    for (disk, (workers, cores, large_max)) in ways {
         for zero_copy in [false, true] {
-            let options = ServerOptions { workers, cores, zero_copy, ..ServerOptions::default() };
-            check(&Rig::with_options(RamDisk::new(SIZE).with_pool_of(large_max), options));
+            let options =
+                ServerOptions { workers: Some(workers), cores, zero_copy, ..ServerOptions::default() };
+            check(&Rig::with_options(disk().with_pool_of(large_max), options));
         }
     }
 }
@@ -304,7 +316,7 @@ fn a_df_read_comes_in_one_chunk_or_not_at_all() {
 fn a_read_only_disk_refuses_every_change_and_skips_its_payload() {
     let geometry = Geometry { access: Access::ReadOnly, ..RamDisk::new(SIZE).geometry() };
     for workers in [0, 2] {
-        let options = ServerOptions { workers, ..ServerOptions::default() };
+        let options = ServerOptions { workers: Some(workers), ..ServerOptions::default() };
         let rig = Rig::with_options(RamDisk::with_geometry(geometry), options);
         let mut client = rig.client();
         assert_eq!(client.write(0, &vec![1; 3 << 20]).unwrap_err().errno(), EPERM);
@@ -459,7 +471,7 @@ fn goodbye_waits_for_what_is_under_way() {
 
 #[test]
 fn workers_wait_for_a_slow_disk_together() {
-    let options = ServerOptions { workers: 8, ..ServerOptions::default() };
+    let options = ServerOptions { workers: Some(8), ..ServerOptions::default() };
     let rig = Rig::with_options(RamDisk::new(SIZE), options);
     rig.disk.delay(Duration::from_millis(100));
     let mut client = rig.client();
@@ -472,6 +484,32 @@ fn workers_wait_for_a_slow_disk_together() {
     }
     // One after the other they would take 1.6 s.
     assert!(start.elapsed() < Duration::from_millis(1200), "{:?}", start.elapsed());
+}
+
+#[test]
+fn on_a_medium_that_does_many_at_once_short_requests_wait_together_and_long_ones_in_several_threads() {
+    let rig = Rig::with_options(at_once(), ServerOptions { cores: 1, ..ServerOptions::default() });
+    rig.disk.delay(Duration::from_millis(100));
+    let mut client = rig.client();
+    let mut time = |len: u32, count: u64| {
+        let start = Instant::now();
+        for index in 0..count {
+            client.send_header(cmd::READ, 0, index * u64::from(len), len).unwrap();
+        }
+        for _ in 0..count {
+            assert_eq!(client.receive().unwrap().errno, 0);
+        }
+        start.elapsed()
+    };
+    // One after the other they would take 3.2 s, in four threads 0.8.
+    let short = time(4096, 32);
+    assert!(short < Duration::from_millis(600), "{short:?}");
+    // One after the other their pieces would take 1.6 s, all in one call for each request 0.4.
+    let long = time(MIB, 4);
+    assert!(long < Duration::from_millis(1200), "{long:?}");
+    // A lone one's would take 1.6 s, too.
+    let lone = time(4 * MIB, 1);
+    assert!(lone < Duration::from_millis(1200), "{lone:?}");
 }
 
 #[test]

@@ -90,7 +90,13 @@ impl Media {
 impl Backing for SimDisk {
     fn facts(&self) -> BackingFacts {
         let len_bytes = self.media().stable.len() as u64;
-        BackingFacts { len_bytes, align_bytes: 512, access: Access::ReadWrite, can_discard: true }
+        BackingFacts {
+            len_bytes,
+            align_bytes: 512,
+            access: Access::ReadWrite,
+            can_discard: true,
+            does_parts_at_once: false,
+        }
     }
 
     fn read(&self, offset: u64, data: &mut [u8]) -> Result<(), Error> {

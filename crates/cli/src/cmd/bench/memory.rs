@@ -65,6 +65,7 @@ impl Backing for MemoryBacking {
             align_bytes: 1,
             access: Access::ReadWrite,
             can_discard: false,
+            does_parts_at_once: false,
         }
     }
 

@@ -29,6 +29,7 @@ impl Disk for NoDisk {
             unaligned: Unaligned::Served,
             access: Access::ReadWrite,
             can_trim: false,
+            does_batches_at_once: false,
         }
     }
 

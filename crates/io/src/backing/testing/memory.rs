@@ -21,7 +21,13 @@ impl MemBacking {
     /// An empty disk of `len_bytes` that can be written and discarded, with any alignment.
     #[must_use]
     pub fn new(len_bytes: u64) -> Self {
-        let facts = BackingFacts { len_bytes, align_bytes: 1, access: Access::ReadWrite, can_discard: true };
+        let facts = BackingFacts {
+            len_bytes,
+            align_bytes: 1,
+            access: Access::ReadWrite,
+            can_discard: true,
+            does_parts_at_once: false,
+        };
         Self { facts, pages: Mutex::default() }
     }
 

@@ -143,7 +143,13 @@ mod tests {
 
     #[test]
     fn every_broken_promise_panics() {
-        let facts = |access| BackingFacts { len_bytes: 8192, align_bytes: 512, access, can_discard: true };
+        let facts = |access| BackingFacts {
+            len_bytes: 8192,
+            align_bytes: 512,
+            access,
+            can_discard: true,
+            does_parts_at_once: false,
+        };
         let disk = StrictBacking::new(MemBacking::new(8192).with_facts(facts(Access::ReadWrite)));
         let memory = vec![0; 2048];
         let skip = memory.as_ptr().align_offset(512);

@@ -4,9 +4,9 @@
 //! no difference here.
 
 use super::activity::Busy;
-use super::helper::{Besides, Help, Job};
+use super::helper::{Besides, Help};
 use super::lend::Lender;
-use super::parts::{ReadAhead, ReadInParts, ReadPart, WriteInParts, WritePart};
+use super::parts::{Job, ReadAhead, ReadInParts, ReadPart, WriteInParts, WritePart};
 use super::reply::{Failure, Lent, Shared};
 use super::request::{Request, WriteRequest};
 use super::stream::GATHER_BYTES_MIN;
@@ -130,7 +130,7 @@ impl<'s, 'a, W: Write> Executor<'s, 'a, W> {
         &mut self,
         write: &WriteRequest,
         cookie: u64,
-        mut hand_over: impl FnMut(WritePart, IsLast) -> Result<(), WritePart>,
+        mut hand_over: impl FnMut(WritePart, IsLast) -> Result<(), Job>,
         mut receive: impl FnMut(&mut [u8]) -> Result<(), Failure>,
     ) -> Result<(), Failure> {
         let disk = self.shared.disk();
@@ -144,8 +144,8 @@ impl<'s, 'a, W: Write> Executor<'s, 'a, W> {
                 (offset, rest) = (offset + len, rest - len);
                 whole.begin_part();
                 let part = WritePart { whole: whole.clone(), span, buffer };
-                if let Err(part) = hand_over(part, IsLast(rest == 0)) {
-                    self.write_part(part)?;
+                if let Err(job) = hand_over(part, IsLast(rest == 0)) {
+                    job.run(self)?;
                 }
             } else {
                 let done = self.with_buffer(|buffer| {
@@ -189,7 +189,9 @@ impl<'s, 'a, W: Write> Executor<'s, 'a, W> {
             Request::Read { offset, len, one_chunk: false } if len >= LONG_BYTES_MIN => {
                 let len = u64::from(len);
                 if shared.is_structured() {
-                    return self.read_in_parts(cookie, offset, len, help, besides);
+                    return self.read_in_parts(cookie, offset, len, |part, IsLast(last)| {
+                        help.offer(Job::Read(part), if last { besides } else { Besides::More })
+                    });
                 }
                 if chunk_end(offset, offset + len) == offset + len {
                     return match help.offer(Job::Whole(*request, cookie), besides) {
@@ -203,19 +205,25 @@ impl<'s, 'a, W: Write> Executor<'s, 'a, W> {
         }
     }
 
-    fn read_in_parts(
+    /// Where a read lies, offset and length, if it may be answered piece by piece and has several.
+    pub(super) fn has_parts(&self, request: &Request) -> Option<(u64, u64)> {
+        let Request::Read { offset, len, one_chunk: false } = *request else { return None };
+        let end = offset + u64::from(len);
+        (self.shared.is_structured() && chunk_end(offset, end) < end).then_some((offset, len.into()))
+    }
+
+    /// Hands the pieces of a read over, each with whether it is the last. One that comes back is read here and now.
+    pub(super) fn read_in_parts(
         &mut self,
         cookie: u64,
         offset: u64,
         len: u64,
-        help: &Help<'_, 's, 'a, W>,
-        besides: Besides,
+        mut hand_over: impl FnMut(ReadPart, IsLast) -> Result<(), Job>,
     ) -> Result<(), Failure> {
         let mut parts = Arc::new(ReadInParts::new(cookie, offset, len)).parts().peekable();
         while let Some(part) = parts.next() {
-            let besides = if parts.peek().is_some() { Besides::More } else { besides };
-            if let Err(Job::Read(part)) = help.offer(Job::Read(part), besides) {
-                self.read_part(&part)?;
+            if let Err(job) = hand_over(part, IsLast(parts.peek().is_none())) {
+                job.run(self)?;
             }
         }
         Ok(())

@@ -9,14 +9,13 @@
 use super::activity::Busy;
 use super::cores::{Cores, LOOK_AROUND, Looks, Pace};
 use super::execute::Executor;
-use super::parts::{ReadAhead, ReadPart, WritePart};
+use super::parts::Job;
 use super::reply::{Failure, Shared};
-use super::request::Request;
 use std::collections::VecDeque;
 use std::fmt;
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Instant;
 
@@ -47,31 +46,6 @@ struct Queue<'a> {
     is_awake: bool,
     closed: bool,
     looks: Looks,
-}
-
-/// A piece of a long request.
-#[derive(Debug)]
-pub(super) enum Job {
-    Read(ReadPart),
-    Write(WritePart),
-    /// To be read only: another thread sends it when its turn has come.
-    Ahead(Arc<ReadAhead>),
-    /// All of a request that is but one piece, and its cookie.
-    Whole(Request, u64),
-}
-
-impl Job {
-    fn run<W: Write>(self, executor: &mut Executor<'_, '_, W>) -> Result<(), Failure> {
-        match self {
-            Self::Read(part) => executor.read_part(&part),
-            Self::Write(part) => executor.write_part(part),
-            Self::Ahead(ahead) => {
-                ahead.read(executor.shared().disk(), executor.shared().lender());
-                Ok(())
-            }
-            Self::Whole(request, cookie) => executor.execute(&request, cookie),
-        }
-    }
 }
 
 /// Whether whoever offers a job has more to do himself.

@@ -1,9 +1,10 @@
 //! Long requests whose pieces are done by several threads: the last one to finish answers. And reads whose reply keeps
 //! an order, where pieces are read ahead.
 
+use super::execute::Executor;
 use super::lend::Lender;
-use super::reply::{Lent, Shared};
-use super::request::WriteRequest;
+use super::reply::{Failure, Lent, Shared};
+use super::request::{Request, WriteRequest};
 use super::wire::*;
 use crate::export::Kind;
 use inlinecrypt_core::backing::Durability;
@@ -15,6 +16,32 @@ use std::mem;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
+
+/// What one thread of a connection leaves to another: mostly a piece of a long request.
+#[derive(Debug)]
+pub(super) enum Job {
+    Read(ReadPart),
+    Write(WritePart),
+    /// To be read only: another thread sends it when its turn has come.
+    Ahead(Arc<ReadAhead>),
+    /// All of a request, and its cookie.
+    Whole(Request, u64),
+}
+
+impl Job {
+    /// Does it, and answers it if nothing else is to come first.
+    pub(super) fn run<W: Write>(self, executor: &mut Executor<'_, '_, W>) -> Result<(), Failure> {
+        match self {
+            Self::Read(part) => executor.read_part(&part),
+            Self::Write(part) => executor.write_part(part),
+            Self::Ahead(ahead) => {
+                ahead.read(executor.shared().disk(), executor.shared().lender());
+                Ok(())
+            }
+            Self::Whole(request, cookie) => executor.execute(&request, cookie),
+        }
+    }
+}
 
 /// A piece of a write that was received.
 #[derive(Debug)]

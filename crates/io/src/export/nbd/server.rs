@@ -53,6 +53,10 @@ const IDLE_TIME_MIN: Duration = Duration::from_secs(60);
 /// Who sends again within this time is worth looking around for: waking a halted core is in it, his and ours.
 const QUICK: Duration = Duration::from_micros(200);
 
+/// Workers of a connection to a disk on a medium that does many transfers at once: enough to keep one busy with pieces of
+/// [`CHUNK_BYTES`](inlinecrypt_core::disk::CHUNK_BYTES), few enough not to matter.
+const WORKERS_FOR_MEDIA: usize = 4;
+
 /// At most one line about refused connections in this time.
 const REFUSAL_LOG_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -65,8 +69,8 @@ pub struct ServerOptions {
     /// How long a client may take from connecting to transmission, TLS included.
     pub handshake_time_max: Duration,
     /// Threads that execute requests, for each connection. 0: the connection's own thread does, which is best unless the
-    /// backing waits for a medium.
-    pub workers: usize,
+    /// backing waits for a medium. `None`: as suits the disk. Where it does batches at once, they get long requests only.
+    pub workers: Option<usize>,
     /// How many cores there are for threads of this server. While fewer connections are busy, a connection without workers
     /// gets a second thread for long requests.
     pub cores: usize,
@@ -83,7 +87,7 @@ impl Default for ServerOptions {
         Self {
             connections_max: 1024,
             handshake_time_max: Duration::from_secs(30),
-            workers: 0,
+            workers: None,
             cores: thread::available_parallelism().map_or(1, usize::from),
             tls: TlsMode::Off,
             zero_copy: false,
@@ -664,7 +668,11 @@ impl Inner {
                 tracing::debug!(connection = id, %error, "send buffer left as it is");
             }
         };
-        let session = Session::new(terms, &self.stopping, self.options.workers, &hang_up)
+        let workers = self.options.workers.unwrap_or_else(|| {
+            let waits = terms.export.disk().geometry().does_batches_at_once;
+            if waits { WORKERS_FOR_MEDIA } else { 0 }
+        });
+        let session = Session::new(terms, &self.stopping, workers, &hang_up)
             .telling(activity)
             .on(&self.cores)
             .telling_of_crowds(&resize)
@@ -903,7 +911,7 @@ mod tests {
         for workers in [0, 2] {
             let disk = Arc::new(RamDisk::new(1 << 20));
             let spec = ExportSpec { name: "disk".to_owned(), description: String::new(), disk: disk.clone() };
-            let options = ServerOptions { workers, ..ServerOptions::default() };
+            let options = ServerOptions { workers: Some(workers), ..ServerOptions::default() };
             let server = NbdServer::new([spec], options).unwrap();
             let (ours, theirs) = UnixStream::pair().unwrap();
             server.serve(theirs).unwrap();

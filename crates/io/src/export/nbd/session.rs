@@ -6,15 +6,16 @@
 use super::activity::Activity;
 use super::cores::{Cores, REQUEST_BYTES_WORTH};
 use super::execute::{Executor, IsLast, LONG_BYTES_MIN};
-use super::helper::{Besides, Help, Helper, HomeWhenDropped, Job};
+use super::helper::{Besides, Help, Helper, HomeWhenDropped};
 use super::lend::Lender;
 use super::negotiate::{REQUEST_BYTES_MAX, Terms};
+use super::parts::Job;
 use super::reply::{Failure, Shared};
 use super::request::{Asked, Request, Rules, payload_len};
 use super::status::NbdError;
 use super::stream::{Inbox, Outbox};
 use super::wire::{REQUEST_BYTES, RequestHeader};
-use super::workers::{CloseWhenDropped, Workers};
+use super::workers::{CloseWhenDropped, Crew, Workers};
 use std::fmt;
 use std::io::{self, ErrorKind, Read, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -26,8 +27,8 @@ const DISCARD_BYTES_MAX: u32 = 2 * REQUEST_BYTES_MAX;
 /// How many requests are still served after we began to stop: more than clients have under way.
 const LATE_REQUESTS_MAX: u32 = 1024;
 
-/// Stack of a helper, in bytes: it calls engines and backings, and no TLS handshake.
-const HELPER_STACK_BYTES: usize = 512 * 1024;
+/// Stack of a helper or worker, in bytes: they call engines and backings, and no TLS handshake.
+const STACK_BYTES: usize = 512 * 1024;
 
 /// Why a session ended.
 #[derive(Debug)]
@@ -78,7 +79,7 @@ pub struct Session<'a> {
 #[derive(Debug)]
 enum Others<'o, 's, 'a, W> {
     Nobody,
-    Workers(&'o Workers<'s, 'a, W>),
+    Workers(Crew<'o, 's, 'a, W>),
     Helper(Help<'o, 's, 'a, W>),
 }
 
@@ -160,7 +161,7 @@ impl<'a> Session<'a> {
                 thread::scope(|scope| {
                     let make = || {
                         let thread = thread::Builder::new().name("nbd-helper".to_owned());
-                        thread.stack_size(HELPER_STACK_BYTES).spawn_scoped(scope, || helper.work()).map(drop)
+                        thread.stack_size(STACK_BYTES).spawn_scoped(scope, || helper.work()).map(drop)
                     };
                     let _closing = HomeWhenDropped(&helper);
                     self.serve(inbox, &shared, Others::Helper(Help::new(&helper, &make, self.crowded)))
@@ -169,12 +170,13 @@ impl<'a> Session<'a> {
             (count, _) => {
                 let workers = Workers::new(&shared, count);
                 thread::scope(|scope| {
-                    for _ in 0..count {
-                        scope.spawn(|| workers.work());
-                    }
+                    let make = || {
+                        let thread = thread::Builder::new().name("nbd-worker".to_owned());
+                        thread.stack_size(STACK_BYTES).spawn_scoped(scope, || workers.work()).map(drop)
+                    };
                     // Ends the workers even if serving panics; else the scope would wait for them forever.
                     let _closing = CloseWhenDropped(&workers);
-                    self.serve(inbox, &shared, Others::Workers(&workers))
+                    self.serve(inbox, &shared, Others::Workers(Crew::new(&workers, &make)))
                 })
             }
         }
@@ -203,7 +205,7 @@ impl<'a> Session<'a> {
         };
         match others {
             Others::Nobody => {}
-            Others::Workers(workers) => workers.finish(),
+            Others::Workers(crew) => crew.finish(),
             Others::Helper(help) => help.finish(),
         }
         if shared.failed_late() {
@@ -225,6 +227,9 @@ impl<'a> Session<'a> {
     ) -> Result<Ended, Failure> {
         let shared = executor.shared();
         let rules = Rules::new(self.terms);
+        // Short requests that came together are done together. Where the disk waits for each, it has a thread for itself.
+        let does_batches_at_once = shared.disk().geometry().does_batches_at_once;
+        let gathers = does_batches_at_once || !matches!(others, Others::Workers(_));
         let mut late_requests = 0;
         loop {
             while inbox.available().len() < REQUEST_BYTES {
@@ -269,8 +274,7 @@ impl<'a> Session<'a> {
                 }
                 other => other,
             };
-            // Short requests that came together are done together. Where the disk waits, each has a thread for itself.
-            if !matches!(others, Others::Workers(_)) {
+            if gathers {
                 match &admitted {
                     Ok(Asked::Plain(request)) if executor.gather_read(request, header.cookie)? => continue,
                     Ok(Asked::Write(write)) if payload_len < LONG_BYTES_MIN => {
@@ -294,9 +298,19 @@ impl<'a> Session<'a> {
             match admitted {
                 Ok(Asked::Disconnect) => return Ok(Ended::Disconnected),
                 Ok(Asked::Plain(request)) => match others {
-                    // A lone request gains nothing from a thread that has to be woken first.
-                    Others::Workers(workers) if !(inbox.available().is_empty() && workers.are_idle()) => {
-                        workers.submit(request, header.cookie);
+                    Others::Workers(crew) => {
+                        // A lone request gains nothing from a thread that has to be woken first.
+                        let is_lone = inbox.available().is_empty() && crew.is_idle();
+                        if does_batches_at_once && let Some((offset, len)) = executor.has_parts(&request) {
+                            executor.read_in_parts(header.cookie, offset, len, |part, IsLast(last)| {
+                                let job = Job::Read(part);
+                                if is_lone && last { Err(job) } else { crew.submit(job) }
+                            })?;
+                        } else if is_lone {
+                            executor.execute(&request, header.cookie)?;
+                        } else if let Err(job) = crew.submit(Job::Whole(request, header.cookie)) {
+                            job.run(executor)?;
+                        }
                     }
                     Others::Helper(help) => {
                         if matches!(request, Request::Read { .. }) {
@@ -304,27 +318,21 @@ impl<'a> Session<'a> {
                         }
                         executor.execute_with_help(&request, header.cookie, help, besides(inbox))?;
                     }
-                    _ => executor.execute(&request, header.cookie)?,
+                    Others::Nobody => executor.execute(&request, header.cookie)?,
                 },
                 Ok(Asked::Write(write)) => {
                     receive_small(inbox, shared, len)?;
                     let receive = |into: &mut [u8]| receive(inbox, shared, into);
                     match others {
-                        Others::Workers(workers) => {
-                            let submit = |part, _| {
-                                workers.submit_part(part);
-                                Ok(())
-                            };
+                        Others::Workers(crew) => {
+                            let submit = |part, _| crew.submit(Job::Write(part));
                             executor.write_in_parts(&write, header.cookie, submit, receive)?;
                         }
                         Others::Helper(help) if payload_len >= LONG_BYTES_MIN => {
                             help.note(payload_len.into());
                             let offer = |part, IsLast(last)| {
                                 let besides = if last { Besides::Nothing } else { Besides::More };
-                                help.offer(Job::Write(part), besides).map_err(|job| match job {
-                                    Job::Write(part) => part,
-                                    _ => unreachable!("the same job comes back"),
-                                })
+                                help.offer(Job::Write(part), besides)
                             };
                             executor.write_in_parts(&write, header.cookie, offer, receive)?;
                         }

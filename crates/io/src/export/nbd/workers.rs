@@ -1,15 +1,16 @@
 //! Threads of one connection, for disks that wait: so that several of its requests wait at once.
 //!
-//! The number in flight is bounded: twice as many as there are workers. Who submits waits for room, so a client that
+//! They are made as they are needed. The number in flight is bounded: twice as many as there are workers. Who submits waits for room, so a client that
 //! sends faster than the disk works is held up by its own socket.
 
 use super::activity::Busy;
 use super::execute::Executor;
-use super::parts::WritePart;
+use super::parts::Job;
 use super::reply::Shared;
-use super::request::Request;
 use std::collections::VecDeque;
-use std::io::Write;
+use std::fmt;
+use std::io::{self, Write};
+use std::mem;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 /// The workers of a connection, and what they have to do.
@@ -22,59 +23,43 @@ pub(super) struct Workers<'s, 'a, W> {
     work: Condvar,
     /// There is room, or nothing is left to do.
     room: Condvar,
-    waiting_max: usize,
+    count_max: usize,
 }
 
 #[derive(Debug, Default)]
 struct Queue<'a> {
     jobs: VecDeque<(Job, Busy<'a>)>,
     running: usize,
+    /// Whether somebody waits for room, or for the end.
+    awaited: bool,
+    /// How many workers there are.
+    made: usize,
     closed: bool,
 }
 
-#[derive(Debug)]
-enum Job {
-    Request(Request, u64),
-    Part(WritePart),
-}
-
 impl<'s, 'a, W: Write> Workers<'s, 'a, W> {
-    pub(super) fn new(shared: &'s Shared<'a, W>, count: usize) -> Self {
-        Self {
-            shared,
-            queue: Mutex::default(),
-            work: Condvar::new(),
-            room: Condvar::new(),
-            waiting_max: count,
-        }
-    }
-
-    /// Leaves a request to the workers. Waits for room.
-    pub(super) fn submit(&self, request: Request, cookie: u64) {
-        self.push(Job::Request(request, cookie));
-    }
-
-    /// Leaves a piece of a write to the workers. Waits for room.
-    pub(super) fn submit_part(&self, part: WritePart) {
-        self.push(Job::Part(part));
+    /// Up to `count_max` of them.
+    pub(super) fn new(shared: &'s Shared<'a, W>, count_max: usize) -> Self {
+        Self { shared, queue: Mutex::default(), work: Condvar::new(), room: Condvar::new(), count_max }
     }
 
     /// Whether they have nothing to do.
-    pub(super) fn are_idle(&self) -> bool {
+    fn are_idle(&self) -> bool {
         let queue = self.lock();
         queue.jobs.is_empty() && queue.running == 0
     }
 
     /// Waits until everything is done.
-    pub(super) fn finish(&self) {
+    fn finish(&self) {
         let mut queue = self.lock();
         while !queue.jobs.is_empty() || queue.running > 0 {
+            queue.awaited = true;
             queue = self.room.wait(queue).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
     /// Sends the workers home once everything is done.
-    pub(super) fn close(&self) {
+    fn close(&self) {
         self.lock().closed = true;
         self.work.notify_all();
     }
@@ -83,27 +68,40 @@ impl<'s, 'a, W: Write> Workers<'s, 'a, W> {
     pub(super) fn work(&self) {
         let mut executor = Executor::new(self.shared);
         while let Some((job, _busy)) = self.next() {
-            let done = match job {
-                Job::Request(request, cookie) => executor.execute(&request, cookie),
-                Job::Part(part) => executor.write_part(part),
-            };
-            // At once: the next job may wait long for the disk.
-            if let Err(failure) = done.and_then(|()| Ok(self.shared.flush()?)) {
+            // Sent at once: the next job may wait long for the disk.
+            if let Err(failure) = job.run(&mut executor).and_then(|()| Ok(self.shared.flush()?)) {
                 self.shared.break_off(&failure);
             }
-            self.lock().running -= 1;
-            self.room.notify_all();
+            let mut queue = self.lock();
+            queue.running -= 1;
+            let awaited = mem::take(&mut queue.awaited);
+            drop(queue);
+            if awaited {
+                self.room.notify_all();
+            }
         }
     }
 
-    fn push(&self, job: Job) {
+    /// Leaves a job to the workers, after waiting for room. It comes back if there is no worker and none can be made.
+    fn submit(&self, job: Job, make: &dyn Fn() -> io::Result<()>) -> Result<(), Job> {
         let mut queue = self.lock();
-        while queue.jobs.len() >= self.waiting_max {
+        while queue.jobs.len() >= self.count_max {
+            queue.awaited = true;
             queue = self.room.wait(queue).unwrap_or_else(PoisonError::into_inner);
+        }
+        if queue.made < self.count_max && queue.made - queue.running <= queue.jobs.len() {
+            match make() {
+                Ok(()) => queue.made += 1,
+                Err(error) => tracing::debug!(%error, "no more workers for a connection"),
+            }
+        }
+        if queue.made == 0 {
+            return Err(job);
         }
         queue.jobs.push_back((job, self.shared.busy()));
         drop(queue);
         self.work.notify_one();
+        Ok(())
     }
 
     fn next(&self) -> Option<(Job, Busy<'a>)> {
@@ -132,5 +130,43 @@ pub(super) struct CloseWhenDropped<'w, 's, 'a, W: Write>(pub(super) &'w Workers<
 impl<W: Write> Drop for CloseWhenDropped<'_, '_, '_, W> {
     fn drop(&mut self) {
         self.0.close();
+    }
+}
+
+/// What the connection's own thread has of its workers.
+pub(super) struct Crew<'w, 's, 'a, W> {
+    workers: &'w Workers<'s, 'a, W>,
+    make: &'w dyn Fn() -> io::Result<()>,
+}
+
+impl<W> fmt::Debug for Crew<'_, '_, '_, W> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Crew").field("queue", &self.workers.queue).finish_non_exhaustive()
+    }
+}
+
+impl<'w, 's, 'a, W: Write> Crew<'w, 's, 'a, W> {
+    /// `make` starts a thread that does [`Workers::work`].
+    pub(super) fn new(workers: &'w Workers<'s, 'a, W>, make: &'w dyn Fn() -> io::Result<()>) -> Self {
+        Self { workers, make }
+    }
+
+    /// Leaves a job to the workers. It comes back if there are none, for want of threads.
+    ///
+    /// # Blocking
+    ///
+    /// Waits for room, so until a worker is done with his job: not to be called with anything locked that they need.
+    pub(super) fn submit(&self, job: Job) -> Result<(), Job> {
+        self.workers.submit(job, self.make)
+    }
+
+    /// Whether they have nothing to do.
+    pub(super) fn is_idle(&self) -> bool {
+        self.workers.are_idle()
+    }
+
+    /// Waits until everything is done.
+    pub(super) fn finish(&self) {
+        self.workers.finish();
     }
 }
