@@ -4,12 +4,14 @@
 //! It is a convenience and nothing waits for it: a piece that it has no room for is done by the connection's own thread,
 //! and so is one that it has not begun when there is nothing else left to do. It is made when first needed, and only
 //! works while there is a core for it ([`Cores`]). Between two pieces it looks around for a while before it sleeps, since
-//! waking a core that went to sleep takes longer than a piece.
+//! waking a core that went to sleep takes longer than a piece. While it is awake it keeps off the core of the connection's own
+//! thread, to which the scheduler would draw it.
 
 use super::activity::Busy;
 use super::cores::{Cores, LOOK_AROUND, Looks, Pace};
 use super::execute::Executor;
 use super::parts::Job;
+use super::place::{Place, current_core};
 use super::reply::{Failure, Shared};
 use std::collections::VecDeque;
 use std::fmt;
@@ -17,7 +19,7 @@ use std::io::{self, Write};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Pieces that may wait for the helper: one while the connection's own thread does a piece of its own, and one while it
 /// receives the next.
@@ -31,6 +33,8 @@ pub(super) struct Helper<'s, 'a, W> {
     queue: Mutex<Queue<'a>>,
     /// How many jobs are in the queue: what the helper looks at before it takes the lock.
     waiting: AtomicUsize,
+    /// The core on which the connection's own thread was seen last.
+    core: AtomicUsize,
     /// There is something to do, or there never will be.
     work: Condvar,
     /// Nothing is left to do.
@@ -68,6 +72,7 @@ impl<'s, 'a, W: Write> Helper<'s, 'a, W> {
             cores,
             queue: Mutex::default(),
             waiting: AtomicUsize::new(0),
+            core: AtomicUsize::new(usize::MAX),
             work: Condvar::new(),
             done: Condvar::new(),
         }
@@ -98,6 +103,7 @@ impl<'s, 'a, W: Write> Helper<'s, 'a, W> {
             return Err(job);
         }
         queue.jobs.push_back((job, self.shared.busy()));
+        self.core.store(current_core(), Ordering::Relaxed);
         self.waiting.store(queue.jobs.len(), Ordering::Release);
         drop(queue);
         if wakes {
@@ -136,7 +142,9 @@ impl<'s, 'a, W: Write> Helper<'s, 'a, W> {
     /// What its thread does until it is sent home.
     pub(super) fn work(&self) {
         let mut executor = Executor::new(self.shared);
+        let mut apart = Apart::default();
         while let Some((job, _busy)) = self.next() {
+            apart.keep_off(self.core.load(Ordering::Relaxed));
             // What is read ahead answers nothing, and who waits for it has the outbox. All else is sent at once: the other
             // thread may wait for the client, who waits for this.
             let flushes = !matches!(job, Job::Ahead(_));
@@ -200,6 +208,26 @@ impl<'s, 'a, W: Write> Helper<'s, 'a, W> {
 
     fn lock(&self) -> MutexGuard<'_, Queue<'a>> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// How a helper keeps off the core of the thread that it helps.
+#[derive(Debug, Default)]
+struct Apart {
+    place: Place,
+    moved: Option<Instant>,
+}
+
+impl Apart {
+    /// To change the core costs as much as several pieces. Who is driven out of one again and again rather stays.
+    const INTERVAL: Duration = Duration::from_millis(4);
+
+    fn keep_off(&mut self, core: usize) {
+        if current_core() != core || self.moved.is_some_and(|moved| moved.elapsed() < Self::INTERVAL) {
+            return;
+        }
+        self.place.keep_off(core);
+        self.moved = Some(Instant::now());
     }
 }
 

@@ -9,8 +9,9 @@
 //! One thread serves a connection and blocks: it was measured that waking another thread for a request costs more than
 //! everything else. Requests that came together are answered together. Only the pieces of long requests go to a second
 //! thread, the helper, while the machine has a core for it: it encrypts and writes one piece while the next is received.
-//! Where the disk itself waits, small requests that came together wait together (direct I/O: one call of io_uring). For
-//! other media that wait (a cold page cache), [`ServerOptions::workers`] gives a connection threads of its own.
+//! Where the disk itself waits and does many transfers at once, small requests that came together wait together (direct I/O:
+//! one call of io_uring), and the pieces of long ones in a few workers. For other media that wait (a cold page cache),
+//! [`ServerOptions::workers`] gives a connection workers for all its requests.
 //!
 //! Invariants:
 //!
@@ -29,6 +30,7 @@ mod hold;
 mod lend;
 pub mod negotiate;
 mod parts;
+mod place;
 mod reply;
 mod request;
 mod server;

@@ -34,8 +34,8 @@ const STACK_BYTES: usize = 1024 * 1024;
 const SEND_ROOM_BYTES: usize = 2 * 1024 * 1024;
 
 /// The same while every core has a busy connection of its own: there is nobody to fill more than this meanwhile, and more
-/// would leave the cache before the client reads it.
-const CROWDED_SEND_ROOM_BYTES: usize = 512 * 1024;
+/// would leave the cache before the client reads it. By how the kernel counts, this holds one piece of a request.
+const CROWDED_SEND_ROOM_BYTES: usize = 160 * 1024;
 
 /// Up to how many connections get that much. It is the kernel's memory, and stays full while a client does not read:
 /// 128 MiB in all, twice that by how the kernel counts. More connections than this share the machine anyway, and then
