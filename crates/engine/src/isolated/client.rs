@@ -75,14 +75,17 @@ pub const ORDER_BYTES_MAX: usize = 16 << 20;
 pub const DEATHS_MAX: u32 = 3;
 
 impl Options {
-    /// Runs `spec` with the usual numbers: as many lanes as there are CPUs, but at least four, and a gibibyte of room.
+    /// Runs `spec` with the usual numbers and a gibibyte of room. Of lanes there are four for each CPU, but at least 16, since one
+    /// that works for threads of several CPUs has to move between them, which costs more than an order; from eight CPUs on 32, or
+    /// one for each, since the stack of each takes secret memory.
     #[must_use]
     pub fn new(spec: impl Into<String>) -> Self {
         let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
+        let cpus = u32::try_from(cpus).unwrap_or(LANES_MAX);
         Self {
             spec: spec.into(),
             fallback: None,
-            lanes: u32::try_from(cpus).unwrap_or(LANES_MAX).clamp(4, LANES_MAX),
+            lanes: cpus.saturating_mul(4).clamp(16, 32).max(cpus).min(LANES_MAX),
             data_bytes: 1 << 30,
             require_sandbox: false,
             priority: LanePriority::Usual,
