@@ -442,8 +442,8 @@ pub(crate) struct Serve {
     /// closed between two requests, and their clients have to connect again. If anything fails, that server goes on
     #[arg(long, value_name = "CONTROL", help_heading = "Server", conflicts_with = "create")]
     pub(crate) take_over: Option<PathBuf>,
-    /// Threads for each connection; more than its own may pay where the disk waits for a medium. With --direct they get long
-    /// requests only: short ones that come together wait together without them, through io_uring [default: 0; 4 with --direct]
+    /// Most threads for each connection besides its own; they may pay where the disk waits for a medium. With --direct, short
+    /// reads and writes that come together wait together without them, through io_uring [default: 0; with --direct and io_uring, 4]
     #[arg(long, value_name = "N", help_heading = "Server", value_parser = parse_workers)]
     pub(crate) workers: Option<usize>,
     /// Lend clients on Unix sockets what they read, which saves a copy (from Linux 6.5). Not where a proxy stands between that

@@ -41,8 +41,8 @@ pub struct Geometry {
     pub access: Access,
     /// Whether trim gives storage back.
     pub can_trim: bool,
-    /// Whether all pieces of a batch are on their way to a medium at once, which is waited for: then short requests are best
-    /// done together, and long ones by several threads.
+    /// Whether the pieces of a batch are on their way to a medium at once, which is waited for: then short requests are best done
+    /// together, and long ones by several threads. Durable writes are on their way one by one all the same.
     pub does_batches_at_once: bool,
 }
 

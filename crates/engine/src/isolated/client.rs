@@ -75,9 +75,9 @@ pub const ORDER_BYTES_MAX: usize = 16 << 20;
 pub const DEATHS_MAX: u32 = 3;
 
 impl Options {
-    /// Runs `spec` with the usual numbers and a gibibyte of room. Of lanes there are four for each CPU, but at least 16, since one
-    /// that works for threads of several CPUs has to move between them, which costs more than an order; from eight CPUs on 32, or
-    /// one for each, since the stack of each takes secret memory.
+    /// Runs `spec` with the usual numbers and a gibibyte of room. Of lanes there are four for each CPU, since one that works for
+    /// threads of several CPUs has to move between them, which costs more than an order; but at least 16, and of more than 24
+    /// one for each CPU, up to 48, since each takes 128 KiB of secret memory, which many systems allow 8 MiB of.
     #[must_use]
     pub fn new(spec: impl Into<String>) -> Self {
         let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
@@ -85,7 +85,7 @@ impl Options {
         Self {
             spec: spec.into(),
             fallback: None,
-            lanes: cpus.saturating_mul(4).clamp(16, 32).max(cpus).min(LANES_MAX),
+            lanes: cpus.saturating_mul(4).clamp(16, 24).max(cpus.min(48)),
             data_bytes: 1 << 30,
             require_sandbox: false,
             priority: LanePriority::Usual,

@@ -14,8 +14,8 @@ use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-/// Least arena that an engine can work in, in bytes.
-const ARENA_BYTES_MIN: usize = 2 << 20;
+/// Least arena that an engine can work in, in bytes: the stacks of as many threads as it usually has, and some heap.
+const ARENA_BYTES_MIN: usize = 4 << 20;
 
 /// What keeps the heap of an engine process from others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -228,23 +228,28 @@ fn map_secret(bytes: usize) -> io::Result<*mut u8> {
 /// Memory with as much of what `memfd_secret` gives as there is.
 fn map_ordinary(wanted_bytes: usize) -> io::Result<(*mut u8, SecretMemory)> {
     let mut bytes = wanted_bytes;
-    loop {
-        let at = map(bytes, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1)?;
-        // SAFETY: our own mapping, just made; neither call changes its content.
-        unsafe { libc::madvise(at.cast(), bytes, libc::MADV_DONTDUMP) };
-        // SAFETY: as above.
-        unsafe { libc::madvise(at.cast(), bytes, libc::MADV_DONTFORK) };
-        // SAFETY: as above.
+    while bytes >= ARENA_BYTES_MIN {
+        let at = map_undumped(bytes)?;
+        // SAFETY: our own mapping, just made, whose content this does not change.
         if unsafe { libc::mlock(at.cast(), bytes) } == 0 {
             return Ok((at, SecretMemory::Locked { bytes }));
-        }
-        if bytes / 2 < ARENA_BYTES_MIN {
-            return Ok((at, SecretMemory::Unlocked { bytes }));
         }
         // SAFETY: our own mapping, which nobody uses.
         unsafe { libc::munmap(at.cast(), bytes) };
         bytes /= 2;
     }
+    // Less of it would not be locked either.
+    Ok((map_undumped(wanted_bytes)?, SecretMemory::Unlocked { bytes: wanted_bytes }))
+}
+
+/// Memory that is in no dump and no child.
+fn map_undumped(bytes: usize) -> io::Result<*mut u8> {
+    let at = map(bytes, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1)?;
+    // SAFETY: our own mapping, just made; neither call changes its content.
+    unsafe { libc::madvise(at.cast(), bytes, libc::MADV_DONTDUMP) };
+    // SAFETY: as above.
+    unsafe { libc::madvise(at.cast(), bytes, libc::MADV_DONTFORK) };
+    Ok(at)
 }
 
 fn map(bytes: usize, flags: libc::c_int, descriptor: libc::c_int) -> io::Result<*mut u8> {

@@ -94,7 +94,8 @@ impl RamDisk {
         self.change_faults(|faults| faults.flushes = Some(kind));
     }
 
-    /// Makes reads and writes take so long; a batch as long as one if the disk does batches at once.
+    /// Makes reads and writes take so long; all of a batch that is not durable as long as one if the disk
+    /// does batches at once.
     pub fn delay(&self, delay: Duration) {
         self.change_faults(|faults| faults.delay = delay);
     }
@@ -229,7 +230,8 @@ impl Disk for RamDisk {
 
     fn transfer(&self, batch: &mut Batch, buffer: &mut Buffer) {
         for (index, item) in batch.items_mut().iter_mut().enumerate() {
-            if index == 0 || !self.geometry.does_batches_at_once {
+            let is_durable = item.transfer() == Transfer::Write(Durability::Durable);
+            if index == 0 || is_durable || !self.geometry.does_batches_at_once {
                 self.dawdle();
             }
             let payload = &mut buffer.bytes_mut()[item.payload()];

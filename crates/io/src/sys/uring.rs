@@ -9,6 +9,7 @@ use rustix::io::Errno;
 use std::cell::RefCell;
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
+use std::sync::Once;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Transfers that are under way at once, at most.
@@ -92,17 +93,26 @@ pub(crate) fn transfer_together(
     })
 }
 
-/// Whether [`transfer_together`] can, as far as a ring that is made for the question tells.
+/// Whether [`transfer_together`] can, as far as is known: the first to ask makes a ring to find out.
 pub(crate) fn can_transfer_together() -> bool {
-    IS_THERE.load(Ordering::Relaxed) && try_make().is_some()
+    static ASKED: Once = Once::new();
+    ASKED.call_once(|| drop(try_make()));
+    IS_THERE.load(Ordering::Relaxed)
 }
 
-/// A ring for this thread. `None` for want of descriptors, or if there is no io_uring here, and then nobody tries again.
+/// A ring for this thread. `None` for want of descriptors or memory, or if there is no io_uring here, and then nobody tries again.
 fn try_make() -> Option<IoUring> {
     match make() {
         Ok(ring) => Some(ring),
         // Another time, perhaps.
-        Err(error) if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => None,
+        Err(error)
+            if matches!(
+                error.raw_os_error(),
+                Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::EAGAIN)
+            ) =>
+        {
+            None
+        }
         Err(_) => {
             IS_THERE.store(false, Ordering::Relaxed);
             None

@@ -1,6 +1,6 @@
 //! Holding a server, and handing its connections to another.
 
-use super::{PATIENCE, Rig, eventually, spec};
+use super::{PATIENCE, Rig, at_once, eventually, spec};
 use inlinecrypt_io::export::nbd::{NbdServer, ServerOptions};
 use inlinecrypt_io::export::ram::RamDisk;
 use inlinecrypt_io::listen::{Listen, ListenOptions, Listener};
@@ -52,10 +52,16 @@ fn work(mut client: Client<UnixStream>, number: u64, done: &AtomicBool, answered
 
 #[test]
 fn clients_under_load_are_handed_from_server_to_server_and_notice_nothing() {
-    for (workers, zero_copy) in [(0, false), (2, false), (0, true)] {
-        let options =
-            ServerOptions { workers: Some(workers), cores: 2, zero_copy, ..ServerOptions::default() };
-        let disk = Arc::new(RamDisk::new(SIZE));
+    let plain = || RamDisk::new(SIZE);
+    for (disk, workers, zero_copy) in [
+        (plain(), Some(0), false),
+        (plain(), Some(2), false),
+        (plain(), Some(0), true),
+        (at_once(SIZE), None, false),
+        (at_once(SIZE), None, true),
+    ] {
+        let options = ServerOptions { workers, cores: 2, zero_copy, ..ServerOptions::default() };
+        let disk = Arc::new(disk);
         let make = || NbdServer::new([spec("disk", &disk)], options.clone()).unwrap();
         let mut server = make();
         let (done, answered) = (AtomicBool::new(false), AtomicU64::new(0));

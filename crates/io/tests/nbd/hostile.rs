@@ -1,6 +1,6 @@
 //! Clients that mean harm, or are merely broken: they hurt nobody but themselves.
 
-use super::{PATIENCE, Rig, eventually};
+use super::{PATIENCE, Rig, at_once, eventually};
 use inlinecrypt_io::export::nbd::ServerOptions;
 use inlinecrypt_io::export::ram::RamDisk;
 use inlinecrypt_testkit::nbd::{NbdError, cmd, opt, request_header};
@@ -65,9 +65,14 @@ fn who_does_not_read_in_the_handshake_is_cut_off_in_time() {
 
 #[test]
 fn who_vanishes_in_mid_write_leaves_nothing_behind() {
-    for (workers, cores) in [(0, 1), (0, 8), (2, 1)] {
-        let options = ServerOptions { workers: Some(workers), cores, ..ServerOptions::default() };
-        let rig = Rig::with_options(RamDisk::new(SIZE), options);
+    for (disk, workers, cores) in [
+        (RamDisk::new(SIZE), Some(0), 1),
+        (RamDisk::new(SIZE), Some(0), 8),
+        (RamDisk::new(SIZE), Some(2), 1),
+        (at_once(SIZE), None, 1),
+    ] {
+        let options = ServerOptions { workers, cores, ..ServerOptions::default() };
+        let rig = Rig::with_options(disk, options);
         for len in [512u32, 65_536, 1 << 20, 8 << 20] {
             for sent in [0, 1, 100, 300_000] {
                 let mut client = rig.client();
@@ -97,9 +102,14 @@ fn who_stalls_in_mid_write_keeps_nobody_from_their_work() {
 
 #[test]
 fn who_does_not_read_his_replies_keeps_nobody_from_their_work() {
-    for (workers, cores) in [(0, 1), (0, 8), (2, 1)] {
-        let options = ServerOptions { workers: Some(workers), cores, ..ServerOptions::default() };
-        let rig = Rig::with_options(RamDisk::new(SIZE).with_pool_of(1), options);
+    for (disk, workers, cores) in [
+        (RamDisk::new(SIZE), Some(0), 1),
+        (RamDisk::new(SIZE), Some(0), 8),
+        (RamDisk::new(SIZE), Some(2), 1),
+        (at_once(SIZE), None, 1),
+    ] {
+        let options = ServerOptions { workers, cores, ..ServerOptions::default() };
+        let rig = Rig::with_options(disk.with_pool_of(1), options);
         let mut greedy = rig.client();
         greedy.stream().set_write_timeout(Some(Duration::from_millis(100))).unwrap();
         while greedy.send_header(cmd::READ, 0, 0, 8 << 20).is_ok() {}
@@ -192,9 +202,14 @@ fn a_thousand_clients_are_served_and_one_more_than_allowed_is_closed() {
 
 #[test]
 fn half_closed_clients_get_their_answers() {
-    for (workers, cores) in [(0, 1), (0, 8), (2, 1)] {
-        let options = ServerOptions { workers: Some(workers), cores, ..ServerOptions::default() };
-        let rig = Rig::with_options(RamDisk::new(SIZE), options);
+    for (disk, workers, cores) in [
+        (RamDisk::new(SIZE), Some(0), 1),
+        (RamDisk::new(SIZE), Some(0), 8),
+        (RamDisk::new(SIZE), Some(2), 1),
+        (at_once(SIZE), None, 1),
+    ] {
+        let options = ServerOptions { workers, cores, ..ServerOptions::default() };
+        let rig = Rig::with_options(disk, options);
         let mut client = rig.client();
         for _ in 0..10 {
             client.send_header(cmd::READ, 0, 0, 100_000).unwrap();

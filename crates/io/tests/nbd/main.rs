@@ -9,6 +9,7 @@ mod streams;
 mod tls;
 mod transmission;
 
+use inlinecrypt_core::disk::{Disk, Geometry};
 use inlinecrypt_io::export::ExportSpec;
 use inlinecrypt_io::export::nbd::{NbdServer, ServerOptions};
 use inlinecrypt_io::export::ram::RamDisk;
@@ -56,6 +57,12 @@ impl Rig {
     pub(crate) fn simple_client(&self) -> Client<UnixStream> {
         Client::connect_simple(self.dial(), "disk").unwrap()
     }
+}
+
+/// A disk on a medium that does many transfers at once, whose connections have workers of their own accord.
+pub(crate) fn at_once(size_bytes: u64) -> RamDisk {
+    let geometry = RamDisk::new(size_bytes).geometry();
+    RamDisk::with_geometry(Geometry { does_batches_at_once: true, ..geometry })
 }
 
 pub(crate) fn spec(name: &str, disk: &Arc<RamDisk>) -> ExportSpec {

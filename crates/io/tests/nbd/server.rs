@@ -1,6 +1,6 @@
 //! Listening, limits, and an orderly end.
 
-use super::{PATIENCE, Rig, eventually, spec};
+use super::{PATIENCE, Rig, at_once, eventually, spec};
 use inlinecrypt_core::error::ErrorKind;
 use inlinecrypt_io::export::nbd::{NbdServer, ServerOptions, Stopped};
 use inlinecrypt_io::export::ram::RamDisk;
@@ -80,9 +80,14 @@ fn only_the_first_connections_get_large_send_buffers() {
 
 #[test]
 fn stopping_answers_what_is_under_way_and_flushes() {
-    for (workers, cores) in [(0, 1), (0, 8), (4, 1)] {
-        let options = ServerOptions { workers: Some(workers), cores, ..ServerOptions::default() };
-        let rig = Rig::with_options(RamDisk::new(SIZE), options);
+    for (disk, workers, cores) in [
+        (RamDisk::new(SIZE), Some(0), 1),
+        (RamDisk::new(SIZE), Some(0), 8),
+        (RamDisk::new(SIZE), Some(4), 1),
+        (at_once(SIZE), None, 1),
+    ] {
+        let options = ServerOptions { workers, cores, ..ServerOptions::default() };
+        let rig = Rig::with_options(disk, options);
         rig.disk.delay(Duration::from_millis(30));
         let mut client = rig.client();
         for index in 0..8 {
@@ -143,9 +148,10 @@ fn stopping_does_not_wait_for_idle_clients_in_whatever_stage() {
 
 #[test]
 fn stopping_cuts_off_who_does_not_read() {
-    for workers in [0, 2] {
-        let options = ServerOptions { workers: Some(workers), ..ServerOptions::default() };
-        let rig = Rig::with_options(RamDisk::new(SIZE), options);
+    let plain = || RamDisk::new(SIZE);
+    for (disk, workers) in [(plain(), Some(0)), (plain(), Some(2)), (at_once(SIZE), None)] {
+        let options = ServerOptions { workers, ..ServerOptions::default() };
+        let rig = Rig::with_options(disk, options);
         let mut greedy = rig.client();
         greedy.stream().set_write_timeout(Some(Duration::from_millis(50))).unwrap();
         while greedy.send_header(cmd::READ, 0, 0, 8 << 20).is_ok() {}

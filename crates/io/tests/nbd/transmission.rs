@@ -1,6 +1,6 @@
 //! Requests, one behaviour at a time; those that do not depend on it with and without workers.
 
-use super::{Rig, eventually};
+use super::{Rig, at_once, eventually};
 use inlinecrypt_core::backing::Access;
 use inlinecrypt_core::disk::{Disk, Geometry, Unaligned};
 use inlinecrypt_core::error::ErrorKind;
@@ -22,11 +22,6 @@ const ENOSPC: Option<u32> = Some(28);
 const EOVERFLOW: Option<u32> = Some(75);
 const ENOTSUP: Option<u32> = Some(95);
 
-/// A disk on a medium that does many transfers at once.
-fn at_once() -> RamDisk {
-    RamDisk::with_geometry(Geometry { does_batches_at_once: true, ..RamDisk::new(SIZE).geometry() })
-}
-
 /// Runs with the connection's own thread, with a helper for long requests, with workers, and with workers for long requests
 /// alone; each with memory to spare and without, and with memory that is lent to the client.
 fn each_way(check: impl Fn(&Rig)) {
@@ -37,7 +32,7 @@ fn each_way(check: impl Fn(&Rig)) {
         || RamDisk::new(SIZE),
         &[(0, 1, 8), (0, 1, 0), (0, 8, 8), (0, 8, 1), (0, 8, 0), (3, 1, 8), (3, 1, 0)],
     );
-    ways.extend(on(at_once, &[(0, 1, 8), (3, 1, 8), (3, 1, 1), (3, 1, 0)]));
+    ways.extend(on(|| at_once(SIZE), &[(0, 1, 8), (3, 1, 8), (3, 1, 1), (3, 1, 0)]));
     for (disk, (workers, cores, large_max)) in ways {
         for zero_copy in [false, true] {
             let options =
@@ -488,28 +483,35 @@ fn workers_wait_for_a_slow_disk_together() {
 
 #[test]
 fn on_a_medium_that_does_many_at_once_short_requests_wait_together_and_long_ones_in_several_threads() {
-    let rig = Rig::with_options(at_once(), ServerOptions { cores: 1, ..ServerOptions::default() });
+    let rig = Rig::with_options(at_once(SIZE), ServerOptions { cores: 1, ..ServerOptions::default() });
     rig.disk.delay(Duration::from_millis(100));
-    let mut client = rig.client();
-    let mut time = |len: u32, count: u64| {
+    let time = |client: &mut Client<_>, kind, flags, len: u32, count: u64| {
+        let data = vec![7; if kind == cmd::WRITE { len as usize } else { 0 }];
         let start = Instant::now();
         for index in 0..count {
-            client.send_header(cmd::READ, 0, index * u64::from(len), len).unwrap();
+            client.send(kind, flags, index * u64::from(len), len, &data).unwrap();
         }
         for _ in 0..count {
             assert_eq!(client.receive().unwrap().errno, 0);
         }
         start.elapsed()
     };
+    let mut client = rig.client();
     // One after the other they would take 3.2 s, in four threads 0.8.
-    let short = time(4096, 32);
+    let short = time(&mut client, cmd::READ, 0, 4096, 32);
     assert!(short < Duration::from_millis(600), "{short:?}");
     // One after the other their pieces would take 1.6 s, all in one call for each request 0.4.
-    let long = time(MIB, 4);
+    let long = time(&mut client, cmd::READ, 0, MIB, 4);
     assert!(long < Duration::from_millis(1200), "{long:?}");
     // A lone one's would take 1.6 s, too.
-    let lone = time(4 * MIB, 1);
+    let lone = time(&mut client, cmd::READ, 0, 4 * MIB, 1);
     assert!(lone < Duration::from_millis(1200), "{lone:?}");
+    // Durable ones wait each for itself: 1.6 s one after the other.
+    let durable = time(&mut client, cmd::WRITE, cmd::FLAG_FUA, 4096, 16);
+    assert!(durable < Duration::from_millis(1200), "{durable:?}");
+    // A simple reply keeps the order of its pieces, but they are waited for together.
+    let simple = time(&mut rig.simple_client(), cmd::READ, 0, 4 * MIB, 1);
+    assert!(simple < Duration::from_millis(1200), "{simple:?}");
 }
 
 #[test]

@@ -176,6 +176,35 @@ impl Pace {
     }
 }
 
+/// What one connection tells of how busy it is, and is told of all of them.
+pub(super) struct Load<'c> {
+    cores: Option<&'c Cores>,
+    pace: Pace,
+    /// Told when all cores are taken, and when no more; and what it was told.
+    crowded: Option<&'c dyn Fn(bool)>,
+    is_crowded: bool,
+}
+
+impl<'c> Load<'c> {
+    /// `crowded` takes it that the cores are not.
+    pub(super) fn new(cores: Option<&'c Cores>, crowded: Option<&'c dyn Fn(bool)>) -> Self {
+        Self { cores, pace: Pace::default(), crowded, is_crowded: false }
+    }
+
+    /// The connection has work worth `bytes`.
+    pub(super) fn note(&mut self, bytes: u64) {
+        let Some(cores) = self.cores else { return };
+        let is_new = self.pace.note(cores, bytes);
+        if is_new
+            && let Some(crowded) = self.crowded
+            && self.is_crowded != cores.are_taken()
+        {
+            self.is_crowded = !self.is_crowded;
+            crowded(self.is_crowded);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -11,12 +11,14 @@ use super::reply::{Failure, Lent, Shared};
 use super::request::{Request, WriteRequest};
 use super::stream::GATHER_BYTES_MIN;
 use super::wire::*;
+use super::workers::Crew;
 use crate::export::Kind;
 use inlinecrypt_core::backing::Durability;
 use inlinecrypt_core::batch::{Batch, Transfer};
 use inlinecrypt_core::disk::{CHUNK_BYTES, Disk, LARGE_BUFFER_BYTES, SMALL_BUFFER_BYTES, Span};
 use inlinecrypt_core::error::Error;
 use inlinecrypt_core::memory::Buffer;
+use std::collections::VecDeque;
 use std::io::Write;
 use std::ops::Range;
 use std::sync::Arc;
@@ -28,6 +30,15 @@ pub(super) const LONG_BYTES_MIN: u32 = 64 * 1024;
 /// Whether a piece is the last of its request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct IsLast(pub(super) bool);
+
+/// How many pieces of a read are read ahead by workers: with the one at hand as many as there usually are workers.
+const CREW_AHEAD_MAX: usize = 3;
+
+/// Who reads pieces ahead, unless he has other things to do, and how many at once.
+struct ReadingAhead<'f> {
+    offer: &'f dyn Fn(Job) -> Result<(), Job>,
+    count_max: usize,
+}
 
 /// Most short requests that are done together. Clients have fewer under way; more would only make them wait for the
 /// first answer.
@@ -199,17 +210,44 @@ impl<'s, 'a, W: Write> Executor<'s, 'a, W> {
                         Err(_) => self.execute(request, cookie),
                     };
                 }
-                self.read_simple(cookie, offset, len, Some(help))
+                let offer = |job| help.offer(job, Besides::More);
+                self.read_simple(cookie, offset, len, Some(&ReadingAhead { offer: &offer, count_max: 1 }))
             }
             _ => self.execute(request, cookie),
         }
     }
 
-    /// Where a read lies, offset and length, if it may be answered piece by piece and has several.
-    pub(super) fn has_parts(&self, request: &Request) -> Option<(u64, u64)> {
-        let Request::Read { offset, len, one_chunk: false } = *request else { return None };
+    /// Does a request, or leaves it to workers. The pieces of a long read wait for the disk together. `is_lone`: nothing else
+    /// is under way, so that waking a worker gains nothing.
+    pub(super) fn execute_with_crew(
+        &mut self,
+        request: &Request,
+        cookie: u64,
+        crew: &Crew<'_, 's, 'a, W>,
+        is_lone: bool,
+    ) -> Result<(), Failure> {
+        match *request {
+            Request::Read { offset, len, one_chunk: false } if self.has_pieces_at_once(offset, len) => {
+                if self.shared.is_structured() {
+                    self.read_in_parts(cookie, offset, len.into(), |part, IsLast(last)| {
+                        let job = Job::Read(part);
+                        if is_lone && last { Err(job) } else { crew.submit(job) }
+                    })
+                } else {
+                    let offer = |job| crew.offer(job);
+                    let ahead = ReadingAhead { offer: &offer, count_max: CREW_AHEAD_MAX };
+                    self.read_simple(cookie, offset, len.into(), Some(&ahead))
+                }
+            }
+            _ if is_lone => self.execute(request, cookie),
+            _ => crew.submit(Job::Whole(*request, cookie)).or_else(|job| job.run(self)),
+        }
+    }
+
+    /// Whether a read has several pieces that are best waited for together.
+    fn has_pieces_at_once(&self, offset: u64, len: u32) -> bool {
         let end = offset + u64::from(len);
-        (self.shared.is_structured() && chunk_end(offset, end) < end).then_some((offset, len.into()))
+        self.shared.disk().geometry().does_batches_at_once && chunk_end(offset, end) < end
     }
 
     /// Hands the pieces of a read over, each with whether it is the last. One that comes back is read here and now.
@@ -323,7 +361,7 @@ impl<'s, 'a, W: Write> Executor<'s, 'a, W> {
         Ok(shared.send(&head, &gathered)?)
     }
 
-    /// Answers a read by a simple reply. With help, the next piece is read while the last is sent.
+    /// Answers a read by a simple reply. With help, the next pieces are read while the last is sent.
     ///
     /// The first piece is read before anything is said, so that the common failures can still be told.
     fn read_simple(
@@ -331,22 +369,30 @@ impl<'s, 'a, W: Write> Executor<'s, 'a, W> {
         cookie: u64,
         offset: u64,
         len: u64,
-        help: Option<&Help<'_, 's, 'a, W>>,
+        help: Option<&ReadingAhead<'_>>,
     ) -> Result<(), Failure> {
         let shared = self.shared;
         let end = offset + len;
-        let read_ahead = |at: u64| {
-            let help = help.filter(|_| at < end)?;
-            let span = shared.disk().span(at, end - at, LARGE_BUFFER_BYTES);
-            let ahead = Arc::new(ReadAhead::new(span));
-            help.offer(Job::Ahead(ahead.clone()), Besides::More).ok().map(|()| ahead)
+        // Who reads ahead must never be waited for by `offer`, since the outbox is locked below.
+        let mut ahead = VecDeque::<Arc<ReadAhead>>::new();
+        let read_ahead = |ahead: &mut VecDeque<Arc<ReadAhead>>, from: u64| {
+            let Some(ReadingAhead { offer, count_max }) = help else { return };
+            let mut at = ahead.back().map_or(from, |last| chunk_end(last.span().offset(), end));
+            while at < end && ahead.len() < *count_max {
+                let piece = Arc::new(ReadAhead::new(shared.disk().span(at, end - at, LARGE_BUFFER_BYTES)));
+                if offer(Job::Ahead(piece.clone())).is_err() {
+                    break;
+                }
+                ahead.push_back(piece);
+                at = chunk_end(at, end);
+            }
         };
         let late = |error: Error| {
             //= NBD protocol, NBD_CMD_READ, simple replies: an error after the header is a hard disconnect.
             shared.note_late_failure(&error);
             Failure::Late
         };
-        let mut ahead = read_ahead(chunk_end(offset, end));
+        read_ahead(&mut ahead, chunk_end(offset, end));
         let (span, mut lease) = match self.read_piece(offset, end) {
             Ok(read) => read,
             Err(error) => return Ok(shared.fail(cookie, &error, None)?),
@@ -356,10 +402,9 @@ impl<'s, 'a, W: Write> Executor<'s, 'a, W> {
         self.settle(lease, lent);
         let mut at = offset + wide(span.payload().len());
         while at < end {
-            let due = ahead.take_if(|ahead| ahead.span().offset() == at);
-            if due.is_some() {
-                ahead = read_ahead(chunk_end(at, end));
-            }
+            let is_due = ahead.front().is_some_and(|first| first.span().offset() == at);
+            let due = if is_due { ahead.pop_front() } else { None };
+            read_ahead(&mut ahead, chunk_end(at, end));
             let (span, mut lease) = match due.and_then(|due| due.take().map(|read| (due.span(), read))) {
                 Some((span, read)) => (span, Lease::Pooled(read.map_err(late)?)),
                 None => self.read_piece(at, end).map_err(late)?,

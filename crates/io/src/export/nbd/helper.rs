@@ -8,11 +8,12 @@
 //! thread, to which the scheduler would draw it.
 
 use super::activity::Busy;
-use super::cores::{Cores, LOOK_AROUND, Looks, Pace};
+use super::cores::{Cores, LOOK_AROUND, Looks};
 use super::execute::Executor;
 use super::parts::Job;
-use super::place::{Place, current_core};
+use super::place::{current_core, keep_off};
 use super::reply::{Failure, Shared};
+use rustix::process::Pid;
 use std::collections::VecDeque;
 use std::fmt;
 use std::io::{self, Write};
@@ -25,6 +26,10 @@ use std::time::{Duration, Instant};
 /// receives the next.
 const WAITING_MAX: usize = 2;
 
+/// How often it changes its core at most: that costs as much as several pieces, so who is driven out of one again and again
+/// rather stays.
+const MOVE_INTERVAL: Duration = Duration::from_millis(4);
+
 /// The second thread of a connection, and what it has to do.
 pub(super) struct Helper<'s, 'a, W> {
     shared: &'s Shared<'a, W>,
@@ -33,7 +38,8 @@ pub(super) struct Helper<'s, 'a, W> {
     queue: Mutex<Queue<'a>>,
     /// How many jobs are in the queue: what the helper looks at before it takes the lock.
     waiting: AtomicUsize,
-    /// The core on which the connection's own thread was seen last.
+    /// The connection's own thread, and the core on which it was seen last.
+    own: Pid,
     core: AtomicUsize,
     /// There is something to do, or there never will be.
     work: Condvar,
@@ -66,12 +72,14 @@ impl<W> fmt::Debug for Helper<'_, '_, W> {
 }
 
 impl<'s, 'a, W: Write> Helper<'s, 'a, W> {
+    /// To be made by the thread that it is to help.
     pub(super) fn new(shared: &'s Shared<'a, W>, cores: &'a Cores) -> Self {
         Self {
             shared,
             cores,
             queue: Mutex::default(),
             waiting: AtomicUsize::new(0),
+            own: rustix::thread::gettid(),
             core: AtomicUsize::new(usize::MAX),
             work: Condvar::new(),
             done: Condvar::new(),
@@ -142,9 +150,13 @@ impl<'s, 'a, W: Write> Helper<'s, 'a, W> {
     /// What its thread does until it is sent home.
     pub(super) fn work(&self) {
         let mut executor = Executor::new(self.shared);
-        let mut apart = Apart::default();
+        let mut moved = None::<Instant>;
         while let Some((job, _busy)) = self.next() {
-            apart.keep_off(self.core.load(Ordering::Relaxed));
+            let core = self.core.load(Ordering::Relaxed);
+            if core == current_core() && moved.is_none_or(|moved| moved.elapsed() >= MOVE_INTERVAL) {
+                keep_off(core, self.own);
+                moved = Some(Instant::now());
+            }
             // What is read ahead answers nothing, and who waits for it has the outbox. All else is sent at once: the other
             // thread may wait for the client, who waits for this.
             let flushes = !matches!(job, Job::Ahead(_));
@@ -211,26 +223,6 @@ impl<'s, 'a, W: Write> Helper<'s, 'a, W> {
     }
 }
 
-/// How a helper keeps off the core of the thread that it helps.
-#[derive(Debug, Default)]
-struct Apart {
-    place: Place,
-    moved: Option<Instant>,
-}
-
-impl Apart {
-    /// To change the core costs as much as several pieces. Who is driven out of one again and again rather stays.
-    const INTERVAL: Duration = Duration::from_millis(4);
-
-    fn keep_off(&mut self, core: usize) {
-        if current_core() != core || self.moved.is_some_and(|moved| moved.elapsed() < Self::INTERVAL) {
-            return;
-        }
-        self.place.keep_off(core);
-        self.moved = Some(Instant::now());
-    }
-}
-
 /// Sends the helper home when dropped, so that it goes however the session ends.
 #[derive(Debug)]
 pub(super) struct HomeWhenDropped<'h, 's, 'a, W: Write>(pub(super) &'h Helper<'s, 'a, W>);
@@ -245,38 +237,18 @@ impl<W: Write> Drop for HomeWhenDropped<'_, '_, '_, W> {
 pub(super) struct Help<'h, 's, 'a, W> {
     helper: &'h Helper<'s, 'a, W>,
     make: &'h dyn Fn() -> io::Result<()>,
-    pace: Pace,
-    /// Told when all cores are taken, and when no more; and what it was told.
-    crowded: Option<&'h dyn Fn(bool)>,
-    is_crowded: bool,
 }
 
 impl<W> fmt::Debug for Help<'_, '_, '_, W> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Help").field("helper", self.helper).field("pace", &self.pace).finish_non_exhaustive()
+        f.debug_struct("Help").field("helper", self.helper).finish_non_exhaustive()
     }
 }
 
 impl<'h, 's, 'a, W: Write> Help<'h, 's, 'a, W> {
-    /// `make` starts a thread that does [`Helper::work`]; `crowded` is told when all cores are taken, and when no more.
-    pub(super) fn new(
-        helper: &'h Helper<'s, 'a, W>,
-        make: &'h dyn Fn() -> io::Result<()>,
-        crowded: Option<&'h dyn Fn(bool)>,
-    ) -> Self {
-        Self { helper, make, pace: Pace::default(), crowded, is_crowded: false }
-    }
-
-    /// The connection has work worth `bytes`.
-    pub(super) fn note(&mut self, bytes: u64) {
-        let is_new = self.pace.note(self.helper.cores, bytes);
-        if is_new
-            && let Some(crowded) = self.crowded
-            && self.is_crowded != self.helper.cores.are_taken()
-        {
-            self.is_crowded = !self.is_crowded;
-            crowded(self.is_crowded);
-        }
+    /// `make` starts a thread that does [`Helper::work`].
+    pub(super) fn new(helper: &'h Helper<'s, 'a, W>, make: &'h dyn Fn() -> io::Result<()>) -> Self {
+        Self { helper, make }
     }
 
     /// See [`Helper::offer`].

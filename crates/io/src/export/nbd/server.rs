@@ -68,8 +68,9 @@ pub struct ServerOptions {
     pub connections_max: usize,
     /// How long a client may take from connecting to transmission, TLS included.
     pub handshake_time_max: Duration,
-    /// Threads that execute requests, for each connection. 0: the connection's own thread does, which is best unless the
-    /// backing waits for a medium. `None`: as suits the disk. Where it does batches at once, they get long requests only.
+    /// Most threads that execute requests, for each connection. 0: the connection's own thread does, which is best unless the
+    /// backing waits for a medium. `None`: as suits the disk. Where it does batches at once, the own thread does short reads and
+    /// writes all the same.
     pub workers: Option<usize>,
     /// How many cores there are for threads of this server. While fewer connections are busy, a connection without workers
     /// gets a second thread for long requests.
@@ -690,7 +691,8 @@ impl Inner {
                         Way::Tls => None,
                     };
                     match self.rest(id, handed.map_or(Rest::Stays, Rest::Handed)) {
-                        Fate::GoOn => {}
+                        // As the next session takes it to be.
+                        Fate::GoOn => resize(false),
                         Fate::End(ended) => break ended,
                     }
                 }

@@ -4,7 +4,7 @@
 //! What a request does stands in `execute.rs`; whether it is done here or by a worker makes no difference there.
 
 use super::activity::Activity;
-use super::cores::{Cores, REQUEST_BYTES_WORTH};
+use super::cores::{Cores, Load, REQUEST_BYTES_WORTH};
 use super::execute::{Executor, IsLast, LONG_BYTES_MIN};
 use super::helper::{Besides, Help, Helper, HomeWhenDropped};
 use super::lend::Lender;
@@ -16,6 +16,7 @@ use super::status::NbdError;
 use super::stream::{Inbox, Outbox};
 use super::wire::{REQUEST_BYTES, RequestHeader};
 use super::workers::{CloseWhenDropped, Crew, Workers};
+use inlinecrypt_core::backing::Durability;
 use std::fmt;
 use std::io::{self, ErrorKind, Read, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -50,18 +51,6 @@ pub enum Ended {
     Transport(io::Error),
 }
 
-impl<'s, 'b, W: Write> Others<'_, 's, 'b, W> {
-    /// Has the short requests done that were gathered.
-    fn finish_gathered(&mut self, executor: &mut Executor<'s, 'b, W>) -> Result<(), Failure> {
-        let count = executor.finish_gathered()?;
-        match self {
-            Self::Helper(help) if count > 0 => help.note(count as u64 * REQUEST_BYTES_WORTH),
-            _ => {}
-        }
-        Ok(())
-    }
-}
-
 /// A connection in transmission.
 pub struct Session<'a> {
     terms: &'a Terms,
@@ -93,8 +82,8 @@ impl fmt::Debug for Session<'_> {
 }
 
 impl<'a> Session<'a> {
-    /// A session on `terms` that ends once `stopping` is true. Requests are executed by `workers` threads; if 0, by the
-    /// caller's. A worker that cannot go on calls `hang_up`, which must make the reader report its end.
+    /// A session on `terms` that ends once `stopping` is true. Requests are executed by up to `workers` threads, but for short
+    /// ones where the disk does batches at once; if 0, by the caller's. A worker that cannot go on calls `hang_up`, which must make the reader report its end.
     #[must_use]
     pub fn new(
         terms: &'a Terms,
@@ -121,7 +110,8 @@ impl<'a> Session<'a> {
         Self { activity: Some(activity), ..self }
     }
 
-    /// The same, with a second thread for long requests while `cores` has one for it. Has no effect with workers.
+    /// The same, telling `cores` how busy it is, and with a second thread for long requests while there is a core for it, unless
+    /// there are workers.
     #[must_use]
     pub fn on(self, cores: &'a Cores) -> Self {
         Self { cores: Some(cores), ..self }
@@ -164,7 +154,7 @@ impl<'a> Session<'a> {
                         thread.stack_size(STACK_BYTES).spawn_scoped(scope, || helper.work()).map(drop)
                     };
                     let _closing = HomeWhenDropped(&helper);
-                    self.serve(inbox, &shared, Others::Helper(Help::new(&helper, &make, self.crowded)))
+                    self.serve(inbox, &shared, Others::Helper(Help::new(&helper, &make)))
                 })
             }
             (count, _) => {
@@ -227,13 +217,14 @@ impl<'a> Session<'a> {
     ) -> Result<Ended, Failure> {
         let shared = executor.shared();
         let rules = Rules::new(self.terms);
+        let mut load = Load::new(self.cores, self.crowded);
         // Short requests that came together are done together. Where the disk waits for each, it has a thread for itself.
-        let does_batches_at_once = shared.disk().geometry().does_batches_at_once;
-        let gathers = does_batches_at_once || !matches!(others, Others::Workers(_));
+        let has_workers = matches!(others, Others::Workers(_));
+        let gathers = !has_workers || shared.disk().geometry().does_batches_at_once;
         let mut late_requests = 0;
         loop {
             while inbox.available().len() < REQUEST_BYTES {
-                others.finish_gathered(executor)?;
+                finish_gathered(executor, &mut load)?;
                 if let Others::Helper(help) = others {
                     help.do_what_waits(executor)?;
                 }
@@ -277,9 +268,13 @@ impl<'a> Session<'a> {
             if gathers {
                 match &admitted {
                     Ok(Asked::Plain(request)) if executor.gather_read(request, header.cookie)? => continue,
-                    Ok(Asked::Write(write)) if payload_len < LONG_BYTES_MIN => {
+                    // What is to be durable is waited for one by one, whatever the disk does at once.
+                    Ok(Asked::Write(write))
+                        if payload_len < LONG_BYTES_MIN
+                            && !(has_workers && write.durability == Durability::Durable) =>
+                    {
                         if inbox.available().len() < len {
-                            others.finish_gathered(executor)?;
+                            finish_gathered(executor, &mut load)?;
                             receive_small(inbox, shared, len)?;
                         }
                         if let Some(place) = executor.gather_write(write, header.cookie)? {
@@ -289,7 +284,7 @@ impl<'a> Session<'a> {
                     }
                     _ => {}
                 }
-                others.finish_gathered(executor)?;
+                finish_gathered(executor, &mut load)?;
             }
             let _busy = shared.busy();
             if let (Ok(Asked::Plain(Request::Read { .. })), Some(lender)) = (&admitted, self.lender) {
@@ -297,39 +292,37 @@ impl<'a> Session<'a> {
             }
             match admitted {
                 Ok(Asked::Disconnect) => return Ok(Ended::Disconnected),
-                Ok(Asked::Plain(request)) => match others {
-                    Others::Workers(crew) => {
-                        // A lone request gains nothing from a thread that has to be woken first.
-                        let is_lone = inbox.available().is_empty() && crew.is_idle();
-                        if does_batches_at_once && let Some((offset, len)) = executor.has_parts(&request) {
-                            executor.read_in_parts(header.cookie, offset, len, |part, IsLast(last)| {
-                                let job = Job::Read(part);
-                                if is_lone && last { Err(job) } else { crew.submit(job) }
-                            })?;
-                        } else if is_lone {
-                            executor.execute(&request, header.cookie)?;
-                        } else if let Err(job) = crew.submit(Job::Whole(request, header.cookie)) {
-                            job.run(executor)?;
-                        }
+                Ok(Asked::Plain(request)) => {
+                    if matches!(request, Request::Read { .. }) {
+                        load.note(header.len.into());
                     }
-                    Others::Helper(help) => {
-                        if matches!(request, Request::Read { .. }) {
-                            help.note(header.len.into());
+                    match others {
+                        Others::Workers(crew) => {
+                            let is_lone = inbox.available().is_empty() && crew.is_idle();
+                            executor.execute_with_crew(&request, header.cookie, crew, is_lone)?;
                         }
-                        executor.execute_with_help(&request, header.cookie, help, besides(inbox))?;
+                        Others::Helper(help) => {
+                            executor.execute_with_help(&request, header.cookie, help, besides(inbox))?;
+                        }
+                        Others::Nobody => executor.execute(&request, header.cookie)?,
                     }
-                    Others::Nobody => executor.execute(&request, header.cookie)?,
-                },
+                }
                 Ok(Asked::Write(write)) => {
+                    load.note(payload_len.into());
                     receive_small(inbox, shared, len)?;
+                    // Of a long one it is not known before it was received.
+                    let nothing_follows = len <= LONG_BYTES_MIN as usize && inbox.available().len() <= len;
                     let receive = |into: &mut [u8]| receive(inbox, shared, into);
                     match others {
                         Others::Workers(crew) => {
-                            let submit = |part, _| crew.submit(Job::Write(part));
+                            let is_lone = nothing_follows && crew.is_idle();
+                            let submit = |part, IsLast(last)| {
+                                let job = Job::Write(part);
+                                if is_lone && last { Err(job) } else { crew.submit(job) }
+                            };
                             executor.write_in_parts(&write, header.cookie, submit, receive)?;
                         }
                         Others::Helper(help) if payload_len >= LONG_BYTES_MIN => {
-                            help.note(payload_len.into());
                             let offer = |part, IsLast(last)| {
                                 let besides = if last { Besides::Nothing } else { Besides::More };
                                 help.offer(Job::Write(part), besides)
@@ -353,6 +346,15 @@ impl<'a> Session<'a> {
             }
         }
     }
+}
+
+/// Has the short requests done that were gathered.
+fn finish_gathered<W: Write>(executor: &mut Executor<'_, '_, W>, load: &mut Load<'_>) -> Result<(), Failure> {
+    let count = executor.finish_gathered()?;
+    if count > 0 {
+        load.note(count as u64 * REQUEST_BYTES_WORTH);
+    }
+    Ok(())
 }
 
 /// Whether more requests are there already.

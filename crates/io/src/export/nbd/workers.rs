@@ -1,17 +1,21 @@
 //! Threads of one connection, for disks that wait: so that several of its requests wait at once.
 //!
-//! They are made as they are needed. The number in flight is bounded: twice as many as there are workers. Who submits waits for room, so a client that
+//! They are made as they are needed, and go home when they were not for a while. The number in flight is bounded: twice as many as there are workers. Who submits waits for room, so a client that
 //! sends faster than the disk works is held up by its own socket.
 
 use super::activity::Busy;
 use super::execute::Executor;
 use super::parts::Job;
-use super::reply::Shared;
+use super::reply::{Failure, Shared};
 use std::collections::VecDeque;
 use std::fmt;
 use std::io::{self, Write};
 use std::mem;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// How long a worker waits for work before it goes home.
+const IDLE_TIME_MAX: Duration = Duration::from_secs(1);
 
 /// The workers of a connection, and what they have to do.
 #[derive(Debug)]
@@ -68,8 +72,13 @@ impl<'s, 'a, W: Write> Workers<'s, 'a, W> {
     pub(super) fn work(&self) {
         let mut executor = Executor::new(self.shared);
         while let Some((job, _busy)) = self.next() {
-            // Sent at once: the next job may wait long for the disk.
-            if let Err(failure) = job.run(&mut executor).and_then(|()| Ok(self.shared.flush()?)) {
+            // What is read ahead answers nothing. All else is sent at once: the next job may wait long for the disk.
+            let flushes = !matches!(job, Job::Ahead(_));
+            let mut done = job.run(&mut executor);
+            if flushes && done.is_ok() {
+                done = self.shared.flush().map_err(Failure::from);
+            }
+            if let Err(failure) = done {
                 self.shared.break_off(&failure);
             }
             let mut queue = self.lock();
@@ -82,20 +91,25 @@ impl<'s, 'a, W: Write> Workers<'s, 'a, W> {
         }
     }
 
-    /// Leaves a job to the workers, after waiting for room. It comes back if there is no worker and none can be made.
-    fn submit(&self, job: Job, make: &dyn Fn() -> io::Result<()>) -> Result<(), Job> {
+    /// Leaves a job to the workers. It comes back if there is no worker and none can be made, and, unless `waits`, if none
+    /// would begin at once; else this waits for room.
+    fn submit(&self, job: Job, make: &dyn Fn() -> io::Result<()>, waits: bool) -> Result<(), Job> {
         let mut queue = self.lock();
-        while queue.jobs.len() >= self.count_max {
+        while waits && queue.jobs.len() >= self.count_max {
             queue.awaited = true;
             queue = self.room.wait(queue).unwrap_or_else(PoisonError::into_inner);
         }
-        if queue.made < self.count_max && queue.made - queue.running <= queue.jobs.len() {
+        let mut one_is_free = queue.made - queue.running > queue.jobs.len();
+        if !one_is_free && queue.made < self.count_max {
             match make() {
-                Ok(()) => queue.made += 1,
+                Ok(()) => {
+                    queue.made += 1;
+                    one_is_free = true;
+                }
                 Err(error) => tracing::debug!(%error, "no more workers for a connection"),
             }
         }
-        if queue.made == 0 {
+        if queue.made == 0 || !(one_is_free || waits) {
             return Err(job);
         }
         queue.jobs.push_back((job, self.shared.busy()));
@@ -106,15 +120,19 @@ impl<'s, 'a, W: Write> Workers<'s, 'a, W> {
 
     fn next(&self) -> Option<(Job, Busy<'a>)> {
         let mut queue = self.lock();
+        let mut gives_up = false;
         loop {
             if let Some(job) = queue.jobs.pop_front() {
                 queue.running += 1;
                 return Some(job);
             }
-            if queue.closed {
+            if queue.closed || gives_up {
+                queue.made -= 1;
                 return None;
             }
-            queue = self.work.wait(queue).unwrap_or_else(PoisonError::into_inner);
+            let waited = self.work.wait_timeout(queue, IDLE_TIME_MAX).unwrap_or_else(PoisonError::into_inner);
+            queue = waited.0;
+            gives_up = waited.1.timed_out();
         }
     }
 
@@ -157,7 +175,12 @@ impl<'w, 's, 'a, W: Write> Crew<'w, 's, 'a, W> {
     ///
     /// Waits for room, so until a worker is done with his job: not to be called with anything locked that they need.
     pub(super) fn submit(&self, job: Job) -> Result<(), Job> {
-        self.workers.submit(job, self.make)
+        self.workers.submit(job, self.make, true)
+    }
+
+    /// Leaves a job to a worker who has nothing else to do. It comes back if there is none.
+    pub(super) fn offer(&self, job: Job) -> Result<(), Job> {
+        self.workers.submit(job, self.make, false)
     }
 
     /// Whether they have nothing to do.
