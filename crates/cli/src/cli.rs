@@ -388,9 +388,10 @@ pub(crate) struct Serve {
     pub(crate) engine: EngineArgs,
     #[command(flatten)]
     pub(crate) isolation: IsolationArgs,
-    /// Let the engine process work at the lowest real-time priority, before everybody without one: long reads get faster, long
-    /// writes slower, and all requests where other programs keep the CPUs busy. Not served if that is not permitted: it takes
-    /// CAP_SYS_NICE, or LimitRTPRIO=1 in a systemd unit (ulimit -r 1)
+    /// Let the engine process work at the lowest real-time priority, before everybody without one. Where we measured it gained
+    /// nothing, and made the server slower where other programs keep the CPUs busy: measure before you use it
+    /// (docs/performance.md). Not served if that is not permitted: it takes CAP_SYS_NICE, or LimitRTPRIO=1 in a systemd unit
+    /// (ulimit -r 1)
     #[arg(long, help_heading = "Engine")]
     pub(crate) engine_realtime: bool,
     /// Compare what hardware does with software: all requests, or one in N (sample=N). The first difference stops the
