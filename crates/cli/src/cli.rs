@@ -317,8 +317,6 @@ Examples:
   inlinecrypt serve --plain old.img
       as it is, WITHOUT encryption: to copy an image in or out, or to see what encryption costs
   inlinecrypt serve --config servers.toml
-  inlinecrypt serve --engine-realtime demo.img
-      by root or with CAP_SYS_NICE or LimitRTPRIO=1: the engine goes before everybody without real-time priority
   inlinecrypt serve --control demo.control --take-over demo.control demo.img
       a new program takes over from the one that serves demo.img with that control socket, which then ends
 
@@ -444,7 +442,8 @@ pub(crate) struct Serve {
     #[arg(long, value_name = "CONTROL", help_heading = "Server", conflicts_with = "create")]
     pub(crate) take_over: Option<PathBuf>,
     /// Most threads for each connection besides its own; they may pay where the disk waits for a medium. With --direct, short
-    /// reads and writes that come together wait together without them, through io_uring [default: 0; with --direct and io_uring, 4]
+    /// reads and writes that come together wait together without them, through io_uring, but for durable ones (FUA) [default: 0;
+    /// with --direct and io_uring, 4]
     #[arg(long, value_name = "N", help_heading = "Server", value_parser = parse_workers)]
     pub(crate) workers: Option<usize>,
     /// Lend clients on Unix sockets what they read, which saves a copy (from Linux 6.5). Not where a proxy stands between that

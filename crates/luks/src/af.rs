@@ -65,7 +65,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(32))]
         #[test]
         fn what_is_split_is_merged_and_needs_every_bit(
-            key in prop::collection::vec(any::<u8>(), 1..80),
+            key in prop::collection::vec(any::<u8>(), 16..80),
             stripes in 1_usize..60,
             at in any::<prop::sample::Index>(),
             seed in any::<u8>(),

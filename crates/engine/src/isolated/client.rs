@@ -1,12 +1,13 @@
 //! The host's side: an [`Engine`] like any other, whose work is done elsewhere.
 
 use super::launch::{Launched, Launcher};
-use super::process::LANES_MAX;
+use super::process::{CONTROL_STACK_BYTES, LANE_STACK_BYTES, LANES_MAX};
 use super::proto::{self, Answer, Inbox, Order, RootParts, Secret, VERSION, WireForm, WireKey, WireStep};
 use super::realtime::{self, LanePriority};
 use super::ring::{Deed, Head, LANE_BYTES, Lane, PIECES_MAX, RESULT_LOST, WirePiece};
 use crate::blob::WrappingKeyId;
 use crate::root::RootMaterial;
+use crate::sys::ARENA_BYTES_MIN;
 use crate::sys::{Part, Parts, Region};
 use inlinecrypt_cipher::kdf::key_identifier_raw;
 use inlinecrypt_core::caps::Capabilities;
@@ -68,6 +69,17 @@ pub struct Options {
     pub deaths_max: u32,
 }
 
+/// Most lanes usually, where the least arena is all that there may be, and where twice that may be.
+const LANES_SMALL: u32 = 24;
+const LANES_LARGE: u32 = 48;
+
+/// What their stacks leave of an arena, for keys.
+const fn heap_bytes(arena: usize, lanes: u32) -> usize {
+    arena - CONTROL_STACK_BYTES - lanes as usize * LANE_STACK_BYTES
+}
+const _: () = assert!(heap_bytes(ARENA_BYTES_MIN, LANES_SMALL) >= 512 << 10 && LANES_LARGE <= LANES_MAX);
+const _: () = assert!(heap_bytes(2 * ARENA_BYTES_MIN, LANES_LARGE) >= 512 << 10);
+
 /// What [`Options::order_bytes_max`] usually is: tens of milliseconds for a CPU without instructions for the cipher.
 pub const ORDER_BYTES_MAX: usize = 16 << 20;
 
@@ -76,16 +88,19 @@ pub const DEATHS_MAX: u32 = 3;
 
 impl Options {
     /// Runs `spec` with the usual numbers and a gibibyte of room. Of lanes there are four for each CPU, since one that works for
-    /// threads of several CPUs has to move between them, which costs more than an order; but at least 16, and of more than 24
-    /// one for each CPU, up to 48, since each takes 128 KiB of secret memory, which many systems allow 8 MiB of.
+    /// threads of several CPUs has to move between them, which costs more than an order; at least 16, and of more than 24 one for
+    /// each CPU, up to 48, since each takes secret memory. Where less than 8 MiB may be locked, never more than 24.
     #[must_use]
     pub fn new(spec: impl Into<String>) -> Self {
         let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
         let cpus = u32::try_from(cpus).unwrap_or(LANES_MAX);
+        let lockable = rustix::process::getrlimit(rustix::process::Resource::Memlock).current;
+        let is_large = lockable.is_none_or(|bytes| bytes >= 2 * ARENA_BYTES_MIN as u64);
+        let lanes_max = if is_large { LANES_LARGE } else { LANES_SMALL };
         Self {
             spec: spec.into(),
             fallback: None,
-            lanes: cpus.saturating_mul(4).clamp(16, 24).max(cpus.min(48)),
+            lanes: cpus.saturating_mul(4).clamp(16, LANES_SMALL).max(cpus.min(lanes_max)),
             data_bytes: 1 << 30,
             require_sandbox: false,
             priority: LanePriority::Usual,

@@ -42,9 +42,9 @@ use zeroize::Zeroizing;
 const SECRET_BYTES: usize = 64 << 20;
 
 /// Stack of the control thread: opening a root with a passphrase needs most.
-const CONTROL_STACK_BYTES: usize = 512 << 10;
+pub(super) const CONTROL_STACK_BYTES: usize = 512 << 10;
 /// Stack of a lane's thread.
-const LANE_STACK_BYTES: usize = 128 << 10;
+pub(super) const LANE_STACK_BYTES: usize = 128 << 10;
 
 /// Most lanes.
 pub const LANES_MAX: u32 = 64;

@@ -11,7 +11,7 @@ pub use secret::SecretAllocator;
 
 pub(crate) use region::{Part, Parts, Region, View};
 pub(crate) use schedule::Schedule;
-pub(crate) use secret::{SecretMemory, enter_secret_memory};
+pub(crate) use secret::{ARENA_BYTES_MIN, SecretMemory, enter_secret_memory};
 pub(crate) use thread::spawn;
 
 use rustix::io::Errno;

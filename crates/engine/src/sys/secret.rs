@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 /// Least arena that an engine can work in, in bytes: the stacks of as many threads as it usually has, and some heap.
-const ARENA_BYTES_MIN: usize = 4 << 20;
+pub(crate) const ARENA_BYTES_MIN: usize = 4 << 20;
 
 /// What keeps the heap of an engine process from others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -100,19 +100,12 @@ pub(crate) fn can_transfer_together() -> bool {
     IS_THERE.load(Ordering::Relaxed)
 }
 
-/// A ring for this thread. `None` for want of descriptors or memory, or if there is no io_uring here, and then nobody tries again.
+/// A ring for this thread. `None` for want of descriptors, or if there is no io_uring here, and then nobody tries again.
 fn try_make() -> Option<IoUring> {
     match make() {
         Ok(ring) => Some(ring),
         // Another time, perhaps.
-        Err(error)
-            if matches!(
-                error.raw_os_error(),
-                Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::EAGAIN)
-            ) =>
-        {
-            None
-        }
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => None,
         Err(_) => {
             IS_THERE.store(false, Ordering::Relaxed);
             None

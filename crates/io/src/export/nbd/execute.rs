@@ -6,7 +6,7 @@
 use super::activity::Busy;
 use super::helper::{Besides, Help};
 use super::lend::Lender;
-use super::parts::{Job, ReadAhead, ReadInParts, ReadPart, WriteInParts, WritePart};
+use super::parts::{Job, ReadAhead, ReadInParts, ReadPart, ReadsAhead, WriteInParts, WritePart};
 use super::reply::{Failure, Lent, Shared};
 use super::request::{Request, WriteRequest};
 use super::stream::GATHER_BYTES_MIN;
@@ -18,7 +18,6 @@ use inlinecrypt_core::batch::{Batch, Transfer};
 use inlinecrypt_core::disk::{CHUNK_BYTES, Disk, LARGE_BUFFER_BYTES, SMALL_BUFFER_BYTES, Span};
 use inlinecrypt_core::error::Error;
 use inlinecrypt_core::memory::Buffer;
-use std::collections::VecDeque;
 use std::io::Write;
 use std::ops::Range;
 use std::sync::Arc;
@@ -374,8 +373,8 @@ impl<'s, 'a, W: Write> Executor<'s, 'a, W> {
         let shared = self.shared;
         let end = offset + len;
         // Who reads ahead must never be waited for by `offer`, since the outbox is locked below.
-        let mut ahead = VecDeque::<Arc<ReadAhead>>::new();
-        let read_ahead = |ahead: &mut VecDeque<Arc<ReadAhead>>, from: u64| {
+        let mut ahead = ReadsAhead::default();
+        let read_ahead = |ReadsAhead(ahead): &mut ReadsAhead, from: u64| {
             let Some(ReadingAhead { offer, count_max }) = help else { return };
             let mut at = ahead.back().map_or(from, |last| chunk_end(last.span().offset(), end));
             while at < end && ahead.len() < *count_max {
@@ -402,8 +401,8 @@ impl<'s, 'a, W: Write> Executor<'s, 'a, W> {
         self.settle(lease, lent);
         let mut at = offset + wide(span.payload().len());
         while at < end {
-            let is_due = ahead.front().is_some_and(|first| first.span().offset() == at);
-            let due = if is_due { ahead.pop_front() } else { None };
+            let is_due = ahead.0.front().is_some_and(|first| first.span().offset() == at);
+            let due = if is_due { ahead.0.pop_front() } else { None };
             read_ahead(&mut ahead, chunk_end(at, end));
             let (span, mut lease) = match due.and_then(|due| due.take().map(|read| (due.span(), read))) {
                 Some((span, read)) => (span, Lease::Pooled(read.map_err(late)?)),

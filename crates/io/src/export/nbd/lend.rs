@@ -29,7 +29,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-/// Buffers that a connection keeps: as many as fit the socket, one for each of its threads, and a spare one.
+/// Buffers that a connection keeps: as many as fit the socket, and one for its thread and its helper each. With workers, who are
+/// more, some are not kept, and what they hold is copied.
 const KEPT_MAX: usize = 8;
 
 /// What the socket is to hold, in bytes, as far as the system allows (`wmem_max`). It doubles this: six pieces, fewer than

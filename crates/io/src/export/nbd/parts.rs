@@ -11,6 +11,7 @@ use inlinecrypt_core::backing::Durability;
 use inlinecrypt_core::disk::{CHUNK_BYTES, Disk, Span};
 use inlinecrypt_core::error::Error;
 use inlinecrypt_core::memory::Buffer;
+use std::collections::VecDeque;
 use std::io::{self, Write};
 use std::mem;
 use std::ops::Range;
@@ -208,6 +209,21 @@ impl ReadInParts {
         let failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner).take();
         let (offset, error) = failure.expect("only a read that failed is told so");
         shared.fail(self.cookie, &error, Some(offset))
+    }
+}
+
+/// Pieces of a read that are read ahead, in order. Those that were not begun are given up when it is dropped.
+#[derive(Debug, Default)]
+pub(super) struct ReadsAhead(pub(super) VecDeque<Arc<ReadAhead>>);
+
+impl Drop for ReadsAhead {
+    fn drop(&mut self) {
+        for ahead in &self.0 {
+            let mut state = ahead.state.lock().unwrap_or_else(PoisonError::into_inner);
+            if matches!(*state, Ahead::Waiting) {
+                *state = Ahead::Taken;
+            }
+        }
     }
 }
 

@@ -70,7 +70,7 @@ pub struct ServerOptions {
     pub handshake_time_max: Duration,
     /// Most threads that execute requests, for each connection. 0: the connection's own thread does, which is best unless the
     /// backing waits for a medium. `None`: as suits the disk. Where it does batches at once, the own thread does short reads and
-    /// writes all the same.
+    /// cached writes all the same.
     pub workers: Option<usize>,
     /// How many cores there are for threads of this server. While fewer connections are busy, a connection without workers
     /// gets a second thread for long requests.

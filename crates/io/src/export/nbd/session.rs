@@ -82,8 +82,9 @@ impl fmt::Debug for Session<'_> {
 }
 
 impl<'a> Session<'a> {
-    /// A session on `terms` that ends once `stopping` is true. Requests are executed by up to `workers` threads, but for short
-    /// ones where the disk does batches at once; if 0, by the caller's. A worker that cannot go on calls `hang_up`, which must make the reader report its end.
+    /// A session on `terms` that ends once `stopping` is true. Requests are executed by up to `workers` threads; if 0, by the
+    /// caller's. Where the disk does batches at once, the caller's does short reads and cached writes all the same. A worker
+    /// that cannot go on calls `hang_up`, which must make the reader report its end.
     #[must_use]
     pub fn new(
         terms: &'a Terms,
@@ -217,9 +218,10 @@ impl<'a> Session<'a> {
     ) -> Result<Ended, Failure> {
         let shared = executor.shared();
         let rules = Rules::new(self.terms);
-        let mut load = Load::new(self.cores, self.crowded);
         // Short requests that came together are done together. Where the disk waits for each, it has a thread for itself.
         let has_workers = matches!(others, Others::Workers(_));
+        // Who waits for a disk sends as far ahead as he can: cores are not what he lacks.
+        let mut load = Load::new(self.cores, self.crowded.filter(|_| !has_workers));
         let gathers = !has_workers || shared.disk().geometry().does_batches_at_once;
         let mut late_requests = 0;
         loop {
@@ -294,7 +296,7 @@ impl<'a> Session<'a> {
                 Ok(Asked::Disconnect) => return Ok(Ended::Disconnected),
                 Ok(Asked::Plain(request)) => {
                     if matches!(request, Request::Read { .. }) {
-                        load.note(header.len.into());
+                        load.note(u64::from(header.len).max(REQUEST_BYTES_WORTH));
                     }
                     match others {
                         Others::Workers(crew) => {
@@ -308,7 +310,7 @@ impl<'a> Session<'a> {
                     }
                 }
                 Ok(Asked::Write(write)) => {
-                    load.note(payload_len.into());
+                    load.note(u64::from(payload_len).max(REQUEST_BYTES_WORTH));
                     receive_small(inbox, shared, len)?;
                     // Of a long one it is not known before it was received.
                     let nothing_follows = len <= LONG_BYTES_MIN as usize && inbox.available().len() <= len;

@@ -1,7 +1,8 @@
 //! Threads of one connection, for disks that wait: so that several of its requests wait at once.
 //!
-//! They are made as they are needed, and go home when they were not for a while. The number in flight is bounded: twice as many as there are workers. Who submits waits for room, so a client that
-//! sends faster than the disk works is held up by its own socket.
+//! They are made as they are needed, and go home when all that came in a second was done by others. The number in flight is
+//! bounded: twice as many as there are workers. Who submits waits for room, so a client that sends faster than the disk works
+//! is held up by its own socket.
 
 use super::activity::Busy;
 use super::execute::Executor;
@@ -83,11 +84,7 @@ impl<'s, 'a, W: Write> Workers<'s, 'a, W> {
             }
             let mut queue = self.lock();
             queue.running -= 1;
-            let awaited = mem::take(&mut queue.awaited);
-            drop(queue);
-            if awaited {
-                self.room.notify_all();
-            }
+            self.tell(queue);
         }
     }
 
@@ -124,6 +121,7 @@ impl<'s, 'a, W: Write> Workers<'s, 'a, W> {
         loop {
             if let Some(job) = queue.jobs.pop_front() {
                 queue.running += 1;
+                self.tell(queue);
                 return Some(job);
             }
             if queue.closed || gives_up {
@@ -133,6 +131,15 @@ impl<'s, 'a, W: Write> Workers<'s, 'a, W> {
             let waited = self.work.wait_timeout(queue, IDLE_TIME_MAX).unwrap_or_else(PoisonError::into_inner);
             queue = waited.0;
             gives_up = waited.1.timed_out();
+        }
+    }
+
+    /// Tells who waits that there is room, or less under way.
+    fn tell(&self, mut queue: MutexGuard<'_, Queue<'a>>) {
+        let awaited = mem::take(&mut queue.awaited);
+        drop(queue);
+        if awaited {
+            self.room.notify_all();
         }
     }
 
