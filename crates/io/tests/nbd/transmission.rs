@@ -25,19 +25,14 @@ const ENOTSUP: Option<u32> = Some(95);
 /// Runs with the connection's own thread, with a helper for long requests, with workers, and with workers for long requests
 /// alone; each with memory to spare and without, and with memory that is lent to the client.
 fn each_way(check: impl Fn(&Rig)) {
-    let on = |disk: fn() -> RamDisk, ways: &[(usize, usize, usize)]| {
-        ways.iter().map(|way| (disk, *way)).collect::<Vec<_>>()
-    };
-    let mut ways = on(
-        || RamDisk::new(SIZE),
-        &[(0, 1, 8), (0, 1, 0), (0, 8, 8), (0, 8, 1), (0, 8, 0), (3, 1, 8), (3, 1, 0)],
-    );
-    ways.extend(on(|| at_once(SIZE), &[(0, 1, 8), (3, 1, 8), (3, 1, 1), (3, 1, 0)]));
-    for (disk, (workers, cores, large_max)) in ways {
+    let one_by_one = [(0, 1, 8), (0, 1, 0), (0, 8, 8), (0, 8, 1), (0, 8, 0), (3, 1, 8), (3, 1, 0)];
+    let together = [(0, 1, 8), (3, 1, 8), (3, 1, 1), (3, 1, 0)];
+    let ways = one_by_one.map(|way| (RamDisk::new as fn(u64) -> RamDisk, way)).into_iter();
+    for (disk, (workers, cores, large_max)) in ways.chain(together.map(|way| (at_once as _, way))) {
         for zero_copy in [false, true] {
             let options =
                 ServerOptions { workers: Some(workers), cores, zero_copy, ..ServerOptions::default() };
-            check(&Rig::with_options(disk().with_pool_of(large_max), options));
+            check(&Rig::with_options(disk(SIZE).with_pool_of(large_max), options));
         }
     }
 }

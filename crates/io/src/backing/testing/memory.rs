@@ -1,7 +1,7 @@
 //! A disk in memory.
 
 use super::enter;
-use inlinecrypt_core::backing::{Access, Backing, BackingFacts, Durability, Extent};
+use inlinecrypt_core::backing::{Backing, BackingFacts, Durability, Extent};
 use inlinecrypt_core::error::{Error, ErrorKind, Op};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -21,14 +21,7 @@ impl MemBacking {
     /// An empty disk of `len_bytes` that can be written and discarded, with any alignment.
     #[must_use]
     pub fn new(len_bytes: u64) -> Self {
-        let facts = BackingFacts {
-            len_bytes,
-            align_bytes: 1,
-            access: Access::ReadWrite,
-            can_discard: true,
-            does_parts_at_once: false,
-        };
-        Self { facts, pages: Mutex::default() }
+        Self { facts: super::facts_in_memory(len_bytes), pages: Mutex::default() }
     }
 
     /// The same disk with other facts, of which the length must not grow.

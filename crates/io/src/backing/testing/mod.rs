@@ -24,7 +24,19 @@ pub use memory::MemBacking;
 pub use power_cut::PowerCutBacking;
 pub use strict::StrictBacking;
 
+use inlinecrypt_core::backing::{Access, BackingFacts};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// What a disk of `len_bytes` in memory is like, that can be written and discarded, with any alignment.
+fn facts_in_memory(len_bytes: u64) -> BackingFacts {
+    BackingFacts {
+        len_bytes,
+        align_bytes: 1,
+        access: Access::ReadWrite,
+        can_discard: true,
+        does_parts_at_once: false,
+    }
+}
 
 /// A small random generator for tests: SplitMix64 (Steele, Lea and Flood, 2014). Not for secrets.
 #[derive(Clone, Debug)]

@@ -143,13 +143,7 @@ mod tests {
 
     #[test]
     fn every_broken_promise_panics() {
-        let facts = |access| BackingFacts {
-            len_bytes: 8192,
-            align_bytes: 512,
-            access,
-            can_discard: true,
-            does_parts_at_once: false,
-        };
+        let facts = |access| BackingFacts { align_bytes: 512, access, ..super::super::facts_in_memory(8192) };
         let disk = StrictBacking::new(MemBacking::new(8192).with_facts(facts(Access::ReadWrite)));
         let memory = vec![0; 2048];
         let skip = memory.as_ptr().align_offset(512);

@@ -157,16 +157,7 @@ impl<'s, 'a, W: Write> Helper<'s, 'a, W> {
                 keep_off(core, self.own);
                 moved = Some(Instant::now());
             }
-            // What is read ahead answers nothing, and who waits for it has the outbox. All else is sent at once: the other
-            // thread may wait for the client, who waits for this.
-            let flushes = !matches!(job, Job::Ahead(_));
-            let mut done = job.run(&mut executor);
-            if flushes && done.is_ok() {
-                done = self.shared.flush().map_err(Failure::from);
-            }
-            if let Err(failure) = done {
-                self.shared.break_off(&failure);
-            }
+            job.run_for_another(&mut executor);
         }
     }
 

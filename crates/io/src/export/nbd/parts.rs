@@ -42,6 +42,20 @@ impl Job {
             Self::Whole(request, cookie) => executor.execute(&request, cookie),
         }
     }
+
+    /// Does it for the connection's own thread, which may wait for the client, who waits for this: so what there is to say is sent
+    /// at once. What is read ahead answers nothing, and who waits for it has the outbox. A failure ends the connection.
+    pub(super) fn run_for_another<W: Write>(self, executor: &mut Executor<'_, '_, W>) {
+        let shared = executor.shared();
+        let flushes = !matches!(self, Self::Ahead(_));
+        let mut done = self.run(executor);
+        if flushes && done.is_ok() {
+            done = shared.flush().map_err(Failure::from);
+        }
+        if let Err(failure) = done {
+            shared.break_off(&failure);
+        }
+    }
 }
 
 /// A piece of a write that was received.

@@ -7,7 +7,7 @@
 use super::activity::Busy;
 use super::execute::Executor;
 use super::parts::Job;
-use super::reply::{Failure, Shared};
+use super::reply::Shared;
 use std::collections::VecDeque;
 use std::fmt;
 use std::io::{self, Write};
@@ -73,15 +73,7 @@ impl<'s, 'a, W: Write> Workers<'s, 'a, W> {
     pub(super) fn work(&self) {
         let mut executor = Executor::new(self.shared);
         while let Some((job, _busy)) = self.next() {
-            // What is read ahead answers nothing. All else is sent at once: the next job may wait long for the disk.
-            let flushes = !matches!(job, Job::Ahead(_));
-            let mut done = job.run(&mut executor);
-            if flushes && done.is_ok() {
-                done = self.shared.flush().map_err(Failure::from);
-            }
-            if let Err(failure) = done {
-                self.shared.break_off(&failure);
-            }
+            job.run_for_another(&mut executor);
             let mut queue = self.lock();
             queue.running -= 1;
             self.tell(queue);
